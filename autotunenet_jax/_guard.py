@@ -1,0 +1,136 @@
+"""Is training healthy: a pure watch over the loss that answers with a verdict code."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED = range(5)
+
+MESSAGES = {
+    HEALTHY: "The loss is healthy.",
+    WATCHING: "The loss is unusually high; nothing is done unless it stays there.",
+    NON_FINITE: "The loss is not finite; the last healthy snapshot was restored.",
+    SPIKE: "The loss jumped and did not come back; the last healthy snapshot was restored.",
+    DIVERGED: "The loss rose above where it started; the last healthy snapshot was restored.",
+}
+
+# Mean absolute deviation of a normal variable, in standard deviations.
+_MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Thresholds of the watch over the training loss.
+
+    A value is unusual when it lies more than ``sigmas`` of the loss's own recent spread above its recent level.
+    Unusual and non-finite values never enter the running statistics. One unusual value does nothing; ``patience`` of
+    them, with healthy values taking one back each, are a spike. Only differences of losses are used, so adding a
+    constant to the loss changes no verdict.
+
+    Args:
+      sigmas: Height of an unusual value, in robust standard deviations.
+      patience: Unusual values, net of healthy ones, that make a spike.
+      window: Memory of the running statistics, in steps.
+      warmup: Values seen before the first spike can be called.
+      max_rollbacks: Rollbacks for spikes and divergence in one run; a non-finite loss is always rolled back.
+
+    Raises:
+      ValueError: A threshold is not positive or not finite.
+
+    Source:
+      The mean plus six sigma rule over a window of about a hundred values is OLMo-core's; levels and spreads are
+      exponential moving averages here, so that the state has a fixed size.
+    """
+
+    sigmas: float = 6.0
+    patience: int = 5
+    window: int = 100
+    warmup: int = 48
+    max_rollbacks: int = 8
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"Guard.{field.name} must be a number; got {value!r}.")
+            if not math.isfinite(value) or value < (0 if field.name == "max_rollbacks" else 1):
+                raise ValueError(f"Guard.{field.name} must be finite and at least 1; got {value!r}.")
+
+
+class GuardState(NamedTuple):
+    """Running statistics of the healthy losses; scalars."""
+
+    level: Float[Array, ""]
+    spread: Float[Array, ""]
+    short: Float[Array, ""]
+    count: Int[Array, ""]
+    strikes: Int[Array, ""]
+
+
+def init() -> GuardState:
+    """Statistics of no value yet."""
+    zero = jnp.zeros((), jnp.float32)
+    return GuardState(zero, zero, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def watch(
+    guard: Guard,
+    state: GuardState,
+    loss: Float[Array, ""],
+    *,
+    ceiling: Float[Array, ""] | float = jnp.inf,
+) -> tuple[GuardState, Int[Array, ""]]:
+    """Takes one loss in and says whether training is healthy.
+
+    Args:
+      guard: Thresholds.
+      state: Statistics so far.
+      loss: float scalar, any unit, any sign.
+      ceiling: A short moving average above this is divergence.
+
+    Returns:
+      The new statistics and an int32 verdict: one of the codes of this module.
+
+    Cost: O(1).
+    """
+    loss = jnp.asarray(loss, jnp.float32)
+    is_finite = jnp.isfinite(loss)
+    value = jnp.where(is_finite, loss, state.level)
+
+    sigma = state.spread / _MEAN_ABS_DEVIATION
+    # Losses of equal value have no spread; rounding must not look like a spike then.
+    slack = 1e-5 * jnp.abs(state.level) + 1e-12
+    is_warm = state.count >= guard.warmup
+    is_unusual = is_warm & (value > state.level + guard.sigmas * sigma + slack)
+    strikes = jnp.where(is_unusual, state.strikes + 1, jnp.maximum(state.strikes - 1, 0))
+
+    # The first values average plainly; later ones exponentially.
+    accepted = is_finite & ~is_unusual
+    rate = jnp.maximum(1.0 / guard.window, 1.0 / (state.count + 1.0))
+    level = state.level + rate * (value - state.level)
+    deviation = jnp.abs(value - jnp.where(state.count > 0, level, value))
+    spread = state.spread + rate * (deviation - state.spread)
+    short_rate = jnp.maximum(0.2, 1.0 / (state.count + 1.0))
+    # A single 1e30 must not drag the short average for good: it enters clipped, divergence shows by repetition.
+    reach = jnp.where(is_warm, state.level + 50.0 * sigma + slack, jnp.inf)
+    short = jnp.where(is_finite, state.short + short_rate * (jnp.minimum(value, reach) - state.short), state.short)
+
+    verdict = jnp.where(is_unusual, WATCHING, HEALTHY)
+    verdict = jnp.where(strikes >= guard.patience, SPIKE, verdict)
+    verdict = jnp.where((state.count >= 4) & (short > ceiling), DIVERGED, verdict)
+    verdict = jnp.where(is_finite, verdict, NON_FINITE).astype(jnp.int32)
+    return GuardState(
+        level=jnp.where(accepted, level, state.level),
+        spread=jnp.where(accepted, spread, state.spread),
+        short=short,
+        count=jnp.where(accepted, state.count + 1, state.count),
+        strikes=strikes,
+    ), verdict
+
+
+def is_failure(verdict: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a verdict asks for a rollback."""
+    return verdict >= NON_FINITE
