@@ -4,3 +4,4 @@ from ._space import Choice as Choice
 from ._space import Float as Float
 from ._space import Int as Int
 from ._space import SearchSpace as SearchSpace
+from ._version import __version__ as __version__

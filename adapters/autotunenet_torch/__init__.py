@@ -1,0 +1,1 @@
+"""AutoTuneNet for PyTorch: the same controller, driven by a PyTorch training loop."""

@@ -1,0 +1,27 @@
+import os
+import pathlib
+
+# Set before JAX is imported, so that test processes and the processes they start share the compiled programs.
+_CACHE = pathlib.Path(__file__).resolve().parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# With a maximum size JAX locks the cache, without one two processes may read each other's half-written files.
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
+# Pictures are drawn to files.
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+import pytest
+
+# One compilation can take longer than hypothesis allows an example; derandomised, a failure in CI is one here.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def strict_promotion():
+    """Forbids implicit conversions between dtypes; optax's bias correction needs them, so tests ask for this."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
