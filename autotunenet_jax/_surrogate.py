@@ -1,0 +1,414 @@
+"""What the trials say about the objective: a Gaussian process with a fixed number of slots.
+
+Notation, as in the literature: ``d`` dimensions, ``n`` slots, ``m`` query points; ``K`` the covariance of the scores,
+``L`` its Cholesky factor, ``alpha = K^-1 r`` for residuals ``r``; hyperparameters are kept as logarithms.
+
+    K = a^2 Matern52(x, x') exp(-|t - t'| / l_t) + b^2 [same group] + diag(s^2 + noise_i)
+
+The first term is the shape ``f`` that `predict` returns. ``b`` is the intercept of a group about the group's mean
+score; without groups there is one group, and its intercept is the mean level of ``f``.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from ._bfgs import minimise
+from ._observations import Observations
+from ._observations import mask as used_slots
+from ._targets import targets
+
+# Two snapped options of an unordered choice differ by far more than float32 rounding.
+_SAME_OPTION = 1e-4
+# Reach of the fit about the prior's location, in the prior's scales.
+_REACH = 4.0
+
+
+def _kernels() -> Any:
+    """GPJax's kernels; the import initialises JAX's backend and must not happen inside a trace."""
+    with jax.ensure_compile_time_eval():
+        import gpjax.kernels
+
+    return gpjax.kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SurrogateConfig:
+    """What the Gaussian process models, and its priors.
+
+    Args:
+      dims: Dimensions of the unit cube.
+      is_categorical: Per dimension, whether its options have no order; those differ by 0 or 1 (Hamming distance).
+      has_time: Whether the objective drifts with the observations' ``time``.
+      has_groups: Whether the observations of one ``group`` share an unknown intercept, which `predict` leaves out.
+      standardise: Whether scores come in an arbitrary unit and are shifted and scaled; otherwise they are taken as
+        differences whose unit means something, such as log-ratios of losses, and only centred group by group.
+      lengthscale_loc: Location of the log-normal prior of each lengthscale, in the unit of the cube. By default
+        ``sqrt(2) + log(d) / 2``, so that the typical distance of two points means the same in every dimension.
+      lengthscale_scale: Scale of that prior.
+      signal_loc: Location of the log-normal prior of ``a``, in the (standardised) unit of the score.
+      signal_scale: Scale of that prior.
+      noise_loc: Location of the log-normal prior of ``s``, same unit.
+      noise_scale: Scale of that prior.
+      noise_floor: Smallest ``s`` as a share of the unit. What keeps ``K`` invertible in float32.
+      time_loc: Location of the log-normal prior of ``l_t``, in the unit of ``time``.
+      time_scale: Scale of that prior.
+      intercept_scale: ``b``, same unit as the score.
+      failure_margin: How much worse than the worst score of its group a failed trial counts, same unit.
+      outlier: Scores further than this from the median (from 0 unless ``standardise``) are compressed logarithmically;
+        in the unit of the score, or of its robust spread when ``standardise``.
+      fit_steps: Iterations of the fit; each evaluates the evidence once.
+      fit_starts: Starting points of the fit: the warm start, the prior's mode, and draws from the prior.
+
+    Raises:
+      ValueError: A size, scale or tuple length that makes no sense.
+    """
+
+    dims: int
+    is_categorical: tuple[bool, ...] = ()
+    has_time: bool = False
+    has_groups: bool = False
+    standardise: bool = True
+    lengthscale_loc: tuple[float, ...] = ()
+    lengthscale_scale: float = 1.0
+    signal_loc: float = 0.0
+    signal_scale: float = 1.0
+    noise_loc: float = -4.0
+    noise_scale: float = 1.0
+    noise_floor: float = 3e-3
+    time_loc: float = 0.0
+    time_scale: float = 1.0
+    intercept_scale: float = 1.0
+    failure_margin: float = 0.5
+    outlier: float = 4.0
+    fit_steps: int = 16
+    fit_starts: int = 4
+
+    def __post_init__(self):
+        if self.dims < 1:
+            raise ValueError(f"dims must be at least 1; got {self.dims!r}.")
+        defaults = {
+            "is_categorical": (False,) * self.dims,
+            "lengthscale_loc": (math.sqrt(2.0) + math.log(self.dims) / 2.0,) * self.dims,
+        }
+        for name, default in defaults.items():
+            given = tuple(getattr(self, name)) or default
+            if len(given) != self.dims:
+                raise ValueError(f"{name} needs one entry per dimension, {self.dims}; got {len(given)}.")
+            object.__setattr__(self, name, tuple(type(default[0])(entry) for entry in given))
+        positive = ("lengthscale_scale", "signal_scale", "noise_scale", "noise_floor", "time_scale", "intercept_scale",
+                    "outlier", "fit_steps", "fit_starts")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above zero; got {getattr(self, name)!r}.")
+        if self.failure_margin < 0:
+            raise ValueError(f"failure_margin must be at least 0; got {self.failure_margin!r}.")
+        _kernels()
+
+
+class Hyper(NamedTuple):
+    """Logarithms of the fitted hyperparameters; without time the last keeps its prior's location."""
+
+    lengthscale: Float[Array, "d"]
+    signal: Float[Array, ""]
+    noise: Float[Array, ""]
+    time_lengthscale: Float[Array, ""]
+
+
+class PriorMean(NamedTuple):
+    """A bowl in the unit of the score: quadratic near its centre, growing with the distance only beyond about 1."""
+
+    center: Float[Array, "d"]
+    curvature: Float[Array, "d"]
+    """Second derivative at the centre, per squared unit of the cube; 0 is flat."""
+
+
+class Posterior(NamedTuple):
+    """A fitted surrogate. Opaque except for ``hyper``, which warm-starts the next fit, and ``evidence``."""
+
+    hyper: Hyper
+    x: Float[Array, "n d"]
+    time: Float[Array, "n"]
+    used: Bool[Array, "n"]
+    cholesky: Float[Array, "n n"]
+    alpha: Float[Array, "n"]
+    location: Float[Array, ""]
+    scale: Float[Array, ""]
+    prior_mean: PriorMean
+    evidence: Float[Array, ""]
+    """Log evidence plus log prior of the hyperparameters, in nats, up to a constant."""
+
+
+class _Data(NamedTuple):
+    """What the evidence needs and the hyperparameters do not change."""
+
+    difference: Float[Array, "n n d"]
+    lag: Float[Array, "n n"]
+    same_group: Bool[Array, "n n"]
+    used: Bool[Array, "n"]
+    noise: Float[Array, "n"]
+    residual: Float[Array, "n"]
+
+
+def _prior(config: SurrogateConfig) -> tuple[Hyper, Hyper]:
+    """Location and scale of the normal priors of the log-hyperparameters."""
+    values = [
+        (jnp.array(config.lengthscale_loc, jnp.float32), jnp.full(config.dims, config.lengthscale_scale, jnp.float32))
+    ]
+    for loc, scale in (
+        (config.signal_loc, config.signal_scale),
+        (config.noise_loc, config.noise_scale),
+        (config.time_loc, config.time_scale),
+    ):
+        values.append((jnp.asarray(loc, jnp.float32), jnp.asarray(scale, jnp.float32)))
+    return Hyper(*(loc for loc, _ in values)), Hyper(*(scale for _, scale in values))
+
+
+def initial_hyper(config: SurrogateConfig) -> Hyper:
+    """Where the first fit starts: the prior's locations."""
+    return _prior(config)[0]
+
+
+def flat_mean(config: SurrogateConfig) -> PriorMean:
+    """The prior mean that knows nothing."""
+    return PriorMean(jnp.full(config.dims, 0.5, jnp.float32), jnp.zeros(config.dims, jnp.float32))
+
+
+def _bowl(mean: PriorMean, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    quadratic = 0.5 * jnp.sum(mean.curvature * jnp.square(x - mean.center), axis=-1)
+    return 2.0 * quadratic / (1.0 + jnp.sqrt(1.0 + quadratic))
+
+
+def _difference(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n d"]) -> Float[Array, "m n d"]:
+    delta = x[:, None, :] - z[None, :, :]
+    if not any(config.is_categorical):
+        return delta
+    is_other = jnp.where(jnp.abs(delta) > _SAME_OPTION, 1.0, 0.0)
+    return jnp.where(jnp.array(config.is_categorical), is_other, delta)
+
+
+def _shape_kernel(
+    config: SurrogateConfig, hyper: Hyper, difference: Float[Array, "m n d"], lag: Float[Array, "m n"]
+) -> Float[Array, "m n"]:
+    """Covariance of ``f``. Stationary kernels see only differences, so those are what they are given."""
+    kernels = _kernels()
+    matern = kernels.Matern52(
+        lengthscale=jnp.exp(hyper.lengthscale), variance=jnp.exp(2.0 * hyper.signal), n_dims=config.dims
+    )
+    origin = jnp.zeros(config.dims, jnp.float32)
+    covariance = jax.vmap(jax.vmap(lambda delta: matern(delta, origin)))(difference)
+    if config.has_time:
+        decay = kernels.Matern12(lengthscale=jnp.exp(hyper.time_lengthscale))
+        covariance *= jax.vmap(jax.vmap(lambda delta: decay(delta[None], jnp.zeros(1, jnp.float32))))(lag)
+    return covariance
+
+
+def _gram(config: SurrogateConfig, data: _Data, hyper: Hyper) -> Float[Array, "n n"]:
+    """Covariance of the scores; unused slots are rows of the identity and drop out of every result exactly."""
+    covariance = _shape_kernel(config, hyper, data.difference, data.lag)
+    covariance += jnp.where(data.same_group, config.intercept_scale**2, 0.0)
+    covariance = jnp.where(data.used[:, None] & data.used[None, :], covariance, 0.0)
+    noise = jnp.exp(2.0 * hyper.noise) + config.noise_floor**2 + data.noise
+    return covariance + jnp.diag(jnp.where(data.used, noise, 1.0))
+
+
+def _negative_log_prior(config: SurrogateConfig, hyper: Hyper) -> Float[Array, ""]:
+    loc, scale = _prior(config)
+    terms = jax.tree.map(lambda value, at, width: 0.5 * jnp.sum(jnp.square((value - at) / width)), hyper, loc, scale)
+    return jnp.sum(jnp.stack(terms))
+
+
+def _evidence(config: SurrogateConfig, data: _Data, hyper: Hyper) -> tuple[Float[Array, ""], Hyper]:
+    """Negative log posterior of the hyperparameters and its gradient, in closed form for the dense part.
+
+    With ``G = (K^-1 - alpha alpha') / 2`` the gradient is ``sum(G * dK)``, so only the kernel is differentiated by JAX
+    and the Cholesky factorisation never is.
+    """
+    covariance, pull = jax.vjp(functools.partial(_gram, config, data), hyper)
+    cholesky = jnp.linalg.cholesky(covariance)
+    whitener = solve_triangular(cholesky, jnp.eye(cholesky.shape[0], dtype=jnp.float32), lower=True)
+    white = whitener @ data.residual
+    alpha = whitener.T @ white
+    value = 0.5 * jnp.sum(jnp.square(white)) + jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+    (gradient,) = pull(0.5 * (whitener.T @ whitener - alpha[:, None] * alpha[None, :]))
+    prior, prior_gradient = jax.value_and_grad(functools.partial(_negative_log_prior, config))(hyper)
+    return value + prior, jax.tree.map(jnp.add, gradient, prior_gradient)
+
+
+def _flatten(hyper: Hyper) -> Float[Array, "p"]:
+    return jnp.concatenate([jnp.atleast_1d(part) for part in hyper])
+
+
+def _unflatten(config: SurrogateConfig, theta: Float[Array, "p"]) -> Hyper:
+    d = config.dims
+    return Hyper(theta[:d], theta[d], theta[d + 1], theta[d + 2])
+
+
+def fit(
+    config: SurrogateConfig,
+    obs: Observations,
+    *,
+    start: Hyper,
+    key: PRNGKeyArray,
+    prior_mean: PriorMean | None = None,
+) -> Posterior:
+    """Fits the hyperparameters to the trials by maximum a posteriori and conditions on the trials.
+
+    Any number of observations is fine, none included: then the posterior is the prior.
+
+    Args:
+      config: What is modelled; static.
+      obs: The trials.
+      start: Warm start, usually the last posterior's ``hyper``.
+      key: For the starting points drawn from the prior.
+      prior_mean: What is believed before the first trial; flat by default.
+
+    Returns:
+      The posterior at the best hyperparameters found.
+
+    Cost:
+      ``fit_starts * (fit_steps + 1)`` factorisations, O(n^3) each, for n slots however many are used.
+    """
+    prior_mean = flat_mean(config) if prior_mean is None else prior_mean
+    used = used_slots(obs)
+    x = jnp.where(used[:, None], obs.x, 0.5)
+    group = obs.group if config.has_groups else jnp.zeros_like(obs.group)
+    target = targets(
+        obs,
+        group=group,
+        level=_bowl(prior_mean, x),
+        standardise=config.standardise,
+        is_centred_apart=config.has_groups,
+        outlier=config.outlier,
+        failure_margin=config.failure_margin,
+    )
+    data = _Data(
+        difference=_difference(config, x, x),
+        lag=obs.time[:, None] - obs.time[None, :],
+        same_group=group[:, None] == group[None, :],
+        used=used,
+        noise=target.noise,
+        residual=target.residual,
+    )
+
+    loc, spread = (_flatten(part) for part in _prior(config))
+    low, high = loc - _REACH * spread, loc + _REACH * spread
+    draws = loc + spread * jax.random.normal(key, (max(config.fit_starts - 2, 0), loc.size))
+    warm = jnp.where(jnp.isfinite(_flatten(start)), _flatten(start), loc)
+    starts = jnp.clip(jnp.concatenate([warm[None], loc[None], draws])[: config.fit_starts], low, high)
+
+    def objective(theta):
+        value, gradient = _evidence(config, data, _unflatten(config, theta))
+        return value, _flatten(gradient)
+
+    thetas, values = jax.vmap(lambda s: minimise(objective, s, low, high, steps=config.fit_steps))(starts)
+    best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    hyper = _unflatten(config, thetas[best])
+
+    covariance = _gram(config, data, hyper)
+    cholesky = _safe_cholesky(covariance)
+    white = solve_triangular(cholesky, target.residual, lower=True)
+    alpha = solve_triangular(cholesky, white, lower=True, trans=1)
+    return Posterior(
+        hyper=hyper,
+        x=x,
+        time=obs.time,
+        used=used,
+        cholesky=cholesky,
+        alpha=alpha,
+        location=target.location,
+        scale=target.scale,
+        prior_mean=prior_mean,
+        evidence=-values[best],
+    )
+
+
+def _safe_cholesky(covariance: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Cholesky factor with just enough jitter to exist in float32."""
+    size = covariance.shape[0]
+    unit = jnp.max(jnp.diagonal(covariance))
+
+    def attempt(jitter):
+        return jnp.linalg.cholesky(covariance + jitter * unit * jnp.eye(size, dtype=jnp.float32))
+
+    def is_broken(carry):
+        jitter, cholesky = carry
+        return ~jnp.all(jnp.isfinite(cholesky)) & (jitter < 0.5)
+
+    # Starting from a broken factor keeps a single factorisation in the compiled program.
+    start = (jnp.float32(1e-8), jnp.full((size, size), jnp.nan, jnp.float32))
+    return jax.lax.while_loop(is_broken, lambda carry: (carry[0] * 10.0, attempt(carry[0])), start)[1]
+
+
+def covariance(
+    config: SurrogateConfig,
+    posterior: Posterior,
+    x: Float[Array, "m d"],
+    z: Float[Array, "k d"],
+    *,
+    time: Float[Array, "..."] | float = 0.0,
+    time_z: Float[Array, "..."] | float = 0.0,
+) -> Float[Array, "m k"]:
+    """Prior covariance of ``f`` between two sets of points, in the surrogate's unit."""
+    time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), x.shape[:1])
+    time_z = jnp.broadcast_to(jnp.asarray(time_z, jnp.float32), z.shape[:1])
+    lag = time[:, None] - time_z[None, :]
+    prior = _shape_kernel(config, posterior.hyper, _difference(config, x, z), lag)
+    return prior if config.has_groups else prior + config.intercept_scale**2
+
+
+def prior_variance(config: SurrogateConfig, posterior: Posterior) -> Float[Array, ""]:
+    """Prior variance of ``f`` at any point, in the surrogate's unit."""
+    level = 0.0 if config.has_groups else config.intercept_scale**2
+    return jnp.exp(2.0 * posterior.hyper.signal) + level
+
+
+def whiten(
+    config: SurrogateConfig,
+    posterior: Posterior,
+    x: Float[Array, "m d"],
+    *,
+    time: Float[Array, "..."] | float = 0.0,
+) -> tuple[Float[Array, "m"], Float[Array, "n m"]]:
+    """Posterior mean of ``f``, and ``V`` such that ``k(x, z) - V(x)' V(z)`` is its covariance, in the surrogate's unit."""
+    cross = covariance(config, posterior, x, posterior.x, time=time, time_z=posterior.time)
+    cross = jnp.where(posterior.used[None, :], cross, 0.0)
+    mean = _bowl(posterior.prior_mean, x) / posterior.scale + cross @ posterior.alpha
+    return mean, solve_triangular(posterior.cholesky, cross.T, lower=True)
+
+
+def predict(
+    config: SurrogateConfig,
+    posterior: Posterior,
+    x: Float[Array, "m d"],
+    *,
+    time: Float[Array, "..."] | float = 0.0,
+) -> tuple[Float[Array, "m"], Float[Array, "m m"]]:
+    """Joint posterior of the shape ``f`` (with the prior mean) at several points, without noise.
+
+    With groups, the intercept of the group is left out: only differences between points mean something.
+
+    Args:
+      config: As given to `fit`.
+      posterior: What `fit` returned.
+      x: Snapped points of the unit cube.
+      time: When, for all or for each of the points.
+
+    Returns:
+      Mean, in the unit of the scores, and covariance, in its square.
+
+    Cost:
+      O(n^2 m + n m^2).
+    """
+    mean, white = whiten(config, posterior, x, time=time)
+    prior = covariance(config, posterior, x, x, time=time, time_z=time)
+    joint = prior - white.T @ white
+    floor = 1e-7 * prior_variance(config, posterior)
+    joint += jnp.diag(jnp.maximum(floor - jnp.diagonal(joint), 0.0))
+    return posterior.location + posterior.scale * mean, jnp.square(posterior.scale) * joint
