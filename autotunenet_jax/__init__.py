@@ -1,6 +1,17 @@
 """Training runs that tune themselves: online Bayesian optimisation of hyperparameters inside one run."""
 
+from ._copies import HostCopy as HostCopy
+from ._copies import copy_tree as copy_tree
+from ._copies import copy_tree_to_host as copy_tree_to_host
 from ._engine import BayesianOptimizer as BayesianOptimizer
+from ._snapshot_errors import NoSnapshotError as NoSnapshotError
+from ._snapshot_errors import SnapshotDamagedError as SnapshotDamagedError
+from ._snapshot_errors import SnapshotFolderBusyError as SnapshotFolderBusyError
+from ._snapshot_errors import SnapshotMismatchError as SnapshotMismatchError
+from ._snapshot_errors import SnapshotVersionError as SnapshotVersionError
+from ._snapshot_errors import SnapshotWarning as SnapshotWarning
+from ._snapshot_index import SnapshotRecord as SnapshotRecord
+from ._snapshots import Snapshots as Snapshots
 from ._space import Choice as Choice
 from ._space import Float as Float
 from ._space import Int as Int

@@ -1,0 +1,571 @@
+"""Snapshots of a training state on disk: asynchronous, checksummed, never partly loaded.
+
+Orbax writes and reads the arrays; everything that decides (ids, index, checksums, retention, what is sound) is ours.
+"""
+
+import concurrent.futures.thread  # registers its exit hook before ours, which must run first
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import math
+import operator
+import os
+import pathlib
+import shutil
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from ._snapshot_errors import (
+    NoSnapshotError,
+    SnapshotDamagedError,
+    SnapshotMismatchError,
+    SnapshotWarning,
+)
+from ._snapshot_folder import SnapshotFolder
+from ._snapshot_index import (
+    MANIFEST_NAME,
+    DamagedFileError,
+    SnapshotRecord,
+    best_records,
+    read_json,
+    retain,
+    seal_files,
+    verify_files,
+    write_json,
+)
+from ._snapshot_leaves import LeafSpec, check_same, checksum, copy_to_host, describe, restore_leaf, stored_layout
+
+_log = logging.getLogger(__name__)
+
+_ARRAYS_NAME = "arrays"
+# Index, manifest and what Orbax writes beside the arrays.
+_SPARE_BYTES = 2**20
+# Steps run up to 1.7 times slower while a snapshot is being written: write a tenth of the time at most.
+_WRITING_SHARE = 0.1
+# Trouble of this process, not of the snapshot: it must not cost a sound snapshot its place.
+_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+
+
+class _UnreadableError(DamagedFileError):
+    """Orbax cannot read what is, byte for byte, what it wrote: perhaps another version of it can."""
+
+
+_open_stores: "weakref.WeakSet[Snapshots]" = weakref.WeakSet()
+
+
+def _finish_all_saves() -> None:
+    for store in list(_open_stores):
+        store._join()
+
+
+def _finish_saves_at_exit() -> None:
+    # Without it, a program that ends while a snapshot is being written loses it: at exit, thread pools (Orbax uses
+    # several) take no more work before ordinary atexit hooks run.
+    register = getattr(threading, "_register_atexit", None)
+    if register is not None and concurrent.futures.thread is not None:
+        register(_finish_all_saves)
+
+
+_finish_saves_at_exit()
+
+
+class Snapshots:
+    """A folder of snapshots of one training run.
+
+    Saving copies the state to host memory at once, so the caller may donate it to the next step, and writes in the
+    background. No failure of the disk reaches the training loop: it is warned of once, and saving is tried again with
+    the next snapshot. Restoring verifies every byte first; a snapshot that is not what was written is put aside with a
+    warning that names it, and the one before it is taken.
+
+    Example:
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> state = {"w": jnp.arange(3.0), "epoch": 2}
+        >>> with Snapshots(tempfile.mkdtemp()) as store:
+        ...     first = store.save(100, state, metric=0.5)
+        ...     step, restored = store.restore(state)
+        >>> step, restored["w"].tolist(), restored["epoch"]
+        (100, [0.0, 1.0, 2.0], 2)
+
+    Args:
+      folder: Where; made when absent. One open `Snapshots` at a time may write to it.
+      keep: How many of the latest snapshots to keep, at least 1. The last healthy one is always kept.
+      keep_best: How many of those with the best finite metric to keep besides.
+      mode: Whether a lower (``"min"``) or a higher (``"max"``) metric is better.
+      space: The search space, or its fingerprint: snapshots of another space are refused.
+      read_only: Takes no lock and changes nothing, to restore beside a running training.
+      overhead: Share of the run that `is_due` lets saves block, in (0, 1).
+      interval_s: Least time between saves that `is_due` asks for, in seconds.
+
+    Raises:
+      ValueError: An argument is out of range.
+      SnapshotFolderBusyError: Somebody else writes to the folder.
+      SnapshotVersionError: The folder was written by a newer version of this library.
+      OSError: The folder cannot be made or written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        keep_best: int = 1,
+        mode: Literal["min", "max"] = "min",
+        space: Any = None,
+        read_only: bool = False,
+        overhead: float = 0.01,
+        interval_s: float = 30.0,
+    ):
+        if keep < 1 or keep_best < 0:
+            raise ValueError(f"keep must be at least 1 and keep_best at least 0; got {keep} and {keep_best}.")
+        if mode not in ("min", "max"):
+            raise ValueError(f'mode must be "min" or "max"; got {mode!r}.')
+        if not 0.0 < overhead < 1.0 or not interval_s >= 0.0:
+            raise ValueError(
+                f"overhead must be in (0, 1) and interval_s not negative; got {overhead} and {interval_s}."
+            )
+        self._keep, self._keep_best = keep, keep_best
+        self._mode: Literal["min", "max"] = mode
+        self._space: str | None = space.fingerprint() if hasattr(space, "fingerprint") else space
+        self._overhead, self._interval_s = overhead, interval_s
+        self._folder = SnapshotFolder(pathlib.Path(folder).absolute(), is_read_only=read_only)
+        self._buffers: dict[int, np.ndarray] = {}
+        self._thread: threading.Thread | None = None
+        self._messages: list[str] = []
+        self._failure: str | None = None
+        self._is_closed = False
+        self._head = self._live()[-1] if self._live() else None
+        self._last_start = time.monotonic()
+        self._blocked_s = 0.0
+        self._write_s = 0.0
+        _open_stores.add(self)
+        self._tell()
+
+    # Saving.
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        *,
+        metric: float | None = None,
+        status: str = "healthy",
+        branch: str | None = None,
+        wait: bool = False,
+    ) -> int:
+        """Saves a state, in the background.
+
+        A save at a smaller step than some snapshot's tells that training went back: such snapshots are marked
+        abandoned (see also `abandon`).
+
+        Args:
+          step: Training step the state belongs to, not negative.
+          tree: Any pytree of arrays, typed random keys, NumPy arrays and scalars, Python numbers and text.
+          metric: The user's metric at this state; non-finite ones never count as best.
+          status: ``"healthy"`` if a rollback may go to it; any other word if not.
+          branch: Name of the line of training; by default that of the snapshot before.
+          wait: Whether to return only when the snapshot is durable or has failed (see `is_degraded`).
+
+        Returns:
+          The snapshot's id; ids grow by one and are never used again.
+
+        Raises:
+          TypeError: A leaf cannot be stored; the message names it.
+          ValueError: The step is negative, or this `Snapshots` is closed or read only.
+
+        Cost: blocks for one copy to host memory, about 12 ms for 100 MB on a CPU, and for what is left of the save
+        before. Keeps that copy's memory for the next one.
+        """
+        start = time.monotonic()
+        self._check_writable()
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"step must not be negative; got {step}.")
+        leaves, specs, _ = describe(tree)
+        self._join()
+        number = self._folder.next_id
+        self._folder.next_id += 1
+        record = SnapshotRecord(
+            id=number,
+            step=step,
+            branch=branch or (self._head.branch if self._head else "main"),
+            parent=self._head.id if self._head else None,
+            metric=None if metric is None else float(metric),
+            status=status,
+            structure=_structure(specs),
+            space=self._space,
+            size_bytes=0,
+            saved_at=time.time(),
+        )
+        try:
+            arrays = copy_to_host(leaves, specs, self._buffers)
+        except MemoryError as error:
+            self._buffers.clear()
+            self._fail(record, error)
+        else:
+            record = dataclasses.replace(record, size_bytes=sum(a.nbytes for a in arrays if a is not None))
+            self._thread = threading.Thread(
+                target=self._write, args=(record, specs, arrays), name=f"snapshot-{number}", daemon=False
+            )
+            self._thread.start()
+        self._last_start = start
+        self._blocked_s = time.monotonic() - start
+        if wait:
+            self._join()
+        self._tell()
+        return number
+
+    def prepare(self, tree: Any) -> None:
+        """Gets ready, in the background, for states like this one, so that the first save is as quick as the others.
+
+        Args:
+          tree: A state, or its shapes (``jax.eval_shape``).
+
+        Cost: memory for one copy of the state, which the first save would take anyway.
+        """
+        self._check_writable()
+        _, specs, _ = describe(tree)
+        self._join()
+        self._thread = threading.Thread(target=self._warm_up, args=(specs,), name="snapshot-prepare")
+        self._thread.start()
+
+    def _warm_up(self, specs: Sequence[LeafSpec]) -> None:
+        import orbax.checkpoint  # noqa: F401  # takes a second the first time
+
+        with contextlib.suppress(MemoryError):
+            for number, spec in enumerate(specs):
+                layout = stored_layout(spec)
+                if spec.is_stored and layout is not None and number not in self._buffers:
+                    buffer = np.empty(layout[1], layout[0])
+                    buffer.reshape(-1).view(np.uint8)[:] = 0  # pages are handed out when first written to
+                    self._buffers[number] = buffer
+
+    def is_due(self) -> bool:
+        """Whether a save now keeps to the cadence: the interval, the share of blocking, a tenth of the time writing.
+
+        The clock decides, so two runs save at different steps; what they compute does not depend on it.
+
+        Cost: no lock, no disk; meant to be asked every step.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        least = max(self._interval_s, self._blocked_s / self._overhead, self._write_s / _WRITING_SHARE)
+        return time.monotonic() - self._last_start >= least
+
+    def _write(self, record: SnapshotRecord, specs: Sequence[LeafSpec], arrays: Sequence[Any]) -> None:
+        start = time.monotonic()
+        partial: pathlib.Path | None = None
+        folder = self._folder
+        try:
+            folder.make_ready()
+            free = shutil.disk_usage(folder.root).free
+            need = record.size_bytes + _SPARE_BYTES
+            if free < need:
+                raise OSError(errno.ENOSPC, f"the disk has {free:,} bytes free and the snapshot needs {need:,}")
+            partial = folder.new_partial(record.id)
+            specs = [
+                s if a is None else dataclasses.replace(s, crc32=checksum(a))
+                for s, a in zip(specs, arrays, strict=True)
+            ]
+            _write_arrays(partial / _ARRAYS_NAME, {f"{n:06d}": a for n, a in enumerate(arrays) if a is not None})
+            body = {
+                "record": record.to_json(),
+                "leaves": [s.to_json() for s in specs],
+                "files": seal_files(partial),
+            }
+            record = dataclasses.replace(record, manifest_crc32=write_json(partial / MANIFEST_NAME, body))
+            folder.publish(partial, record.id)
+            self._list(record)
+        except BaseException as error:
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._fail(record, error)
+        else:
+            if self._failure is not None:
+                _log.info("Saving snapshots to %s works again, from snapshot %d on.", folder.root, record.id)
+            self._failure = None
+            self._head = record
+        finally:
+            self._write_s = time.monotonic() - start
+
+    def _list(self, record: SnapshotRecord) -> None:
+        """Commits a record, then deletes what retention no longer keeps."""
+        there = [
+            dataclasses.replace(r, is_abandoned=r.is_abandoned or r.step > record.step) for r in self._folder.records
+        ]
+        there.append(record)
+        kept = retain(there, keep=self._keep, keep_best=self._keep_best, mode=self._mode)
+        self._folder.commit(kept)
+        for number in {r.id for r in there} - {r.id for r in kept}:
+            self._folder.remove(number)
+
+    def _fail(self, record: SnapshotRecord, error: BaseException) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        if self._failure is None:
+            self._messages.append(
+                f"Saving snapshot {record.id} (step {record.step}) to {self._folder.root} failed: {reason}. Training "
+                "goes on without it and later saves are tried; this is said once until one succeeds."
+            )
+        _log.warning("Saving snapshot %d to %s failed: %s", record.id, self._folder.root, reason)
+        self._failure = reason
+
+    def _join(self) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+            self._thread = None
+
+    def _tell(self) -> None:
+        """Warns, on the caller's thread, of what happened since."""
+        messages = [*self._messages, *self._folder.messages]
+        self._messages.clear()
+        self._folder.messages.clear()
+        for message in messages:
+            warnings.warn(message, SnapshotWarning, stacklevel=3)
+
+    def _check_writable(self) -> None:
+        if self._is_closed or self._folder.is_read_only:
+            state = "closed" if self._is_closed else "open read only"
+            raise ValueError(f"These snapshots ({self._folder.root}) are {state}; open the folder again to save.")
+
+    # Looking and restoring.
+
+    def wait(self) -> None:
+        """Returns when the save under way is durable or has failed."""
+        self._join()
+        self._tell()
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder, as an absolute path."""
+        return self._folder.root
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the last save that ended has failed."""
+        return self._failure is not None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last save that ended has failed; None when it has not."""
+        return self._failure
+
+    def records(self) -> tuple[SnapshotRecord, ...]:
+        """All snapshots that can be restored, oldest first, abandoned ones too."""
+        self._settle()
+        self._tell()
+        return tuple(self._folder.records)
+
+    def latest(self) -> int | None:
+        """The training step of the snapshot that `restore` takes first; None when there is none."""
+        self._settle()
+        self._tell()
+        live = self._live()
+        return live[-1].step if live else None
+
+    def _settle(self) -> None:
+        self._join()
+        if self._folder.is_read_only:
+            self._folder.load()
+
+    def _live(self) -> list[SnapshotRecord]:
+        return [r for r in self._folder.records if not r.is_abandoned]
+
+    def _candidates(self, which: str | int) -> list[SnapshotRecord]:
+        match which:
+            case "latest":
+                return self._live()[::-1]
+            case "healthy":
+                return [r for r in self._live() if r.status == "healthy"][::-1]
+            case "best":
+                return best_records(self._folder.records, self._mode)
+            case bool() | str():
+                raise ValueError(f'which must be "latest", "healthy", "best" or the id of a snapshot; got {which!r}.')
+            case _:
+                return [r for r in self._folder.records if r.id == operator.index(which)]
+
+    def restore(self, like: Any, *, which: Literal["latest", "healthy", "best"] | int = "latest") -> tuple[int, Any]:
+        """Restores a state, all of it or nothing.
+
+        Args:
+          like: A state of the same structure; gives containers, dtypes and shardings, not values. Shapes
+            (``jax.eval_shape``) do as well. Where it holds a Python number and the snapshot a scalar array of the same
+            category, or the other way round, what was saved is returned.
+          which: ``"latest"``, ``"healthy"`` (the latest saved as such), ``"best"`` by a finite metric, or an id. The
+            first three fall back to the next in line where a snapshot is damaged.
+
+        Returns:
+          The training step saved with the state, and the state: new arrays, bit for bit those that were saved.
+
+        Raises:
+          NoSnapshotError: There is no such snapshot. A FileNotFoundError.
+          SnapshotMismatchError: It is of another model or search space. A ValueError that names the differences.
+          SnapshotDamagedError: There were some, and all are damaged. An OSError.
+          SnapshotVersionError: It was written by a newer version of this library. A ValueError.
+        """
+        _, specs, treedef = describe(like)
+        likes = treedef.flatten_up_to(like)
+        self._settle()
+        candidates = self._candidates(which)
+        if not candidates:
+            self._tell()
+            listed = ", ".join(f"{r.id} (step {r.step})" for r in self._folder.records) or "none"
+            raise NoSnapshotError(f"There is no snapshot {which!r} in {self._folder.root}; there are: {listed}.")
+        for record in candidates:
+            try:
+                leaves = self._read(record, specs, likes)
+            except DamagedFileError as error:
+                if self._is_retired(record):
+                    return self.restore(like, which=which)
+                self._folder.quarantine(record, str(error), is_kept_in_place=isinstance(error, _UnreadableError))
+                continue
+            self._head = record
+            self._tell()
+            return record.step, treedef.unflatten(leaves)
+        self._tell()
+        names = ", ".join(str(r.id) for r in candidates)
+        raise SnapshotDamagedError(
+            f"No sound snapshot {which!r} is left in {self._folder.root}: {names} damaged, see the warnings. "
+            "Nothing was loaded."
+        )
+
+    def _is_retired(self, record: SnapshotRecord) -> bool:
+        """Whether the writer beside a read-only reader has deleted the snapshot while it was being read."""
+        if not self._folder.is_read_only:
+            return False
+        self._folder.load()
+        return all(r.id != record.id for r in self._folder.records)
+
+    def _read(self, record: SnapshotRecord, wanted: Sequence[LeafSpec], likes: Sequence[Any]) -> list[Any]:
+        path = self._folder.root / record.folder_name
+        where = f"Snapshot {record.id} (step {record.step}) in {self._folder.root}"
+        try:
+            if path.is_symlink():
+                raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
+            body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
+            verify_files(path, body["files"])
+        except FileNotFoundError as error:
+            raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
+        except OSError as error:
+            if error.errno in _OWN_TROUBLE:
+                raise
+            raise DamagedFileError(f"it cannot be read ({error})") from error
+        specs = [LeafSpec.from_json(s) for s in body["leaves"]]
+        if None not in (self._space, record.space) and self._space != record.space:
+            raise SnapshotMismatchError(
+                f"{where} is of another search space: {record.space} in the snapshot, {self._space} given. Nothing was "
+                "loaded. Give the space it was saved with, or use another folder."
+            )
+        check_same(specs, wanted, where=where)
+        stored = _read_arrays(path / _ARRAYS_NAME, {f"{n:06d}": s for n, s in enumerate(specs) if s.is_stored})
+        by_name = {s.name: (s, stored.get(f"{n:06d}")) for n, s in enumerate(specs)}
+        return [restore_leaf(*by_name[w.name], like) for w, like in zip(wanted, likes, strict=True)]
+
+    # Marks.
+
+    def abandon(self, *, after_step: int) -> None:
+        """Marks the snapshots beyond a step as of an abandoned line: training went back to that step.
+
+        They are no longer latest or healthy, and retention deletes them at the next save, but for the best.
+
+        Args:
+          after_step: Step that training went back to.
+        """
+        self._update(lambda r: dataclasses.replace(r, is_abandoned=r.is_abandoned or r.step > after_step))
+
+    def mark(self, number: int, *, status: str) -> None:
+        """Changes the status of a snapshot, as when a state saved as healthy turns out not to be.
+
+        Args:
+          number: Id of the snapshot; one that is no longer there is passed over.
+          status: ``"healthy"`` if a rollback may go to it; any other word if not.
+        """
+        self._update(lambda r: dataclasses.replace(r, status=status) if r.id == number else r)
+
+    def _update(self, change: Any) -> None:
+        self._check_writable()
+        self._join()
+        records = [change(r) for r in self._folder.records]
+        if records != self._folder.records:
+            self._folder.records = records
+            # What cannot be written now is written with the next save.
+            with contextlib.suppress(OSError):
+                self._folder.commit(records)
+        live = self._live()
+        self._head = live[-1] if live else None
+        self._tell()
+
+    def close(self) -> None:
+        """Waits for the save under way and lets others write to the folder."""
+        self._join()
+        self._folder.close()
+        self._is_closed = True
+        self._buffers.clear()
+        self._tell()
+
+    def __enter__(self) -> "Snapshots":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Snapshots({str(self._folder.root)!r}, keep={self._keep})"
+
+
+def _structure(specs: Sequence[LeafSpec]) -> str:
+    listed = [(s.name, str(s)) for s in specs]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def _write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    if not arrays:
+        path.mkdir()
+        return
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
+
+
+def _read_arrays(path: pathlib.Path, specs: dict[str, LeafSpec]) -> dict[str, np.ndarray]:
+    if not specs:
+        return {}
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.PyTreeRestore(
+        item={name: 0 for name in specs},
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in specs},
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            sizes = {name: math.prod(m.shape) for name, m in _metadata(checkpointer, path).items()}
+            for name, spec in specs.items():
+                layout = stored_layout(spec)
+                if layout is not None and sizes.get(name) != math.prod(layout[1]):
+                    raise DamagedFileError(f"{spec.name} is not stored with its shape")
+            arrays = checkpointer.restore(path, args=arguments)
+    except (MemoryError, DamagedFileError):
+        raise
+    except Exception as error:
+        raise _UnreadableError(f"its arrays cannot be read ({type(error).__name__}: {error})") from error
+    for name, spec in specs.items():
+        array, layout = arrays[name], stored_layout(spec)
+        if not isinstance(array, np.ndarray) or (layout is not None and (array.dtype, array.shape) != layout):
+            raise DamagedFileError(f"{spec.name} is not stored with its dtype and shape")
+        if checksum(array) != spec.crc32:
+            raise DamagedFileError(f"{spec.name} differs from what was saved (checksum)")
+    return arrays
+
+
+def _metadata(checkpointer: Any, path: pathlib.Path) -> dict[str, Any]:
+    return dict(checkpointer.metadata(path).item_metadata.tree)
