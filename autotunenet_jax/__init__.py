@@ -17,3 +17,11 @@ from ._space import Float as Float
 from ._space import Int as Int
 from ._space import SearchSpace as SearchSpace
 from ._version import __version__ as __version__
+from ._controller import AutoTuneNet as AutoTuneNet
+from ._guard import Guard as Guard
+from ._history import History as History
+from ._hyperparams import set_hyperparams as set_hyperparams
+from ._loop import FitResult as FitResult
+from ._loop import fit as fit
+from ._state import Directive as Directive
+from ._state import TunerState as TunerState

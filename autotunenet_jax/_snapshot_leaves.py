@@ -225,7 +225,7 @@ def copy_to_host(leaves: Sequence[Any], specs: Sequence[LeafSpec], buffers: dict
 
 def checksum(array: np.ndarray) -> int:
     """CRC-32 of an array's bytes in C order."""
-    return zlib.crc32(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def stored_layout(spec: LeafSpec) -> tuple[np.dtype, tuple[int, ...]] | None:

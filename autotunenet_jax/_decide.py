@@ -1,0 +1,357 @@
+"""The costly half of the controller: what to do when a stretch of training ends.
+
+One call scores the fork that ended, refits the surrogate, and either lets the fork run on, starts the next one, or ends
+the round. Fit, acquisition and posterior appear once each, so that the whole decision compiles quickly.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import norm
+from jaxtyping import Array, Bool, Float
+
+from . import _acquisition, _guard, _observations, _surrogate
+from ._plan import FAST, MAX_FORKS, NEVER, SLOW
+from ._space import Choice, Float as FloatParameter, Int as IntParameter, SearchSpace
+from ._state import (
+    FORK,
+    FORK_DROPPED,
+    FORK_FAILED,
+    FORK_FINISHED,
+    FORK_RUNNING,
+    OUTCOME_FORK_CONTINUES,
+    OUTCOME_FORK_STARTED,
+    OUTCOME_ROUND_FAILED,
+    OUTCOME_ROUND_MOVED,
+    OUTCOME_ROUND_SKIPPED,
+    OUTCOME_ROUND_STAYED,
+    OUTCOME_ROUND_STARTED,
+    SWEEP,
+    TRAIN,
+    Directive,
+    Round,
+    TunerState,
+    empty_round,
+    empty_window,
+)
+from ._tick import position
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Constants of the decisions; scores are in units of the progress that the best fork of a round made.
+
+    Args:
+      drop_below: A fork is dropped at its early score when its probability of beating the kept one is below this.
+      move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
+      move_slow: The same in slow rounds.
+      price: Least expected improvement worth another fork.
+      sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
+      sweep_curvature: Expected loss of score at one decade from there, doubled.
+      slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
+      slow_curvature: Expected loss of score at distance one from there, doubled.
+      plausible_decades: A starting rate this close to the expected best is tried first.
+      fast_reach_decades: How far from the expected best rate the first round may look.
+      later_reach: Half-width, in the unit cube, of the trust region of later rounds.
+    """
+
+    drop_below: float = 0.15
+    move_fast: float = 0.5
+    move_slow: float = 0.6
+    price: float = 0.01
+    sweep_offset: float = 0.8
+    sweep_curvature: float = 0.6
+    slow_center: float = 0.5
+    slow_curvature: float = 0.6
+    plausible_decades: float = 0.3
+    fast_reach_decades: float = 1.0
+    later_reach: float = 0.3
+
+
+class Directions(NamedTuple):
+    """Constants of a search space, as arrays over its dimensions."""
+
+    is_rate: np.ndarray
+    is_slow: np.ndarray
+    decades: np.ndarray
+
+
+def directions(space: SearchSpace) -> Directions:
+    """Which dimensions are rates or slow, and how many decades each spans (its whole range, when linear, counts 4)."""
+
+    def span(p: FloatParameter | IntParameter | Choice) -> float:
+        return math.log10(p.hi / p.lo) if not isinstance(p, Choice) and p.log else 4.0
+
+    roles = space.roles
+    return Directions(
+        is_rate=np.array([role == "rate" for role in roles]),
+        is_slow=np.array([role == "slow" for role in roles]),
+        decades=np.array([span(p) for _, p in space.params], np.float32),
+    )
+
+
+def normalised(obs: _observations.Observations) -> _observations.Observations:
+    """Scores as shares of what the best fork of their group gained over the state they all started from.
+
+    Raw scores are differences to the group's reference, so the best one, negated, is the gain. Where there was none,
+    the spread of the group stands in. Adding a constant to the loss changes nothing, nor does scaling it.
+    """
+    usable = _observations.mask(obs) & ~obs.failed
+    same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
+    lowest = jnp.min(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
+    lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
+    excess = obs.y - lowest
+    mean_excess = jnp.sum(jnp.where(same, excess[None, :], 0.0), axis=1) / jnp.maximum(jnp.sum(same, axis=1), 1)
+    scale = jnp.maximum(jnp.maximum(-lowest, 2.0 * mean_excess), 1e-12)
+    return obs._replace(y=jnp.where(usable, jnp.clip(excess / scale, 0.0, 2.0), 0.0))
+
+
+def _expected_improvement(mean: Array, covariance: Array, best: Array) -> Array:
+    """Expected improvement of the last point over point ``best``, from their joint posterior."""
+    gain = mean[best] - mean[-1]
+    variance = covariance[-1, -1] + covariance[best, best] - 2.0 * covariance[best, -1]
+    deviation = jnp.sqrt(jnp.maximum(variance, 1e-12))
+    z = gain / deviation
+    return gain * norm.cdf(z) + deviation * norm.pdf(z)
+
+
+def _probability_better(mean: Array, covariance: Array, challenger: Array, holder: Array) -> Array:
+    gain = mean[holder] - mean[challenger]
+    variance = covariance[holder, holder] + covariance[challenger, challenger] - 2.0 * covariance[holder, challenger]
+    return norm.cdf(gain / jnp.sqrt(jnp.maximum(variance, 1e-12)))
+
+
+def _select(condition: Array, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _prior_after_sweep(policy: Policy, space_of: Directions, ts: TunerState) -> _surrogate.PriorMean:
+    offset = policy.sweep_offset / space_of.decades
+    center = jnp.clip(ts.sweep.position - offset, 0.0, 1.0)
+    curvature = policy.sweep_curvature * jnp.asarray(space_of.decades) ** 2
+    return _surrogate.PriorMean(
+        center=jnp.where(space_of.is_rate, center, ts.prior.center),
+        curvature=jnp.where(space_of.is_rate, curvature, ts.prior.curvature),
+    )
+
+
+def first_prior(policy: Policy, space_of: Directions, incumbent: Float[Array, "d"]) -> _surrogate.PriorMean:
+    """What is believed before the run: nothing of the fast hyperparameters, moderate values of the slow ones."""
+    return _surrogate.PriorMean(
+        center=jnp.where(space_of.is_slow, policy.slow_center, incumbent),
+        curvature=jnp.where(space_of.is_slow, policy.slow_curvature, 0.0).astype(jnp.float32),
+    )
+
+
+def _box(policy: Policy, space_of: Directions, ts: TunerState, kind: Array) -> tuple[Array, Array]:
+    """Where the round may look: its own kind's dimensions near what is known, the others where they are."""
+    is_first = ts.rounds_held == 0
+    reach_first = policy.fast_reach_decades / space_of.decades
+    knows_rate = ts.prior.curvature > 0
+    center = jnp.where(is_first & space_of.is_rate & knows_rate, ts.prior.center, ts.incumbent)
+    reach = jnp.where(space_of.is_rate & knows_rate, jnp.where(is_first, reach_first, policy.later_reach), 1.0)
+    active = jnp.where(kind == SLOW, space_of.is_slow, ~space_of.is_slow)
+    fixed = ts.round.x[0]
+    lower = jnp.where(active, jnp.maximum(center - reach, 0.0), fixed)
+    upper = jnp.where(active, jnp.minimum(center + reach, 1.0), fixed)
+    return lower, upper
+
+
+def decide(
+    config: _surrogate.SurrogateConfig,
+    policy: Policy,
+    space: SearchSpace,
+    ts: TunerState,
+) -> tuple[TunerState, Directive, Round]:
+    """What to do now that a stretch of training has ended.
+
+    Returns:
+      The next state, what the loop must do, and the round as it stood when the decision was taken.
+
+    Cost: one surrogate fit, one acquisition, one posterior; O(capacity^3), whatever the length of the run.
+    """
+    space_of = directions(space)
+    key, fit_key, propose_key = jax.random.split(ts.key, 3)
+    plan, held = ts.plan, ts.round
+    row = held.index
+    kind, late = plan.kind[row], plan.late[row]
+    in_train, in_sweep, in_fork = ts.phase == TRAIN, ts.phase == SWEEP, ts.phase == FORK
+    fork, rung = held.fork, held.rung
+
+    # The stretch that ended: its score, next to the others of the round.
+    ran = position(ts)
+    loss = ts.window.loss_sum / ts.window.loss_count
+    metric = ts.window.eval_sum / ts.window.eval_count
+    is_opening = in_fork & (fork == 0) & (rung == 0)
+    has_eval = jnp.where(is_opening, jnp.isfinite(metric), held.has_eval)
+    score = jnp.where(has_eval, metric, loss)
+    reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
+    reference = jnp.where(jnp.isfinite(reference), reference, score)
+    succeeded = in_fork & ~ts.has_failed & jnp.isfinite(score)
+    steps_run = held.steps[fork] + ran
+    held = held._replace(
+        has_eval=has_eval,
+        reference=reference,
+        x=jnp.where(in_fork, held.x.at[fork].set(ts.trial), held.x),
+        score=jnp.where(in_fork, held.score.at[fork, rung].set(jnp.where(succeeded, score, jnp.nan)), held.score),
+        steps=jnp.where(in_fork, held.steps.at[fork].set(steps_run), held.steps),
+    )
+    # Time is measured along the branch that survives, in logarithms: early steps change the objective most.
+    time = jnp.log1p((ts.slots.saved_data + steps_run) / 10.0)
+    added = _observations.add(
+        ts.observations,
+        ts.trial,
+        jnp.where(succeeded, score - reference, 0.0),
+        time=time,
+        group=held.group + rung,
+        failed=~succeeded,
+    )
+    observations = _select(in_fork, added, ts.observations)
+    prior = _select(in_sweep, _prior_after_sweep(policy, space_of, ts), ts.prior)
+    ts = ts._replace(prior=prior)
+
+    posterior = _surrogate.fit(config, normalised(observations), start=ts.hyper, key=fit_key, prior_mean=prior)
+    held_x = held.x
+    is_run = (jnp.arange(MAX_FORKS) <= fork) & (held.steps > 0)
+    opens = in_train
+    held_now = held._replace(x=jnp.where(opens | in_sweep, ts.incumbent[None, :], held_x))
+    lower, upper = _box(policy, space_of, ts._replace(round=held_now), kind)
+    proposal = _acquisition.propose(
+        config,
+        posterior,
+        propose_key,
+        lower=lower,
+        upper=upper,
+        snap=space.snap,
+        reference=held_x,
+        reference_mask=is_run & (held.status != FORK_FAILED),
+        time=time,
+    )
+    mean, covariance = _surrogate.predict(config, posterior, jnp.concatenate([held_x, proposal[None]]), time=time)
+
+    # Does the fork run on, win, or end?
+    holder = jnp.maximum(held.kept, 0)
+    has_holder = held.kept >= 0
+    p_better = jnp.where(has_holder, _probability_better(mean, covariance, fork, holder), 1.0)
+    is_late = (rung == 1) | (plan.early[row] >= late)
+    needed = jnp.where(kind == FAST, policy.move_fast, policy.move_slow)
+    continues = succeeded & ~is_late & (p_better >= policy.drop_below)
+    wins = succeeded & is_late & (~has_holder | (p_better > needed))
+    ends = in_fork & ~continues
+    status = jnp.where(
+        continues,
+        FORK_RUNNING,
+        jnp.where(succeeded, jnp.where(is_late, FORK_FINISHED, FORK_DROPPED), FORK_FAILED),
+    )
+    lost_steps = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), steps_run)
+    discarded = ts.discarded + jnp.where(ends, lost_steps, 0) + jnp.where(in_sweep, ran, 0)
+    held = held._replace(
+        kept=jnp.where(wins, fork, held.kept),
+        status=jnp.where(in_fork, held.status.at[fork].set(status), held.status),
+        p_better=jnp.where(in_fork, held.p_better.at[fork].set(p_better), held.p_better),
+    )
+    has_kept = held.kept >= 0
+    best = jnp.maximum(held.kept, 0)
+    report = held
+
+    # Is another fork worth its price, and within the budget?
+    budget = jnp.where(plan.total > 0, plan.total, jnp.maximum(ts.step, 1000)) * plan.share
+    affordable = discarded + late <= budget
+    remaining = jnp.where(plan.total > 0, plan.total - ts.step, NEVER)
+    gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
+    may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
+    forks_again = ends & may_fork & affordable & (gain > policy.price) & (remaining > late)
+    finishes = ends & ~forks_again
+
+    # A round begins with the incumbent, unless the sweep says its rate is far off.
+    holds = in_train & (remaining > late) & affordable & ((kind == FAST) | jnp.isfinite(ts.eval_level))
+    skips = in_train & ~holds
+    starts_sweep = holds & (plan.sweep[row] > 0)
+    is_far = jnp.abs(ts.incumbent - prior.center) * space_of.decades > policy.plausible_decades
+    opening = space.snap(jnp.where(in_sweep & space_of.is_rate & is_far, prior.center, ts.incumbent))
+    starts_fork = (holds & ~starts_sweep) | in_sweep | forks_again
+    trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
+
+    chosen = jnp.where(has_kept, held.x[best], proposal)
+    incumbent = jnp.where(finishes, chosen, ts.incumbent)
+    moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
+    keep = wins
+    adopt = finishes & has_kept & ~wins
+    restore = in_sweep | forks_again | (finishes & ~has_kept)
+    save = holds
+
+    data_step = jnp.where(restore, ts.slots.saved_data, jnp.where(adopt, ts.slots.kept_data, ts.data_step))
+    # A state that every fork spoiled is not shown the same data again.
+    data_step = jnp.where(finishes & ~has_kept, ts.data_step, data_step)
+    slots = ts.slots._replace(
+        saved_data=jnp.where(save, ts.data_step, ts.slots.saved_data),
+        saved_step=jnp.where(save, ts.step, ts.slots.saved_step),
+        kept_data=jnp.where(keep, ts.data_step, ts.slots.kept_data),
+        kept_step=jnp.where(keep, ts.step, ts.slots.kept_step),
+    )
+
+    # The next round, and the segment that leads to it.
+    next_row = jnp.where(finishes | skips, row + 1, row)
+    opened = empty_round(held.x.shape[1], index=next_row, group=held.group)
+    fresh = opened._replace(group=held.group + 2)
+    held = _select(finishes | skips, fresh, held)
+    held = _select(holds, opened, held)
+    held = held._replace(
+        fork=jnp.where(forks_again, fork + 1, held.fork),
+        rung=jnp.where(continues, 1, jnp.where(starts_fork, 0, held.rung)),
+    )
+    until_round = jnp.maximum(plan.start[next_row] - ts.step, 1)
+    until_round = jnp.where(plan.start[next_row] >= NEVER, NEVER, until_round)
+    segment = jnp.where(continues, late - plan.early[row], plan.early[row])
+    segment = jnp.where(starts_sweep, plan.sweep[row], segment)
+    segment = jnp.where(finishes | skips, until_round, segment).astype(jnp.int32)
+    phase = jnp.where(starts_sweep, SWEEP, jnp.where(continues | starts_fork, FORK, TRAIN)).astype(jnp.int32)
+
+    outcome = jnp.where(
+        finishes,
+        jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), OUTCOME_ROUND_FAILED),
+        jnp.where(
+            continues,
+            OUTCOME_FORK_CONTINUES,
+            jnp.where(holds, OUTCOME_ROUND_STARTED, jnp.where(starts_fork, OUTCOME_FORK_STARTED, OUTCOME_ROUND_SKIPPED)),
+        ),
+    ).astype(jnp.int32)
+
+    # What the guard knows of the loss belongs to the state it was measured on: it starts afresh with each fork.
+    changes_state = continues | starts_fork | finishes
+    guard = _select(changes_state, ts.guard._replace(count=jnp.zeros_like(ts.guard.count)), ts.guard)
+    guard = guard._replace(strikes=jnp.where(changes_state, 0, guard.strikes))
+    new = ts._replace(
+        key=key,
+        data_step=data_step,
+        phase=phase,
+        segment_left=segment,
+        segment_length=segment,
+        incumbent=incumbent,
+        trial=trial,
+        has_failed=jnp.zeros_like(ts.has_failed),
+        discarded=discarded,
+        rounds_held=ts.rounds_held + finishes,
+        outcome=outcome,
+        window=empty_window(),
+        round=held,
+        slots=slots,
+        guard=guard,
+        observations=observations,
+        hyper=posterior.hyper,
+    )
+    off = jnp.zeros((), bool)
+    return new, Directive(
+        save=save,
+        restore=restore,
+        keep=keep,
+        adopt=adopt,
+        evaluate=off,
+        data_step=data_step,
+        outcome=outcome,
+        verdict=jnp.int32(_guard.HEALTHY),
+    ), report

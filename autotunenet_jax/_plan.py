@@ -1,0 +1,164 @@
+"""When to hold rounds of forks, how many forks, how long, and for which hyperparameters.
+
+A plan is made once, on the host, from the budget and the search space. It is data, not code: the compiled controller
+reads it from arrays, so two budgets share one compilation.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ._space import SearchSpace
+
+FAST, SLOW = 0, 1
+
+MAX_FORKS = 8
+"""Most forks a round can hold; sizes the controller's arrays."""
+
+MAX_ROUNDS = 32
+"""Most rounds a plan can hold."""
+
+NEVER = 2**30
+"""A step count no run reaches."""
+
+# Below this many steps a round has no room to show anything (FINDINGS: forks of at least ten steps).
+MIN_TOTAL_STEPS = 64
+
+# Rounds are sized for runs of about a thousand steps; longer runs need less than proportionally longer forks.
+_REFERENCE_STEPS = 1000
+_LENGTH_EXPONENT = 0.75
+
+
+class Plan(NamedTuple):
+    """Rounds in order of their start; arrays over rounds, then scalars.
+
+    Attributes:
+      start: Budget step at which the round may begin; `NEVER` pads.
+      kind: `FAST` (rates and other hyperparameters that show within a few steps) or `SLOW`.
+      forks: Most forks of the round.
+      early: Steps after which a fork is scored for the first time; weak ones are dropped there.
+      late: Steps of a fork that runs to its end; equal to ``early`` when there is one score only.
+      sweep: Steps of the range sweep held first; 0 for none.
+      total: Steps of the whole run; 0 when it is not known.
+      share: Share of the budget that may be spent on discarded fork steps.
+      save_every: Steps between the snapshots taken outside rounds.
+    """
+
+    start: Int[Array, "rounds"]
+    kind: Int[Array, "rounds"]
+    forks: Int[Array, "rounds"]
+    early: Int[Array, "rounds"]
+    late: Int[Array, "rounds"]
+    sweep: Int[Array, "rounds"]
+    total: Int[Array, ""]
+    share: Float[Array, ""]
+    save_every: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The proportions a plan is made with, as shares of the run.
+
+    Args:
+      sweep: Length of the range sweep.
+      early: First score of a fast fork.
+      late: Full length of a fast fork.
+      fast_forks: Forks of the first fast round for one hyperparameter; one more for each further one.
+      slow: Length of a slow fork.
+      slow_forks: Forks of a slow round.
+      slow_starts: When slow rounds begin.
+      fast_share: Most of the budget that discarded steps of fast rounds may take.
+      slow_share: The same when slow hyperparameters are tuned too.
+    """
+
+    sweep: float = 0.03
+    early: float = 0.025
+    late: float = 0.06
+    fast_forks: int = 3
+    slow: float = 0.08
+    slow_forks: int = 4
+    slow_starts: tuple[float, ...] = (0.15, 0.6)
+    fast_share: float = 0.15
+    slow_share: float = 0.45
+
+
+def _scaled(share: float, total_steps: int) -> float:
+    """Steps that ``share`` of a run stands for: proportional up to the reference length, then sublinear."""
+    excess = max(total_steps / _REFERENCE_STEPS, 1.0)
+    return share * total_steps * excess ** (_LENGTH_EXPONENT - 1.0)
+
+
+def _fast_round(recipe: Recipe, space: SearchSpace, total_steps: int, cap: float) -> dict[str, int]:
+    has_rate = "rate" in space.roles
+    dims = sum(role != "slow" for role in space.roles)
+    forks = min(recipe.fast_forks + dims - 1, MAX_FORKS)
+    sweep = min(max(round(_scaled(recipe.sweep, total_steps)), 8), 120) if has_rate else 0
+    late = min(_scaled(recipe.late, total_steps), (cap - sweep) / (forks - 1))
+    if late < 6 and forks > 2:
+        forks = 2
+        late = min(_scaled(recipe.late, total_steps), cap - sweep)
+    late = max(int(late), 2)
+    early = min(max(round(late * recipe.early / recipe.late), 6), late)
+    return {"kind": FAST, "forks": forks, "early": early, "late": late, "sweep": sweep}
+
+
+def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: float | None = None) -> Plan:
+    """The plan for a budget and a space.
+
+    Args:
+      space: What may be tuned.
+      total_steps: Steps of the whole run, forks included, or None when open-ended: rounds then come at doubling
+        intervals.
+      recipe: Proportions.
+      share: Most of the budget that discarded fork steps may take, in (0, 1); None takes the recipe's.
+
+    Returns:
+      A `Plan` of NumPy arrays.
+
+    Raises:
+      ValueError: ``total_steps`` leaves no room for a round.
+    """
+    has_fast = any(role != "slow" for role in space.roles)
+    has_slow = "slow" in space.roles
+    share = (recipe.slow_share if has_slow else recipe.fast_share) if share is None else share
+    if total_steps is not None and total_steps < MIN_TOTAL_STEPS:
+        raise ValueError(
+            f"total_steps must be at least {MIN_TOTAL_STEPS} to hold one round of forks; got {total_steps}. "
+            "Train longer, or train without the tuner."
+        )
+    rounds = []
+    if total_steps is None:
+        first = _fast_round(recipe, space, _REFERENCE_STEPS, recipe.fast_share * _REFERENCE_STEPS)
+        slow = {"kind": SLOW, "forks": recipe.slow_forks, "sweep": 0}
+        if has_fast:
+            rounds.append({"start": 0, **first})
+        start = 500
+        while len(rounds) + 1 < MAX_ROUNDS and start < NEVER // 2:
+            length = max(round(0.04 * start), 10)
+            if has_fast:
+                rounds.append({"start": start, **first, "early": length, "late": length, "sweep": 0})
+            if has_slow:
+                rounds.append({"start": start, **slow, "early": 2 * length, "late": 2 * length})
+            start *= 2
+    else:
+        if has_fast:
+            cap = min(share, recipe.fast_share) * total_steps
+            rounds.append({"start": 0, **_fast_round(recipe, space, total_steps, cap)})
+        if has_slow:
+            length = max(round(recipe.slow * total_steps), 8)
+            for start in recipe.slow_starts:
+                rounds.append({"start": math.ceil(start * total_steps), "kind": SLOW, "forks": recipe.slow_forks,
+                               "early": length, "late": length, "sweep": 0})  # fmt: skip
+    rounds = rounds[:MAX_ROUNDS]
+    padding = [{"start": NEVER, "kind": FAST, "forks": 0, "early": 1, "late": 1, "sweep": 0}]
+    rounds += padding * (MAX_ROUNDS - len(rounds))
+    columns = {name: np.array([row[name] for row in rounds], np.int32) for name in Plan._fields[:6]}
+    return Plan(
+        **columns,
+        total=np.int32(total_steps or 0),
+        share=np.float32(share),
+        save_every=np.int32(min(max((total_steps or 5000) // 50, 20), 500)),
+    )

@@ -1,0 +1,178 @@
+"""From what the device logs to a history."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import _plan
+from ._history import History
+from ._progress import Progress
+from ._space import SearchSpace
+from ._state import FORK, FORK_FINISHED, FORK_STATUSES, OUTCOME_ROLLBACK, OUTCOMES, PHASES, SWEEP, TRAIN, Round
+
+# Device scalars waiting to be read are read together once this many have gathered.
+_PENDING_LIMIT = 256
+
+_KINDS = {_plan.FAST: "fast", _plan.SLOW: "slow"}
+
+
+class Recorder:
+    """Writes the history of one run.
+
+    Args:
+      history: Written to.
+      space: What is tuned.
+      progress: Where messages are shown.
+      callbacks: Called with each round's record.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        space: SearchSpace,
+        progress: Progress,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]],
+    ):
+        self.history, self.discarded = history, 0
+        self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
+        self._pending: list[tuple[Any, int, int, int]] = []
+        self._steps_seen = 0
+        self._skipped = 0
+        self._round_start = 0
+        self._fork_start = 0
+        self._sweep: tuple[int, int] | None = None
+        self._forks: list[tuple[int, int]] = []
+
+    # Steps.
+
+    def log(self, entry: dict[str, Any], phase: int) -> None:
+        """Takes the device scalars of one step; reads them later, many at once."""
+        self._steps_seen += 1
+        if phase != TRAIN or self._steps_seen % self.history.stride == 0:
+            self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
+        if len(self._pending) >= _PENDING_LIMIT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reads everything logged so far."""
+        pending, self._pending = self._pending, []
+        rows = jax.device_get([entry for entry, *_ in pending])
+        for row, (_, phase, number, fork) in zip(rows, pending, strict=True):
+            step, rewound = int(row["step"]), int(row["rewound"])
+            values = {name: np.asarray(value).item() for name, value in row["hyperparams"].items()}
+            self.history.add(
+                {
+                    "step": step,
+                    "data_step": int(row["data_step"]),
+                    "skipped": self._skipped,
+                    "loss": float(row["loss"]),
+                    "phase": PHASES[phase],
+                    "round": number,
+                    "fork": fork,
+                    **values,
+                }
+            )
+            if rewound >= 0:
+                self.history.discard(rewound, step)
+                self._skipped += step - rewound
+                self.note(step, "rollback", OUTCOMES[OUTCOME_ROLLBACK])
+
+    def note(self, step: int, kind: str, message: str) -> None:
+        """Records something the user should know of."""
+        self.history.events.append({"step": step, "kind": kind, "message": message})
+        self._progress.say(f"step {step}: {message}")
+
+    def add_eval(self, step: int, value: float, *, is_settled: bool) -> None:
+        """Records a validation metric; ``is_settled`` where it is not a fork's."""
+        self.history.evals.append({"step": step, "value": value, "is_settled": is_settled})
+
+    def show(self, step: int) -> None:
+        """Refreshes the progress line with the newest step the device has finished."""
+        ready = [entry for entry, *_ in self._pending if entry["loss"].is_ready()]
+        if ready:
+            newest = jax.device_get({"loss": ready[-1]["loss"], "hp": ready[-1]["hyperparams"]})
+            loss = float(newest["loss"])
+            values = {name: float(value) for name, value in newest["hp"].items()}
+        elif self.history.records:
+            row = self.history.records[-1]
+            loss, values = row["loss"], {name: row[name] for name in self.history.names}
+        else:
+            return
+        phase = PHASES[self._pending[-1][1]] if self._pending else self.history.records[-1]["phase"]
+        self._progress.show(step=step, phase=phase, loss=loss, hyperparams=values, discarded=self.discarded)
+
+    # Rounds.
+
+    def begin_round(self, step: int, phase: int) -> None:
+        """A round begins, with a sweep or with its first fork."""
+        self._round_start = self._fork_start = step
+        self._sweep, self._forks = None, []
+        if phase == SWEEP:
+            self._sweep = (step, step)
+
+    def end_sweep(self, step: int) -> None:
+        """The range sweep ended; none of its steps are kept."""
+        self._sweep = (self._round_start, step)
+        self._fork_start = step
+        self.history.discard(self._round_start, step)
+
+    def end_fork(self, step: int) -> None:
+        """A fork ended."""
+        self._forks.append((self._fork_start, step))
+        self._fork_start = step
+
+    def end_round(self, step: int, kind: int, report: Round, outcome: int, chosen: dict[str, Any]) -> None:
+        """A round ended; ``report`` is the round as it was decided on."""
+        kept = int(report.kept)
+        forks = []
+        for number, (start, end) in enumerate(self._forks):
+            scores = [float(value) for value in report.score[number] if np.isfinite(value)]
+            is_late = int(report.status[number]) == FORK_FINISHED
+            forks.append(
+                {
+                    "hyperparams": self._space.to_python(self._space.decode(report.x[number])),
+                    "scores": scores,
+                    "status": "kept" if number == kept else "lost" if is_late else
+                    FORK_STATUSES[int(report.status[number])],
+                    "steps": int(report.steps[number]),
+                    "start": start,
+                    "end": end,
+                    "p_better": float(report.p_better[number]),
+                }
+            )  # fmt: skip
+            if number != kept:
+                self.history.discard(start, end)
+        row = {
+            "start": self._round_start,
+            "end": step,
+            "kind": _KINDS[kind],
+            "scored_by": "validation" if bool(report.has_eval) else "training loss",
+            "sweep": self._sweep,
+            "forks": forks,
+            "kept": kept,
+            "outcome": OUTCOMES[outcome],
+            "chosen": self._space.to_python(chosen),
+        }
+        self.history.rounds.append(row)
+        shown = ", ".join(f"{name} {_shown(value)}" for name, value in row["chosen"].items())
+        self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {shown}")
+        for callback in self._callbacks:
+            callback(row)
+
+    def finish(self, step: int, rollbacks: int) -> None:
+        """The run ended."""
+        self.flush()
+        self.history.summary = {
+            "steps": step,
+            "discarded_steps": self.discarded,
+            "share_discarded": self.discarded / max(step, 1),
+            "rollbacks": rollbacks,
+            "rounds": len(self.history.rounds),
+            "evals": len(self.history.evals),
+        }
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

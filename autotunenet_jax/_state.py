@@ -1,0 +1,212 @@
+"""The tuner's state and the directives it gives: immutable pytrees of arrays, nothing else."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from . import _guard, _observations, _surrogate
+from ._plan import MAX_FORKS, Plan
+
+TRAIN, SWEEP, FORK = range(3)
+PHASES = ("train", "sweep", "fork")
+
+(
+    OUTCOME_NONE,
+    OUTCOME_ROUND_STARTED,
+    OUTCOME_FORK_STARTED,
+    OUTCOME_FORK_CONTINUES,
+    OUTCOME_ROUND_MOVED,
+    OUTCOME_ROUND_STAYED,
+    OUTCOME_ROUND_FAILED,
+    OUTCOME_ROUND_SKIPPED,
+    OUTCOME_ROLLBACK,
+) = range(9)
+
+OUTCOMES = {
+    OUTCOME_NONE: "Training goes on.",
+    OUTCOME_ROUND_STARTED: "A round of forks began; the state was saved.",
+    OUTCOME_FORK_STARTED: "The next fork began from the saved state.",
+    OUTCOME_FORK_CONTINUES: "The fork did well enough to run on.",
+    OUTCOME_ROUND_MOVED: "A round ended with other hyperparameters in force.",
+    OUTCOME_ROUND_STAYED: "A round ended and the incumbent hyperparameters stay in force.",
+    OUTCOME_ROUND_FAILED: "Every fork of a round failed; the saved state was restored and safer hyperparameters tried.",
+    OUTCOME_ROUND_SKIPPED: "A round was skipped: nothing to learn from, or its price exceeds its expected gain.",
+    OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",
+}
+
+FORK_UNUSED, FORK_RUNNING, FORK_DROPPED, FORK_FAILED, FORK_FINISHED = range(5)
+FORK_STATUSES = ("unused", "running", "dropped", "failed", "finished")
+
+
+class Directive(NamedTuple):
+    """What the training loop must do before its next step.
+
+    A loop owns the training state and two copies of it, made by real copying before the first step: the *saved* and the
+    *kept* state. It carries a directive out in this order:
+
+    1. ``save``: copy the current state over the saved one.
+    2. ``keep``: copy the current state over the kept one.
+    3. ``restore``: copy the saved state back; ``adopt``: copy the kept state back. Never both.
+
+    and then takes the next batch at ``data_step``. All fields are scalars.
+
+    Attributes:
+      save: bool.
+      restore: bool.
+      keep: bool.
+      adopt: bool.
+      evaluate: bool; the tuner would like a validation metric now, through `AutoTuneNet.observe_eval`, before the next
+        `AutoTuneNet.update`. Ignoring it is allowed: training losses are compared then.
+      data_step: int32; index of the next batch. It goes back at the start of each fork, so that all forks of a round
+        see the same data, and never goes back after a rollback. A loop that cannot rewind its data ignores it.
+      outcome: int32; a key of ``OUTCOMES``.
+      verdict: int32; what the guard made of the loss.
+    """
+
+    save: Bool[Array, ""]
+    restore: Bool[Array, ""]
+    keep: Bool[Array, ""]
+    adopt: Bool[Array, ""]
+    evaluate: Bool[Array, ""]
+    data_step: Int[Array, ""]
+    outcome: Int[Array, ""]
+    verdict: Int[Array, ""]
+
+
+class Window(NamedTuple):
+    """Sums over the scored part of the running fork, and over its first steps."""
+
+    loss_sum: Float[Array, ""]
+    loss_count: Float[Array, ""]
+    eval_sum: Float[Array, ""]
+    eval_count: Float[Array, ""]
+
+
+class Sweep(NamedTuple):
+    """The range sweep: smoothed loss, its lowest value, and the position of the rate there (unit cube)."""
+
+    first: Float[Array, ""]
+    smooth: Float[Array, ""]
+    lowest: Float[Array, ""]
+    position: Float[Array, ""]
+
+
+class Round(NamedTuple):
+    """The round being held, or the next one.
+
+    Attributes:
+      index: Row of the plan.
+      fork: Fork now running.
+      rung: 0 until the early score, 1 after it.
+      kept: Fork whose state is kept; -1 for none.
+      group: Id of the round's early scores among the observations; its late scores have the next one.
+      has_eval: Whether the round is scored by validation metrics.
+      reference: Score of the state all forks start from.
+      x: Hyperparameters of the forks, unit cube.
+      score: Early and late score of each fork, NaN where there is none.
+      steps: Steps each fork ran.
+      status: One of the ``FORK_*`` codes.
+      p_better: Probability, when it was last compared, that the fork beats the one kept then.
+    """
+
+    index: Int[Array, ""]
+    fork: Int[Array, ""]
+    rung: Int[Array, ""]
+    kept: Int[Array, ""]
+    group: Int[Array, ""]
+    has_eval: Bool[Array, ""]
+    reference: Float[Array, ""]
+    x: Float[Array, "forks d"]
+    score: Float[Array, "forks 2"]
+    steps: Int[Array, "forks"]
+    status: Int[Array, "forks"]
+    p_better: Float[Array, "forks"]
+
+
+class Slots(NamedTuple):
+    """Where in the data the saved and the kept state stand, and when they were taken (budget steps)."""
+
+    saved_data: Int[Array, ""]
+    saved_step: Int[Array, ""]
+    kept_data: Int[Array, ""]
+    kept_step: Int[Array, ""]
+
+
+class TunerState(NamedTuple):
+    """Everything the tuner knows; arrays of fixed size, however long the run.
+
+    Attributes:
+      key: Typed PRNG key; split once per decision.
+      step: Training steps done, forks included: the budget spent.
+      data_step: Index of the next batch.
+      phase: ``TRAIN``, ``SWEEP`` or ``FORK``.
+      segment_left: Steps until the next decision.
+      segment_length: Steps of the whole segment.
+      incumbent: Hyperparameters in force outside forks, unit cube.
+      trial: Hyperparameters of the running fork, unit cube.
+      has_failed: The running segment ended early because training became unhealthy.
+      initial_loss: Mean of the first losses.
+      best_level: Lowest running level of the loss so far.
+      eval_level: Last validation metric seen, to be minimised; NaN before the first.
+      discarded: Steps spent on forks that were not kept, and on sweeps.
+      rollbacks: Rollbacks so far.
+      since_rollback: Steps since the last one.
+      rounds_held: Rounds ended so far.
+      anneal_start: Budget step at which the decay begins, with ``anneal_steps`` its length; -1 for the plan's own.
+      outcome: Outcome of the last decision.
+    """
+
+    key: PRNGKeyArray
+    step: Int[Array, ""]
+    data_step: Int[Array, ""]
+    phase: Int[Array, ""]
+    segment_left: Int[Array, ""]
+    segment_length: Int[Array, ""]
+    incumbent: Float[Array, "d"]
+    trial: Float[Array, "d"]
+    has_failed: Bool[Array, ""]
+    initial_loss: Float[Array, ""]
+    best_level: Float[Array, ""]
+    eval_level: Float[Array, ""]
+    discarded: Int[Array, ""]
+    rollbacks: Int[Array, ""]
+    since_rollback: Int[Array, ""]
+    rounds_held: Int[Array, ""]
+    anneal_start: Int[Array, ""]
+    anneal_steps: Int[Array, ""]
+    outcome: Int[Array, ""]
+    window: Window
+    sweep: Sweep
+    round: Round
+    slots: Slots
+    guard: _guard.GuardState
+    observations: _observations.Observations
+    prior: _surrogate.PriorMean
+    hyper: _surrogate.Hyper
+    plan: Plan
+
+
+def empty_window() -> Window:
+    """Sums over nothing."""
+    zero = jnp.zeros((), jnp.float32)
+    return Window(zero, zero, zero, zero)
+
+
+def empty_round(dims: int, *, index: Array | int, group: Array | int) -> Round:
+    """A round of which nothing has run yet."""
+    nan = jnp.full((), jnp.nan, jnp.float32)
+    return Round(
+        index=jnp.asarray(index, jnp.int32),
+        fork=jnp.zeros((), jnp.int32),
+        rung=jnp.zeros((), jnp.int32),
+        kept=jnp.full((), -1, jnp.int32),
+        group=jnp.asarray(group, jnp.int32),
+        has_eval=jnp.zeros((), bool),
+        reference=nan,
+        x=jnp.zeros((MAX_FORKS, dims), jnp.float32),
+        score=jnp.full((MAX_FORKS, 2), jnp.nan, jnp.float32),
+        steps=jnp.zeros((MAX_FORKS,), jnp.int32),
+        status=jnp.zeros((MAX_FORKS,), jnp.int32),
+        p_better=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
+    )

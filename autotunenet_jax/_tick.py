@@ -1,0 +1,200 @@
+"""The cheap half of the controller, once per training step: watch, count, sum, roll back.
+
+Everything here is O(1) in the length of the run and free of linear algebra; the costly half is in ``_decide``.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from . import _guard
+from ._plan import NEVER
+from ._state import (
+    FORK,
+    OUTCOME_NONE,
+    OUTCOME_ROLLBACK,
+    SWEEP,
+    TRAIN,
+    Directive,
+    Sweep,
+    TunerState,
+)
+
+COOL_SHARE = 0.3
+"""Last part of a fork's stretch over which its rate falls to zero, so that a hot fork is not scored on its noise."""
+
+_SCORED_SHARE = 0.15
+"""Last part of a fork's stretch whose losses are its score."""
+
+_SWEEP_MEMORY = 0.75
+_FIRST_LOSSES = 4
+
+REWARM_STEPS = 20
+"""Steps over which a rate climbs back to its value after a rollback."""
+
+# A snapshot younger than this may already hold the damage that the guard has not noticed yet.
+_MIN_SNAPSHOT_AGE = 10
+
+# How far a rate falls, in decades, at a rollback that is not the first within this many steps.
+_RATE_RETREAT_DECADES = 0.3
+_RATE_RETREAT_WITHIN = 250
+
+
+def position(ts: TunerState) -> Array:
+    """Steps already taken in the running segment."""
+    return ts.segment_length - ts.segment_left
+
+
+def scored_from(length: Array) -> Array:
+    """First step of a fork's stretch whose loss counts in its score."""
+    return length - jnp.maximum(jnp.round(_SCORED_SHARE * length).astype(jnp.int32), 2)
+
+
+def ceiling(ts: TunerState) -> Float[Array, ""]:
+    """A loss that training which is still healthy does not stay above: well over where the run began."""
+    progress = jnp.maximum(ts.initial_loss - ts.best_level, 0.0)
+    limit = ts.initial_loss + 0.5 * progress + 6.0 * ts.guard.spread
+    return jnp.where(ts.step >= _FIRST_LOSSES, limit, jnp.inf)
+
+
+def _update_sweep(sweep: Sweep, pos: Array, length: Array, loss: Array) -> Sweep:
+    weight = _SWEEP_MEMORY * (1.0 - _SWEEP_MEMORY**pos) / (1.0 - _SWEEP_MEMORY ** (pos + 1.0))
+    smooth = jnp.where(pos == 0, loss, weight * sweep.smooth + (1.0 - weight) * loss)
+    is_lowest = (pos == 0) | (smooth < sweep.lowest)
+    # A loss is measured before its step is taken: it shows what the rate of the step before did.
+    rate_position = jnp.maximum(pos - 1, 0) / jnp.maximum(length - 1, 1)
+    return Sweep(
+        first=jnp.where(pos == 0, loss, sweep.first),
+        smooth=smooth,
+        lowest=jnp.where(is_lowest, smooth, sweep.lowest),
+        position=jnp.where(is_lowest, rate_position, sweep.position).astype(jnp.float32),
+    )
+
+
+def _is_blown(sweep: Sweep, spread: Array, pos: Array) -> Bool[Array, ""]:
+    """Whether the sweep has gone past the rates worth trying; its remaining steps would teach nothing."""
+    return (pos >= 6) & (sweep.smooth > sweep.lowest + 0.5 * (sweep.first - sweep.lowest) + 4.0 * spread)
+
+
+def tick(
+    guard: _guard.Guard,
+    retreat: Callable[[Array, Array], Array],
+    ts: TunerState,
+    loss: Array,
+) -> tuple[TunerState, Directive, Bool[Array, ""]]:
+    """Takes the loss of one step in.
+
+    Args:
+      guard: Thresholds of the watch.
+      retreat: ``(u, decades) -> u``; lowers the rates among the hyperparameters ``u`` (unit cube).
+      ts: State before.
+      loss: Scalar.
+
+    Returns:
+      The state, what the loop must do, and whether a decision is due.
+    """
+    loss = jnp.asarray(loss, jnp.float32)
+    pos = position(ts)
+    in_train, in_fork, in_sweep = ts.phase == TRAIN, ts.phase == FORK, ts.phase == SWEEP
+
+    guard_state, verdict = _guard.watch(guard, ts.guard, loss, ceiling=ceiling(ts))
+    unhealthy = _guard.is_failure(verdict)
+    is_finite = jnp.isfinite(loss)
+    value = jnp.where(is_finite, loss, guard_state.level)
+
+    is_first = (ts.step < _FIRST_LOSSES) & is_finite
+    initial_loss = jnp.where(is_first, ts.initial_loss + (value - ts.initial_loss) / (ts.step + 1.0), ts.initial_loss)
+    settled = is_finite & (guard_state.count >= _FIRST_LOSSES)
+    best_level = jnp.where(settled, jnp.minimum(ts.best_level, guard_state.short), ts.best_level)
+
+    sweep = _update_sweep(ts.sweep, pos, ts.segment_length, value)
+    sweep_ends = in_sweep & (unhealthy | _is_blown(sweep, guard_state.spread, pos))
+    sweep = Sweep(*(jnp.where(in_sweep & is_finite, new, old) for new, old in zip(sweep, ts.sweep, strict=True)))
+
+    is_scored = in_fork & is_finite & (pos >= scored_from(ts.segment_length))
+    window = ts.window._replace(
+        loss_sum=ts.window.loss_sum + jnp.where(is_scored, value, 0.0),
+        loss_count=ts.window.loss_count + is_scored,
+    )
+    # The first two losses of a round's first fork come before any fork could differ: where all of them start.
+    is_reference = in_fork & (ts.round.fork == 0) & (ts.round.rung == 0) & (pos < 2) & is_finite & ~ts.round.has_eval
+    reference = jnp.where(is_reference & (pos == 0), value, ts.round.reference)
+    reference = jnp.where(is_reference & (pos == 1), 0.5 * (reference + value), reference)
+
+    # A rollback: training only; an unhealthy fork or sweep just ends.
+    may_retry = (verdict == _guard.NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
+    rolls_back = in_train & unhealthy & may_retry
+    gives_up = in_train & unhealthy & ~may_retry
+    saved_age, kept_age = ts.step - ts.slots.saved_step, ts.step - ts.slots.kept_step
+    saved_is_newer = saved_age < kept_age
+    newer_is_safe = jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE
+    restores = jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer)
+    repeated = rolls_back & (ts.since_rollback < _RATE_RETREAT_WITHIN)
+    incumbent = jnp.where(
+        repeated | (rolls_back & (verdict == _guard.DIVERGED)),
+        retreat(ts.incumbent, jnp.float32(_RATE_RETREAT_DECADES)),
+        ts.incumbent,
+    )
+    # After a rollback, and where a new level has to be accepted, the spikes seen so far mean nothing.
+    fresh = guard_state._replace(strikes=jnp.zeros_like(guard_state.strikes), short=guard_state.level)
+    accepting = guard_state._replace(
+        level=value,
+        short=value,
+        count=jnp.zeros_like(guard_state.count),
+        strikes=jnp.zeros_like(guard_state.strikes),
+    )
+    guard_state = _where(gives_up, accepting, _where(rolls_back, fresh, guard_state))
+    initial_loss = jnp.where(gives_up, jnp.maximum(initial_loss, value), initial_loss)
+
+    step = ts.step + 1
+    segment_left = ts.segment_left - 1
+    segment_left = jnp.where(rolls_back, jnp.maximum(segment_left, 1), segment_left)
+    has_failed = in_fork & unhealthy
+    due = (segment_left <= 0) | has_failed | sweep_ends
+
+    # Two snapshots taken in turn, so that one is always old enough to predate what the guard notices late.
+    calm = in_train & (verdict == _guard.HEALTHY) & ~due & (guard_state.strikes == 0)
+    takes = calm & (jnp.minimum(saved_age, kept_age) >= ts.plan.save_every)
+    save, keep = takes & ~saved_is_newer, takes & saved_is_newer
+    data_step = ts.data_step + 1
+    slots = ts.slots._replace(
+        saved_data=jnp.where(save, data_step, ts.slots.saved_data),
+        saved_step=jnp.where(save, step, ts.slots.saved_step),
+        kept_data=jnp.where(keep, data_step, ts.slots.kept_data),
+        kept_step=jnp.where(keep, step, ts.slots.kept_step),
+    )
+    has_next_round = ts.plan.start[ts.round.index] < NEVER
+    outcome = jnp.where(rolls_back, OUTCOME_ROLLBACK, OUTCOME_NONE)
+    new = ts._replace(
+        step=step,
+        data_step=data_step,
+        segment_left=segment_left,
+        incumbent=incumbent,
+        has_failed=has_failed,
+        initial_loss=initial_loss,
+        best_level=best_level,
+        rollbacks=ts.rollbacks + rolls_back,
+        since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
+        outcome=jnp.where(rolls_back, OUTCOME_ROLLBACK, ts.outcome).astype(jnp.int32),
+        window=window,
+        sweep=sweep,
+        round=ts.round._replace(reference=reference),
+        slots=slots,
+        guard=guard_state,
+    )
+    directive = Directive(
+        save=save,
+        restore=rolls_back & restores,
+        keep=keep,
+        adopt=rolls_back & ~restores,
+        evaluate=(segment_left == 1) & (in_fork | (in_train & has_next_round)),
+        data_step=data_step,
+        outcome=outcome.astype(jnp.int32),
+        verdict=verdict,
+    )
+    return new, directive, due
+
+
+def _where(condition: Array, new, old):
+    return type(new)(*(jnp.where(condition, a, b) for a, b in zip(new, old, strict=True)))
