@@ -10,13 +10,13 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"AutoTuneNet {release}"
 
-# The base of a state is an implementation detail, and a field's comment says more than "alias for field number 0".
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
-default_role = "any"
+default_role = "py:obj"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields of a state appear once, as autodoc finds them
 napoleon_custom_sections = [("Cost", "params_style"), "Source"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
