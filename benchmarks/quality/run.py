@@ -1,0 +1,89 @@
+"""The runner: works through a plan of cells, two processes at a time, skipping what is already stored.
+
+python -m benchmarks.quality run [--quick] [--only SUBSTRING ...] [--processes 2]
+python -m benchmarks.quality report
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable
+
+from benchmarks.quality.cells import Cell
+
+
+def _enter(counter) -> None:
+    """Give each process one core and one thread: small models run no faster on more."""
+    with counter.get_lock():
+        index, counter.value = counter.value, counter.value + 1
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[index % len(cores)]})
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+
+def _work(cells: list[Cell]) -> int:
+    from benchmarks.quality.methods import run_cell
+
+    done = 0
+    for cell in cells:
+        began = time.perf_counter()
+        result = run_cell(cell)
+        cell.save(result)
+        done += 1
+        print(
+            f"{cell.workload} {cell.method:<16} {cell.start:<10} s{cell.seed}  val {result['val']:.4f}  "
+            f"test {result['test']:.4f}  useful {result['useful']}  {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
+    return done
+
+
+def execute(plan: Iterable[Cell], *, processes: int) -> int:
+    """Run the cells of a plan that have no stored result; returns how many ran."""
+    missing = [cell for cell in dict.fromkeys(plan) if not cell.path.exists()]
+    # Cells of one method and workload share a compiled program, so they stay in one process.
+    groups = [list(group) for _, group in itertools.groupby(missing, key=lambda c: (c.workload, c.method, c.steps))]
+    if not groups:
+        return 0
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    with context.Pool(min(processes, len(groups)), _enter, (counter,)) as pool:
+        return sum(pool.imap_unordered(_work, groups))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    from benchmarks.quality import plans, report
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="run the missing cells")
+    runner.add_argument("--quick", action="store_true", help="a subset that takes about ten minutes")
+    runner.add_argument(
+        "--only", nargs="*", default=[], help="keep cells whose 'workload/method/start' contains all of these"
+    )
+    runner.add_argument("--processes", type=int, default=2)
+    runner.add_argument("--list", action="store_true", help="print the missing cells instead of running them")
+    writer = commands.add_parser("report", help="print the tables of the stored results")
+    writer.add_argument("--sweep", action="store_true", help="validation loss at every rate of the oracle instead")
+    args = parser.parse_args(argv)
+    if args.command == "report":
+        print(report.sweep() if args.sweep else report.tables())
+        return 0
+    plan = plans.quick() if args.quick else plans.full()
+    plan = [c for c in plan if all(word in f"{c.workload}/{c.method}/{c.start}" for word in args.only)]
+    if args.list:
+        print("\n".join(str(cell.path.name) for cell in plan if not cell.path.exists()))
+        return 0
+    began = time.perf_counter()
+    ran = execute(plan, processes=args.processes)
+    print(f"{ran} cells in {time.perf_counter() - began:.0f} s; {len(plan) - ran} were already stored.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
