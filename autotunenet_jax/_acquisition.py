@@ -1,63 +1,44 @@
 """What to try next: noisy expected improvement, in logarithms, inside a box of the unit cube."""
 
-import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ._surrogate import Posterior, SurrogateConfig, covariance, prior_variance, whiten
+from ._bfgs import minimise
+from ._sampling import normal_table, spread_table, turned, uniforms
+from ._surrogate import Posterior, SurrogateConfig, covariance, level, prior_variance
 
-# Below this argument log h is computed from the scaled complementary error function, above it directly.
-_DIRECT = -1.0
-# Beyond this the asymptotic series is exact in float32 and everything else has lost its digits.
-_TAIL = -8.0
+# Coefficients, in rising powers of v = (2 - t) / (2 + t), of the logarithm of
+# (1 + t / 2)^2 (1 - t sqrt(pi / 2) erfcx(t / sqrt 2)): a Chebyshev interpolant with error below 6e-7 for all t >= 0.
+_LOG_H = (-0.4635503, 0.7176665, -0.28121886, -0.007953152, 0.058977075, -0.026736684, -0.0045081433, 0.012509169,
+          -0.004373102, -0.0023387746, 0.0015264739)  # fmt: skip
+# Posterior variances below this share of the prior's are rounding errors of float32.
+_VARIANCE_FLOOR = 1e-6
+# The acquisition minimised from this share of the box at a time.
+_LOCAL_SCALE = 0.05
 
 
 def log_h(z: Float[Array, "..."]) -> Float[Array, "..."]:
     """``log(phi(z) + z Phi(z))``: the logarithm of the expected positive part of a unit normal with mean z.
 
-    Finite with its gradient for every z whose square is. Three regimes, each evaluated only at arguments it can bear,
-    so that no branch poisons the gradient of another.
+    Accurate to 1e-6 of ``max(1, |result|)`` and finite, with its gradient, for every z down to -1e18. One smooth
+    formula for negative arguments, ``h(z) = z + h(-z)`` for positive ones, so no branch can poison a gradient.
 
     Source:
-      Ament et al., "Unexpected improvements to expected improvement" (NeurIPS 2023), appendix A; the middle regime uses
-      the normal distribution's log-CDF instead of erfcx, and the tail a series in 1/z^2.
+      Ament et al., "Unexpected improvements to expected improvement" (NeurIPS 2023), eq. 9; theirs has three regimes.
     """
-    half_log_2pi = 0.5 * math.log(2.0 * math.pi)
-    direct = jnp.maximum(z, _DIRECT)
-    pdf = jnp.exp(-0.5 * jnp.square(direct) - half_log_2pi)
-    upper = jnp.log(pdf + direct * jax.scipy.stats.norm.cdf(direct))
-
-    middle = jnp.clip(z, _TAIL, _DIRECT)
-    log_pdf = -0.5 * jnp.square(middle) - half_log_2pi
-    ratio = -middle * jnp.exp(jax.scipy.stats.norm.logcdf(middle) - log_pdf)
-    central = log_pdf + jnp.log1p(-jnp.minimum(ratio, 1.0 - 1e-6))
-
-    tail = jnp.minimum(z, _TAIL)
-    inverse = 1.0 / jnp.square(tail)
-    series = inverse * (1.0 - inverse * (3.0 - inverse * (15.0 - 105.0 * inverse)))
-    lower = -0.5 * jnp.square(tail) - half_log_2pi + jnp.log(series)
-    return jnp.where(z > _DIRECT, upper, jnp.where(z > _TAIL, central, lower))
-
-
-@functools.cache
-def _quasi_random(count: int, dims: int) -> np.ndarray:
-    """The additive recurrence of the generalised golden ratio: low discrepancy in any dimension, no tables."""
-    root = 2.0
-    for _ in range(64):
-        root = (1.0 + root) ** (1.0 / (dims + 1))
-    steps = root ** -np.arange(1.0, dims + 1)
-    return np.mod(0.5 + np.arange(1, count + 1)[:, None] * steps[None, :], 1.0).astype(np.float32)
-
-
-def spread_points(key: PRNGKeyArray, count: int, dims: int) -> Float[Array, "count dims"]:
-    """Points that fill the unit cube evenly, shifted at random."""
-    return jnp.mod(jnp.asarray(_quasi_random(count, dims)) + jax.random.uniform(key, (dims,)), 1.0)
+    t = jnp.minimum(jnp.abs(z), 1e18)
+    u = 2.0 / (2.0 + t)
+    v = 2.0 * u - 1.0
+    series = jnp.full_like(v, _LOG_H[-1])
+    for coefficient in _LOG_H[-2::-1]:
+        series = series * v + coefficient
+    below = -0.5 * jnp.square(t) - 0.5 * math.log(2.0 * math.pi) + 2.0 * jnp.log(u) + series
+    above = jnp.log(jnp.maximum(z, 0.0) + jnp.exp(below))
+    return jnp.where(z > 0.0, above, below)
 
 
 def propose(
@@ -73,14 +54,15 @@ def propose(
     time: Float[Array, ""] | float = 0.0,
     candidates: int = 256,
     samples: int = 8,
-    refined: int = 4,
-    steps: int = 20,
+    compared: int = 16,
+    searches: int = 16,
+    steps: int = 12,
 ) -> Float[Array, "d"]:
     """The point of the box with the largest expected improvement on the best of the reference points.
 
     The improvement is that of the shape ``f`` at ``time`` over its unknown minimum at the reference points, averaged
     over joint posterior samples there; noise and group intercepts play no part. Candidates spread over the box and
-    around the references compete, the best are refined by gradient ascent. Without references the posterior mean
+    around the references compete, the best are refined by their gradient. Without references the posterior mean
     decides, and where that is flat, chance.
 
     Args:
@@ -95,82 +77,98 @@ def propose(
       time: When the proposal will run.
       candidates: Static number of candidates; one quarter of them lies near the references.
       samples: Static number of joint samples of ``f`` at the references.
-      refined: Static number of candidates refined.
-      steps: Static number of gradient steps.
+      compared: Static number of references, best in the mean, whose minimum is to be improved upon.
+      searches: Static number of searches that share the candidates, each refining its best.
+      steps: Static number of gradient steps of each.
 
     Returns:
       A snapped point.
 
     Cost:
-      O(r^3) once, and O(n^2 + r^2 + n d) per candidate and per gradient step of each refined one.
+      O(r n^2) once, and O((n + c)^2 + (n + c) d) per candidate and gradient step for c compared references.
 
     Source:
       Letham et al., "Constrained Bayesian optimization with noisy experiments" (2019), with the logarithm of Ament et
       al. (2023) inside the average and common random numbers across candidates.
     """
-    sample_key, spread_key, pick_key, local_key = jax.random.split(key, 4)
-    dims, count = config.dims, reference.shape[0]
-    has_reference = jnp.any(reference_mask)
-
-    # Joint samples of f at the references; the masked ones are rows of the identity and far above every minimum.
-    unit = prior_variance(config, posterior)
-    mean_r, white_r = whiten(config, posterior, reference, time=time)
-    both = reference_mask[:, None] & reference_mask[None, :]
-    joint = covariance(config, posterior, reference, reference, time=time, time_z=time) - white_r.T @ white_r
-    joint = jnp.where(both, joint, 0.0) + jnp.diag(jnp.where(reference_mask, 1e-5 * unit, 1.0))
-    factor = jnp.linalg.cholesky(joint)
-    # A factor that does not exist in float32 means references known to rounding: then only their means count.
-    factor = jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.eye(count, dtype=jnp.float32) * jnp.sqrt(unit))
-    normal = jax.random.normal(sample_key, (count, samples))
-    normal = jnp.where(reference_mask[:, None], normal, 0.0)
-    drawn = mean_r[:, None] + factor @ normal
-    best = jnp.min(jnp.where(reference_mask[:, None], drawn, jnp.inf), axis=0)
-
-    def log_ei(x: Float[Array, "m d"]) -> Float[Array, "m"]:
-        mean, white = whiten(config, posterior, x, time=time)
-        cross = covariance(config, posterior, x, reference, time=time, time_z=time) - white.T @ white_r
-        cross = jnp.where(reference_mask[None, :], cross, 0.0)
-        shared = solve_triangular(factor, cross.T, lower=True)
-        variance = unit - jnp.sum(jnp.square(white), axis=0) - jnp.sum(jnp.square(shared), axis=0)
-        deviation = jnp.sqrt(jnp.maximum(variance, 1e-6 * unit))[:, None]
-        mean = mean[:, None] + shared.T @ normal
-        target = jnp.where(has_reference, best, 0.0)
-        value = log_h((target - mean) / deviation) + jnp.log(deviation)
-        value = jax.nn.logsumexp(value, axis=1) - math.log(samples)
-        return jnp.where(has_reference, value, -mean[:, 0])
-
+    dims, compared = config.dims, min(compared, reference.shape[0])
+    time = jnp.asarray(time, jnp.float32)
     width = upper - lower
 
-    def place(u: Float[Array, "m d"]) -> Float[Array, "m d"]:
+    # The references with the lowest mean; masked ones sort last.
+    lag = time - posterior.time
+    used = posterior.used[None, :]
+    cross = jnp.where(used, covariance(config, posterior, reference, posterior.x, lag=lag[None, :]), 0.0)
+    white = cross @ posterior.whitener.T
+    mean = jnp.where(reference_mask, level(posterior, reference) + white @ posterior.white, jnp.inf)
+    lowest, index = jax.lax.top_k(-mean, compared)
+    is_live = jnp.isfinite(lowest)
+    live, white = reference[index], white[index]
+    mean = jnp.where(is_live, -lowest, 0.0)
+
+    # Conditioning on f at those references extends the whitening by one block; masked ones are rows of the identity.
+    unit = prior_variance(config, posterior)
+    joint = covariance(config, posterior, live, live) - white @ white.T
+    joint = jnp.where(is_live[:, None] & is_live[None, :], joint, 0.0)
+    joint += jnp.diag(jnp.where(is_live, 10.0 * _VARIANCE_FLOOR * unit, 1.0))
+    factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
+    identity = jnp.eye(compared, dtype=jnp.float32)
+    # Without a factor in float32 the references are known to rounding, and each is taken on its own.
+    factor = jnp.where(jnp.isfinite(factor), factor, jnp.sqrt(jnp.maximum(joint, unit * _VARIANCE_FLOOR)) * identity)
+    extension = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    normal = jnp.asarray(normal_table(samples, compared).T)
+    drawn = jnp.where(is_live[:, None], mean[:, None] + factor @ normal, jnp.inf)
+    best = jnp.min(drawn, axis=0)
+    has_reference = jnp.any(reference_mask)
+    best = jnp.where(has_reference, best, 0.0)
+
+    everything = jnp.concatenate([posterior.x, live])
+    is_known = jnp.concatenate([posterior.used, is_live])
+    lags = jnp.concatenate([lag, jnp.zeros(compared, jnp.float32)])
+
+    def place(u: Float[Array, "*m d"]) -> Float[Array, "*m d"]:
         """Snapped into the box; a coordinate that is held stays exactly where it is."""
-        point = jnp.where(width > 0.0, snap(jnp.clip(u, lower, upper)), lower)
-        return jnp.clip(point, 0.0, 1.0)
+        return jnp.where(width > 0.0, snap(jnp.clip(u, lower, upper)), lower)
 
-    near = candidates // 4
-    everywhere = lower + width * spread_points(spread_key, candidates - near, dims)
-    logits = jnp.where(
-        reference_mask, -(mean_r - jnp.min(jnp.where(reference_mask, mean_r, jnp.inf))) / (0.1 * jnp.sqrt(unit)), -1e9
-    )
-    chosen = jax.random.categorical(pick_key, logits, shape=(near,))
-    radius = jnp.geomspace(0.003, 0.3, near)[:, None]
-    local = reference[chosen] + width * radius * jax.random.normal(local_key, (near, dims))
-    points = place(jnp.concatenate([everywhere, local]))
-    scores = log_ei(points)
+    def loss(u: Float[Array, "d"]) -> Float[Array, ""]:
+        x = place(u)
+        prior = covariance(config, posterior, x[None], everything, lag=lags[None, :])[0]
+        prior = jnp.where(is_known, prior, 0.0)
+        seen = posterior.whitener @ prior[:-compared]
+        shared = extension @ (prior[-compared:] - white @ seen)
+        variance = unit - jnp.sum(jnp.square(seen)) - jnp.sum(jnp.square(shared))
+        deviation = jnp.sqrt(jnp.maximum(variance, _VARIANCE_FLOOR * unit))
+        mean = level(posterior, x) + seen @ posterior.white
+        value = log_h((best - mean - shared @ normal) / deviation) + jnp.log(deviation)
+        return jnp.where(has_reference, -jax.nn.logsumexp(value), mean)
 
-    top = jax.lax.top_k(scores, refined)[1]
-    start = points[top]
-    gradient_of = jax.grad(lambda x: jnp.sum(log_ei(x)))
+    def objective(u: Float[Array, "d"]):
+        value, gradient = jax.value_and_grad(loss)(u)
+        return value, gradient, ()
 
-    def ascend(carry, rate):
-        x, momentum, square = carry
-        gradient = jnp.nan_to_num(gradient_of(place(x)) * width)
-        momentum = 0.8 * momentum + 0.2 * gradient
-        square = 0.9 * square + 0.1 * jnp.square(gradient)
-        x = jnp.clip(x + rate * width * momentum / (jnp.sqrt(square) + 1e-12), lower, upper)
-        return (x, momentum, square), None
+    # Each search gets its share of the candidates: three quarters spread over the box, the rest around the references,
+    # half of those along one coordinate and half in all of them, at radii from near to far.
+    turn = uniforms(key, 2 * dims)
+    share = max(candidates // searches, 1)
+    near = searches * (share // 4)
+    everywhere = lower + width * turned(spread_table(searches * share - near, dims), turn[:dims])
+    seeds = everywhere
+    if near:
+        radius = jnp.geomspace(0.003, 0.3, near)[:, None]
+        offset = radius * normal_table(near, dims) * jnp.where(turn[dims:] < 0.5, -1.0, 1.0)
+        order = jnp.arange(near)
+        is_line = ((order // 2) % 2 == 0)[:, None]
+        on_line = (order // 4)[:, None] % dims == jnp.arange(dims)[None, :]
+        centre = jnp.where(
+            has_reference, live[order % compared % jnp.maximum(jnp.sum(is_live), 1)], 0.5 * (lower + upper)
+        )
+        leap = lower + width * turned(spread_table(near, dims), turn[dims:])
+        around = jnp.where(is_line, jnp.where(on_line, leap, centre), centre + width * offset)
+        seeds = jnp.concatenate([everywhere, around])
+    seeds = jnp.clip(seeds, lower, upper).reshape(share, searches, dims)
 
-    rates = jnp.geomspace(0.05, 0.002, steps)
-    (end, _, _), _ = jax.lax.scan(ascend, (start, jnp.zeros_like(start), jnp.zeros_like(start)), rates)
-    finalists = jnp.concatenate([place(end), start])
-    scores = jnp.nan_to_num(log_ei(finalists), nan=-jnp.inf)
-    return finalists[jnp.argmax(scores)]
+    def search(start):
+        return minimise(objective, start, low=lower, high=upper, scale=_LOCAL_SCALE * width, steps=steps)
+
+    points, losses, _ = jax.vmap(search, in_axes=1)(seeds)
+    return place(points[jnp.argmin(losses)])

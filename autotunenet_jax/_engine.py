@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ._acquisition import propose, spread_points
+from ._acquisition import propose
 from ._observations import Observations, add, empty, mask
+from ._sampling import spread_table, turned, uniforms
 from ._space import SearchSpace
 from ._surrogate import Hyper, SurrogateConfig, fit, initial_hyper
 
@@ -73,7 +74,9 @@ class BayesianOptimizer:
             hyper=initial_hyper(self.config),
             key=key,
             asked=jnp.zeros((), jnp.int32),
-            design=self.space.snap(spread_points(design_key, self.initial, self.space.dims)),
+            design=self.space.snap(
+                turned(spread_table(self.initial, self.space.dims), uniforms(design_key, self.space.dims))
+            ),
         )
 
     def suggest(self, state: EngineState, count: int | None = None) -> tuple[dict[str, Array], EngineState]:

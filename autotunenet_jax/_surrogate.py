@@ -1,7 +1,7 @@
 """What the trials say about the objective: a Gaussian process with a fixed number of slots.
 
 Notation, as in the literature: ``d`` dimensions, ``n`` slots, ``m`` query points; ``K`` the covariance of the scores,
-``L`` its Cholesky factor, ``alpha = K^-1 r`` for residuals ``r``; hyperparameters are kept as logarithms.
+``L`` its Cholesky factor, ``alpha = K^-1 r`` for residuals ``r``, the whitener is ``L^-1``; hyperparameters are kept as logarithms.
 
     K = a^2 Matern52(x, x') exp(-|t - t'| / l_t) + b^2 [same group] + diag(s^2 + noise_i)
 
@@ -10,18 +10,18 @@ score; without groups there is one group, and its intercept is the mean level of
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._bfgs import minimise
 from ._observations import Observations
 from ._observations import mask as used_slots
+from ._sampling import spread_table, turned, uniforms
 from ._targets import targets
 
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
@@ -64,7 +64,8 @@ class SurrogateConfig:
       outlier: Scores further than this from the median (from 0 unless ``standardise``) are compressed logarithmically;
         in the unit of the score, or of its robust spread when ``standardise``.
       fit_steps: Iterations of the fit; each evaluates the evidence once.
-      fit_starts: Starting points of the fit: the warm start, the prior's mode, and draws from the prior.
+      fit_starts: Searches of the fit that run side by side; the first knows the warm start.
+      fit_draws: Places each search looks at before it descends from the best of them.
 
     Raises:
       ValueError: A size, scale or tuple length that makes no sense.
@@ -88,7 +89,8 @@ class SurrogateConfig:
     failure_margin: float = 0.5
     outlier: float = 4.0
     fit_steps: int = 16
-    fit_starts: int = 4
+    fit_starts: int = 3
+    fit_draws: int = 3
 
     def __post_init__(self):
         if self.dims < 1:
@@ -103,7 +105,8 @@ class SurrogateConfig:
                 raise ValueError(f"{name} needs one entry per dimension, {self.dims}; got {len(given)}.")
             object.__setattr__(self, name, tuple(type(default[0])(entry) for entry in given))
         positive = ("lengthscale_scale", "signal_scale", "noise_scale", "noise_floor", "time_scale", "intercept_scale",
-                    "outlier", "fit_steps", "fit_starts")  # fmt: skip
+                    "outlier", "fit_steps", "fit_starts",
+                    "fit_draws")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above zero; got {getattr(self, name)!r}.")
@@ -136,8 +139,8 @@ class Posterior(NamedTuple):
     x: Float[Array, "n d"]
     time: Float[Array, "n"]
     used: Bool[Array, "n"]
-    cholesky: Float[Array, "n n"]
-    alpha: Float[Array, "n"]
+    whitener: Float[Array, "n n"]
+    white: Float[Array, "n"]
     location: Float[Array, ""]
     scale: Float[Array, ""]
     prior_mean: PriorMean
@@ -156,23 +159,16 @@ class _Data(NamedTuple):
     residual: Float[Array, "n"]
 
 
-def _prior(config: SurrogateConfig) -> tuple[Hyper, Hyper]:
-    """Location and scale of the normal priors of the log-hyperparameters."""
-    values = [
-        (jnp.array(config.lengthscale_loc, jnp.float32), jnp.full(config.dims, config.lengthscale_scale, jnp.float32))
-    ]
-    for loc, scale in (
-        (config.signal_loc, config.signal_scale),
-        (config.noise_loc, config.noise_scale),
-        (config.time_loc, config.time_scale),
-    ):
-        values.append((jnp.asarray(loc, jnp.float32), jnp.asarray(scale, jnp.float32)))
-    return Hyper(*(loc for loc, _ in values)), Hyper(*(scale for _, scale in values))
+def _prior(config: SurrogateConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Location and scale of the normal priors of the log-hyperparameters, in the order of `Hyper`."""
+    loc = [*config.lengthscale_loc, config.signal_loc, config.noise_loc, config.time_loc]
+    scale = [config.lengthscale_scale] * config.dims + [config.signal_scale, config.noise_scale, config.time_scale]
+    return np.asarray(loc, np.float32), np.asarray(scale, np.float32)
 
 
 def initial_hyper(config: SurrogateConfig) -> Hyper:
     """Where the first fit starts: the prior's locations."""
-    return _prior(config)[0]
+    return _unflatten(config, jnp.asarray(_prior(config)[0]))
 
 
 def flat_mean(config: SurrogateConfig) -> PriorMean:
@@ -218,36 +214,51 @@ def _gram(config: SurrogateConfig, data: _Data, hyper: Hyper) -> Float[Array, "n
     return covariance + jnp.diag(jnp.where(data.used, noise, 1.0))
 
 
-def _negative_log_prior(config: SurrogateConfig, hyper: Hyper) -> Float[Array, ""]:
-    loc, scale = _prior(config)
-    terms = jax.tree.map(lambda value, at, width: 0.5 * jnp.sum(jnp.square((value - at) / width)), hyper, loc, scale)
-    return jnp.sum(jnp.stack(terms))
-
-
-def _evidence(config: SurrogateConfig, data: _Data, hyper: Hyper) -> tuple[Float[Array, ""], Hyper]:
-    """Negative log posterior of the hyperparameters and its gradient, in closed form for the dense part.
+def _evidence(
+    config: SurrogateConfig, data: _Data, theta: Float[Array, "p"]
+) -> tuple[Float[Array, ""], Float[Array, "p"], tuple[Float[Array, "n n"], Float[Array, "n"]]]:
+    """Negative log posterior of the hyperparameters, its gradient, and ``L^-1`` with ``L^-1 r``.
 
     With ``G = (K^-1 - alpha alpha') / 2`` the gradient is ``sum(G * dK)``, so only the kernel is differentiated by JAX
-    and the Cholesky factorisation never is.
+    and the factorisation never is.
     """
-    covariance, pull = jax.vjp(functools.partial(_gram, config, data), hyper)
-    cholesky = jnp.linalg.cholesky(covariance)
-    whitener = solve_triangular(cholesky, jnp.eye(cholesky.shape[0], dtype=jnp.float32), lower=True)
+    joint, pull = jax.vjp(lambda t: _gram(config, data, _unflatten(config, t)), theta)
+    cholesky = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
+    identity = jnp.eye(joint.shape[0], dtype=jnp.float32)
+    whitener = jax.lax.linalg.triangular_solve(cholesky, identity, left_side=True, lower=True)
     white = whitener @ data.residual
     alpha = whitener.T @ white
-    value = 0.5 * jnp.sum(jnp.square(white)) + jnp.sum(jnp.log(jnp.diagonal(cholesky)))
     (gradient,) = pull(0.5 * (whitener.T @ whitener - alpha[:, None] * alpha[None, :]))
-    prior, prior_gradient = jax.value_and_grad(functools.partial(_negative_log_prior, config))(hyper)
-    return value + prior, jax.tree.map(jnp.add, gradient, prior_gradient)
+    loc, scale = _prior(config)
+    standard = (theta - loc) / scale
+    value = 0.5 * jnp.sum(jnp.square(white)) - jnp.sum(jnp.log(jnp.diagonal(whitener)))
+    return value + 0.5 * jnp.sum(jnp.square(standard)), gradient + standard / scale, (whitener, white)
 
 
 def _flatten(hyper: Hyper) -> Float[Array, "p"]:
-    return jnp.concatenate([jnp.atleast_1d(part) for part in hyper])
+    return jnp.concatenate([hyper.lengthscale, jnp.stack([hyper.signal, hyper.noise, hyper.time_lengthscale])])
 
 
 def _unflatten(config: SurrogateConfig, theta: Float[Array, "p"]) -> Hyper:
     d = config.dims
     return Hyper(theta[:d], theta[d], theta[d + 1], theta[d + 2])
+
+
+def _seeds(
+    config: SurrogateConfig, start: Float[Array, "p"], key: PRNGKeyArray, low: np.ndarray, high: np.ndarray
+) -> Float[Array, "starts draws p"]:
+    """Where the fit looks first: the warm start, a safe place, and draws around the prior's location."""
+    loc, scale = _prior(config)
+    shape = (config.fit_starts, config.fit_draws, loc.size)
+    table = turned(spread_table(config.fit_starts * config.fit_draws, loc.size), uniforms(key, loc.size))
+    # Triangular, up to two scales to either side.
+    offset = 2.0 * jnp.sign(table - 0.5) * (1.0 - jnp.sqrt(1.0 - jnp.abs(2.0 * table - 1.0)))
+    draws = jnp.reshape(jnp.clip(loc + scale * offset, low, high), shape)
+    warm = jnp.where(jnp.isfinite(start), jnp.clip(start, low, high), loc)
+    # With noise as large as the search allows a factor always exists, so that every fit has a result.
+    safe = loc.copy()
+    safe[-2] = high[-2]
+    return draws.at[0, 0].set(warm).at[-1, 0].set(safe).at[-1, -1].set(loc)
 
 
 def fit(
@@ -273,7 +284,7 @@ def fit(
       The posterior at the best hyperparameters found.
 
     Cost:
-      ``fit_starts * (fit_steps + 1)`` factorisations, O(n^3) each, for n slots however many are used.
+      ``fit_starts * (fit_draws + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
     """
     prior_mean = flat_mean(config) if prior_mean is None else prior_mean
     used = used_slots(obs)
@@ -297,53 +308,29 @@ def fit(
         residual=target.residual,
     )
 
-    loc, spread = (_flatten(part) for part in _prior(config))
-    low, high = loc - _REACH * spread, loc + _REACH * spread
-    draws = loc + spread * jax.random.normal(key, (max(config.fit_starts - 2, 0), loc.size))
-    warm = jnp.where(jnp.isfinite(_flatten(start)), _flatten(start), loc)
-    starts = jnp.clip(jnp.concatenate([warm[None], loc[None], draws])[: config.fit_starts], low, high)
+    loc, scale = _prior(config)
+    low, high = loc - _REACH * scale, loc + _REACH * scale
+    seeds = _seeds(config, _flatten(start), key, low, high)
 
-    def objective(theta):
-        value, gradient = _evidence(config, data, _unflatten(config, theta))
-        return value, _flatten(gradient)
+    def descend(seed):
+        search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
+        return minimise(lambda theta: _evidence(config, data, theta), seed, **search)
 
-    thetas, values = jax.vmap(lambda s: minimise(objective, s, low, high, steps=config.fit_steps))(starts)
-    best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
-    hyper = _unflatten(config, thetas[best])
-
-    covariance = _gram(config, data, hyper)
-    cholesky = _safe_cholesky(covariance)
-    white = solve_triangular(cholesky, target.residual, lower=True)
-    alpha = solve_triangular(cholesky, white, lower=True, trans=1)
+    thetas, values, factors = jax.vmap(descend)(seeds)
+    best = jnp.argmin(values)
+    whitener, white = (part[best] for part in factors)
     return Posterior(
-        hyper=hyper,
+        hyper=_unflatten(config, thetas[best]),
         x=x,
         time=obs.time,
         used=used,
-        cholesky=cholesky,
-        alpha=alpha,
+        whitener=whitener,
+        white=white,
         location=target.location,
         scale=target.scale,
         prior_mean=prior_mean,
         evidence=-values[best],
     )
-
-
-def _safe_cholesky(covariance: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """Cholesky factor with just enough jitter to exist in float32."""
-    size = covariance.shape[0]
-    unit = jnp.max(jnp.diagonal(covariance))
-
-    def attempt(jitter):
-        return jnp.linalg.cholesky(covariance + jitter * unit * jnp.eye(size, dtype=jnp.float32))
-
-    def is_broken(carry):
-        jitter, cholesky = carry
-        return ~jnp.all(jnp.isfinite(cholesky)) & (jitter < 0.5)
-
-    # Starting from a broken factor keeps a single factorisation in the compiled program.
-    start = (jnp.float32(1e-8), jnp.full((size, size), jnp.nan, jnp.float32))
-    return jax.lax.while_loop(is_broken, lambda carry: (carry[0] * 10.0, attempt(carry[0])), start)[1]
 
 
 def covariance(
@@ -352,13 +339,10 @@ def covariance(
     x: Float[Array, "m d"],
     z: Float[Array, "k d"],
     *,
-    time: Float[Array, "..."] | float = 0.0,
-    time_z: Float[Array, "..."] | float = 0.0,
+    lag: Float[Array, "m k"] | float = 0.0,
 ) -> Float[Array, "m k"]:
-    """Prior covariance of ``f`` between two sets of points, in the surrogate's unit."""
-    time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), x.shape[:1])
-    time_z = jnp.broadcast_to(jnp.asarray(time_z, jnp.float32), z.shape[:1])
-    lag = time[:, None] - time_z[None, :]
+    """Prior covariance of ``f`` between two sets of points ``lag`` apart in time, in the surrogate's unit."""
+    lag = jnp.broadcast_to(jnp.asarray(lag, jnp.float32), (x.shape[0], z.shape[0]))
     prior = _shape_kernel(config, posterior.hyper, _difference(config, x, z), lag)
     return prior if config.has_groups else prior + config.intercept_scale**2
 
@@ -369,18 +353,9 @@ def prior_variance(config: SurrogateConfig, posterior: Posterior) -> Float[Array
     return jnp.exp(2.0 * posterior.hyper.signal) + level
 
 
-def whiten(
-    config: SurrogateConfig,
-    posterior: Posterior,
-    x: Float[Array, "m d"],
-    *,
-    time: Float[Array, "..."] | float = 0.0,
-) -> tuple[Float[Array, "m"], Float[Array, "n m"]]:
-    """Posterior mean of ``f``, and ``V`` such that ``k(x, z) - V(x)' V(z)`` is its covariance, in the surrogate's unit."""
-    cross = covariance(config, posterior, x, posterior.x, time=time, time_z=posterior.time)
-    cross = jnp.where(posterior.used[None, :], cross, 0.0)
-    mean = _bowl(posterior.prior_mean, x) / posterior.scale + cross @ posterior.alpha
-    return mean, solve_triangular(posterior.cholesky, cross.T, lower=True)
+def level(posterior: Posterior, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+    """Prior mean of ``f``, in the surrogate's unit."""
+    return _bowl(posterior.prior_mean, x) / posterior.scale
 
 
 def predict(
@@ -406,9 +381,14 @@ def predict(
     Cost:
       O(n^2 m + n m^2).
     """
-    mean, white = whiten(config, posterior, x, time=time)
-    prior = covariance(config, posterior, x, x, time=time, time_z=time)
-    joint = prior - white.T @ white
+    size = x.shape[0]
+    time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), (size,))
+    everything, times = jnp.concatenate([posterior.x, x]), jnp.concatenate([posterior.time, time])
+    prior = covariance(config, posterior, x, everything, lag=time[:, None] - times[None, :])
+    cross = jnp.where(posterior.used[None, :], prior[:, :-size], 0.0)
+    white = cross @ posterior.whitener.T
+    joint = prior[:, -size:] - white @ white.T
     floor = 1e-7 * prior_variance(config, posterior)
     joint += jnp.diag(jnp.maximum(floor - jnp.diagonal(joint), 0.0))
+    mean = level(posterior, x) + white @ posterior.white
     return posterior.location + posterior.scale * mean, jnp.square(posterior.scale) * joint
