@@ -5,6 +5,7 @@ Layout: ``index.json`` lists the records; ``00000007/`` is snapshot 7, with ``ma
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import re
@@ -82,10 +83,13 @@ class SnapshotFolder:
                 f"The snapshot folder {self.root} is being written by another process, or by another Snapshots that "
                 "is still open in this one. Close that one, choose another folder, or open with read_only=True."
             ) from None
-        except PermissionError as error:
-            raise PermissionError(
-                f"Cannot write to the snapshot folder {self.root}: {error}. "
-                "Choose another folder, or open with read_only=True to restore from it."
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise OSError(
+                error.errno,
+                f"Cannot write to the snapshot folder {self.root}: {error.strerror}. "
+                "Choose another folder, or open with read_only=True to restore from it.",
             ) from error
         self._lock = lock
         self._lock_identity = _identity(path)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import pathlib
 import stat
@@ -83,6 +84,32 @@ def best_records(records: Iterable[SnapshotRecord], mode: Literal["min", "max"])
     return [r for *_, r in sorted(rated, key=lambda item: item[:2])]
 
 
+def live_records(records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:
+    """Records of the line of training in force."""
+    return [r for r in records if not r.is_abandoned]
+
+
+def candidates_for(
+    records: Sequence[SnapshotRecord], which: str | int, mode: Literal["min", "max"]
+) -> list[SnapshotRecord]:
+    """Records that answer to ``"latest"``, ``"healthy"``, ``"best"`` or an id, first choice first.
+
+    Raises:
+      ValueError: Another word.
+    """
+    match which:
+        case "latest":
+            return live_records(records)[::-1]
+        case "healthy":
+            return [r for r in live_records(records) if r.status == "healthy"][::-1]
+        case "best":
+            return best_records(records, mode)
+        case bool() | str():
+            raise ValueError(f'which must be "latest", "healthy", "best" or the id of a snapshot; got {which!r}.')
+        case _:
+            return [r for r in records if r.id == operator.index(which)]
+
+
 def retain(
     records: Sequence[SnapshotRecord], *, keep: int, keep_best: int, mode: Literal["min", "max"]
 ) -> list[SnapshotRecord]:
@@ -97,7 +124,7 @@ def retain(
     Returns:
       The records kept, ids ascending.
     """
-    live = [r for r in records if not r.is_abandoned]
+    live = live_records(records)
     kept = {r.id for r in live[-keep:]}
     kept |= {r.id for r in best_records(records, mode)[:keep_best]}
     healthy = [r.id for r in live if r.status == "healthy"]
@@ -115,6 +142,23 @@ def fsync_folder(folder: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def probe(folder: pathlib.Path, size_bytes: int) -> None:
+    """Checks that a file of a size can be had in a folder, quotas included; leaves nothing behind.
+
+    Raises:
+      OSError: It cannot.
+    """
+    path = folder / ".probe"
+    with open(path, "xb") as file:
+        try:
+            file.write(b"\0")
+            file.flush()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+        finally:
+            path.unlink()
 
 
 def _canonical(body: Any) -> bytes:
@@ -228,12 +272,18 @@ def verify_files(folder: pathlib.Path, sealed: Sequence[dict[str, Any]]) -> None
     """Checks files against what `seal_files` returned, before anything else opens them.
 
     Raises:
-      DamagedFileError: A file is missing, was cut or changed, or anything in the folder is a symbolic link.
+      DamagedFileError: A file is missing, was cut, changed or added, or anything in the folder is a symbolic link.
     """
+    listed = {MANIFEST_NAME, *(entry["path"] for entry in sealed)}
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
-            if os.path.islink(os.path.join(parent, name)):
+            path = pathlib.Path(parent, name)
+            if path.is_symlink():
                 raise DamagedFileError(f"{name} is a symbolic link; links are never followed")
+            # Hidden files are left behind by file systems and file managers, and never read.
+            is_ours = name in folders or name.startswith(".") or path.relative_to(folder).as_posix() in listed
+            if not is_ours:
+                raise DamagedFileError(f"{name} does not belong to it")
     for entry in sealed:
         path = folder / entry["path"]
         try:

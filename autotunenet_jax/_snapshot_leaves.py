@@ -223,6 +223,16 @@ def copy_to_host(leaves: Sequence[Any], specs: Sequence[LeafSpec], buffers: dict
     return copies
 
 
+def allocate(specs: Sequence[LeafSpec], buffers: dict[int, np.ndarray]) -> None:
+    """Puts resident buffers for `copy_to_host` where there are none; those of keys are small and come by themselves."""
+    for number, spec in enumerate(specs):
+        layout = stored_layout(spec) if spec.is_stored else None
+        if layout is not None and number not in buffers:
+            buffer = np.empty(layout[1], layout[0])
+            buffer.reshape(-1).view(np.uint8)[:] = 0  # pages are handed out when first written to
+            buffers[number] = buffer
+
+
 def checksum(array: np.ndarray) -> int:
     """CRC-32 of an array's bytes in C order."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

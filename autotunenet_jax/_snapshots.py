@@ -3,14 +3,10 @@
 Orbax writes and reads the arrays; everything that decides (ids, index, checksums, retention, what is sound) is ours.
 """
 
-import concurrent.futures.thread  # registers its exit hook before ours, which must run first
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
 import logging
-import math
 import operator
 import os
 import pathlib
@@ -18,64 +14,24 @@ import shutil
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from ._snapshot_errors import (
-    NoSnapshotError,
-    SnapshotDamagedError,
-    SnapshotMismatchError,
-    SnapshotWarning,
-)
+from ._snapshot_arrays import UnreadableArraysError, load_orbax, read_snapshot, structure_of, write_snapshot
+from ._snapshot_errors import NoSnapshotError, SnapshotDamagedError, SnapshotWarning
 from ._snapshot_folder import SnapshotFolder
-from ._snapshot_index import (
-    MANIFEST_NAME,
-    DamagedFileError,
-    SnapshotRecord,
-    best_records,
-    read_json,
-    retain,
-    seal_files,
-    verify_files,
-    write_json,
-)
-from ._snapshot_leaves import LeafSpec, check_same, checksum, copy_to_host, describe, restore_leaf, stored_layout
+from ._snapshot_index import DamagedFileError, SnapshotRecord, candidates_for, live_records, probe, retain
+from ._snapshot_leaves import LeafSpec, allocate, copy_to_host, describe
+from ._snapshot_threads import ThreadHolder, in_turn
 
 _log = logging.getLogger(__name__)
 
-_ARRAYS_NAME = "arrays"
 # Index, manifest and what Orbax writes beside the arrays.
 _SPARE_BYTES = 2**20
 # Steps run up to 1.7 times slower while a snapshot is being written: write a tenth of the time at most.
 _WRITING_SHARE = 0.1
-# Trouble of this process, not of the snapshot: it must not cost a sound snapshot its place.
-_OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
-
-
-class _UnreadableError(DamagedFileError):
-    """Orbax cannot read what is, byte for byte, what it wrote: perhaps another version of it can."""
-
-
-_open_stores: "weakref.WeakSet[Snapshots]" = weakref.WeakSet()
-
-
-def _finish_all_saves() -> None:
-    for store in list(_open_stores):
-        store._join()
-
-
-def _finish_saves_at_exit() -> None:
-    # Without it, a program that ends while a snapshot is being written loses it: at exit, thread pools (Orbax uses
-    # several) take no more work before ordinary atexit hooks run.
-    register = getattr(threading, "_register_atexit", None)
-    if register is not None and concurrent.futures.thread is not None:
-        register(_finish_all_saves)
-
-
-_finish_saves_at_exit()
 
 
 class Snapshots:
@@ -139,19 +95,20 @@ class Snapshots:
         self._overhead, self._interval_s = overhead, interval_s
         self._folder = SnapshotFolder(pathlib.Path(folder).absolute(), is_read_only=read_only)
         self._buffers: dict[int, np.ndarray] = {}
-        self._thread: threading.Thread | None = None
+        self._background = ThreadHolder()
+        self._turn = threading.RLock()
         self._messages: list[str] = []
         self._failure: str | None = None
         self._is_closed = False
-        self._head = self._live()[-1] if self._live() else None
+        self._head = next(reversed(live_records(self._folder.records)), None)
         self._last_start = time.monotonic()
         self._blocked_s = 0.0
         self._write_s = 0.0
-        _open_stores.add(self)
         self._tell()
 
     # Saving.
 
+    @in_turn
     def save(
         self,
         step: int,
@@ -191,7 +148,27 @@ class Snapshots:
         if step < 0:
             raise ValueError(f"step must not be negative; got {step}.")
         leaves, specs, _ = describe(tree)
-        self._join()
+        number = self._start(step, metric, status, branch, leaves, specs)
+        self._last_start = start
+        self._blocked_s = time.monotonic() - start
+        if wait:
+            self._background.join()
+        self._tell()
+        return number
+
+    def _start(
+        self,
+        step: int,
+        metric: float | None,
+        status: str,
+        branch: str | None,
+        leaves: Sequence[Any],
+        specs: Sequence[LeafSpec],
+    ) -> int:
+        """Copies the leaves and starts writing them; returns the snapshot's id."""
+        self._background.join()
+        # Taken away while in use: a signal handler may save in the middle of this save.
+        buffers, self._buffers = self._buffers, {}
         number = self._folder.next_id
         self._folder.next_id += 1
         record = SnapshotRecord(
@@ -201,29 +178,23 @@ class Snapshots:
             parent=self._head.id if self._head else None,
             metric=None if metric is None else float(metric),
             status=status,
-            structure=_structure(specs),
+            structure=structure_of(specs),
             space=self._space,
             size_bytes=0,
             saved_at=time.time(),
         )
         try:
-            arrays = copy_to_host(leaves, specs, self._buffers)
+            arrays = copy_to_host(leaves, specs, buffers)
         except MemoryError as error:
-            self._buffers.clear()
             self._fail(record, error)
-        else:
-            record = dataclasses.replace(record, size_bytes=sum(a.nbytes for a in arrays if a is not None))
-            self._thread = threading.Thread(
-                target=self._write, args=(record, specs, arrays), name=f"snapshot-{number}", daemon=False
-            )
-            self._thread.start()
-        self._last_start = start
-        self._blocked_s = time.monotonic() - start
-        if wait:
-            self._join()
-        self._tell()
+            return number
+        self._background.join()
+        self._buffers = buffers
+        record = dataclasses.replace(record, size_bytes=sum(a.nbytes for a in arrays if a is not None))
+        self._background.start(self._write, record, specs, arrays, name=f"snapshot-{number}")
         return number
 
+    @in_turn
     def prepare(self, tree: Any) -> None:
         """Gets ready, in the background, for states like this one, so that the first save is as quick as the others.
 
@@ -234,20 +205,14 @@ class Snapshots:
         """
         self._check_writable()
         _, specs, _ = describe(tree)
-        self._join()
-        self._thread = threading.Thread(target=self._warm_up, args=(specs,), name="snapshot-prepare")
-        self._thread.start()
+        self._background.join()
+        self._background.start(self._warm_up, specs, name="snapshot-prepare")
 
     def _warm_up(self, specs: Sequence[LeafSpec]) -> None:
-        import orbax.checkpoint  # noqa: F401  # takes a second the first time
+        load_orbax()  # takes a second the first time
 
         with contextlib.suppress(MemoryError):
-            for number, spec in enumerate(specs):
-                layout = stored_layout(spec)
-                if spec.is_stored and layout is not None and number not in self._buffers:
-                    buffer = np.empty(layout[1], layout[0])
-                    buffer.reshape(-1).view(np.uint8)[:] = 0  # pages are handed out when first written to
-                    self._buffers[number] = buffer
+            allocate(specs, self._buffers)
 
     def is_due(self) -> bool:
         """Whether a save now keeps to the cadence: the interval, the share of blocking, a tenth of the time writing.
@@ -256,7 +221,7 @@ class Snapshots:
 
         Cost: no lock, no disk; meant to be asked every step.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self.is_saving:
             return False
         least = max(self._interval_s, self._blocked_s / self._overhead, self._write_s / _WRITING_SHARE)
         return time.monotonic() - self._last_start >= least
@@ -272,17 +237,10 @@ class Snapshots:
             if free < need:
                 raise OSError(errno.ENOSPC, f"the disk has {free:,} bytes free and the snapshot needs {need:,}")
             partial = folder.new_partial(record.id)
-            specs = [
-                s if a is None else dataclasses.replace(s, crc32=checksum(a))
-                for s, a in zip(specs, arrays, strict=True)
-            ]
-            _write_arrays(partial / _ARRAYS_NAME, {f"{n:06d}": a for n, a in enumerate(arrays) if a is not None})
-            body = {
-                "record": record.to_json(),
-                "leaves": [s.to_json() for s in specs],
-                "files": seal_files(partial),
-            }
-            record = dataclasses.replace(record, manifest_crc32=write_json(partial / MANIFEST_NAME, body))
+            if self._failure is not None:
+                # Orbax prints a traceback for every write that fails: try the disk first while it is in trouble.
+                probe(partial, need)
+            record = write_snapshot(partial, record, specs, arrays)
             folder.publish(partial, record.id)
             self._list(record)
         except BaseException as error:
@@ -302,7 +260,7 @@ class Snapshots:
         there = [
             dataclasses.replace(r, is_abandoned=r.is_abandoned or r.step > record.step) for r in self._folder.records
         ]
-        there.append(record)
+        there = sorted([*there, record], key=lambda r: r.id)
         kept = retain(there, keep=self._keep, keep_best=self._keep_best, mode=self._mode)
         self._folder.commit(kept)
         for number in {r.id for r in there} - {r.id for r in kept}:
@@ -317,12 +275,6 @@ class Snapshots:
             )
         _log.warning("Saving snapshot %d to %s failed: %s", record.id, self._folder.root, reason)
         self._failure = reason
-
-    def _join(self) -> None:
-        thread = self._thread
-        if thread is not None:
-            thread.join()
-            self._thread = None
 
     def _tell(self) -> None:
         """Warns, on the caller's thread, of what happened since."""
@@ -339,15 +291,21 @@ class Snapshots:
 
     # Looking and restoring.
 
+    @in_turn
     def wait(self) -> None:
         """Returns when the save under way is durable or has failed."""
-        self._join()
+        self._background.join()
         self._tell()
 
     @property
     def folder(self) -> pathlib.Path:
         """The folder, as an absolute path."""
         return self._folder.root
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a snapshot is being written now."""
+        return self._background.is_running
 
     @property
     def is_degraded(self) -> bool:
@@ -359,40 +317,27 @@ class Snapshots:
         """Why the last save that ended has failed; None when it has not."""
         return self._failure
 
+    @in_turn
     def records(self) -> tuple[SnapshotRecord, ...]:
         """All snapshots that can be restored, oldest first, abandoned ones too."""
         self._settle()
         self._tell()
         return tuple(self._folder.records)
 
+    @in_turn
     def latest(self) -> int | None:
         """The training step of the snapshot that `restore` takes first; None when there is none."""
         self._settle()
         self._tell()
-        live = self._live()
+        live = live_records(self._folder.records)
         return live[-1].step if live else None
 
     def _settle(self) -> None:
-        self._join()
+        self._background.join()
         if self._folder.is_read_only:
             self._folder.load()
 
-    def _live(self) -> list[SnapshotRecord]:
-        return [r for r in self._folder.records if not r.is_abandoned]
-
-    def _candidates(self, which: str | int) -> list[SnapshotRecord]:
-        match which:
-            case "latest":
-                return self._live()[::-1]
-            case "healthy":
-                return [r for r in self._live() if r.status == "healthy"][::-1]
-            case "best":
-                return best_records(self._folder.records, self._mode)
-            case bool() | str():
-                raise ValueError(f'which must be "latest", "healthy", "best" or the id of a snapshot; got {which!r}.')
-            case _:
-                return [r for r in self._folder.records if r.id == operator.index(which)]
-
+    @in_turn
     def restore(self, like: Any, *, which: Literal["latest", "healthy", "best"] | int = "latest") -> tuple[int, Any]:
         """Restores a state, all of it or nothing.
 
@@ -415,18 +360,18 @@ class Snapshots:
         _, specs, treedef = describe(like)
         likes = treedef.flatten_up_to(like)
         self._settle()
-        candidates = self._candidates(which)
+        candidates = candidates_for(self._folder.records, which, self._mode)
         if not candidates:
             self._tell()
             listed = ", ".join(f"{r.id} (step {r.step})" for r in self._folder.records) or "none"
             raise NoSnapshotError(f"There is no snapshot {which!r} in {self._folder.root}; there are: {listed}.")
         for record in candidates:
             try:
-                leaves = self._read(record, specs, likes)
+                leaves = read_snapshot(self._folder.root, record, specs, likes, space=self._space)
             except DamagedFileError as error:
                 if self._is_retired(record):
                     return self.restore(like, which=which)
-                self._folder.quarantine(record, str(error), is_kept_in_place=isinstance(error, _UnreadableError))
+                self._folder.quarantine(record, str(error), is_kept_in_place=isinstance(error, UnreadableArraysError))
                 continue
             self._head = record
             self._tell()
@@ -444,31 +389,6 @@ class Snapshots:
             return False
         self._folder.load()
         return all(r.id != record.id for r in self._folder.records)
-
-    def _read(self, record: SnapshotRecord, wanted: Sequence[LeafSpec], likes: Sequence[Any]) -> list[Any]:
-        path = self._folder.root / record.folder_name
-        where = f"Snapshot {record.id} (step {record.step}) in {self._folder.root}"
-        try:
-            if path.is_symlink():
-                raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
-            body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
-            verify_files(path, body["files"])
-        except FileNotFoundError as error:
-            raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
-        except OSError as error:
-            if error.errno in _OWN_TROUBLE:
-                raise
-            raise DamagedFileError(f"it cannot be read ({error})") from error
-        specs = [LeafSpec.from_json(s) for s in body["leaves"]]
-        if None not in (self._space, record.space) and self._space != record.space:
-            raise SnapshotMismatchError(
-                f"{where} is of another search space: {record.space} in the snapshot, {self._space} given. Nothing was "
-                "loaded. Give the space it was saved with, or use another folder."
-            )
-        check_same(specs, wanted, where=where)
-        stored = _read_arrays(path / _ARRAYS_NAME, {f"{n:06d}": s for n, s in enumerate(specs) if s.is_stored})
-        by_name = {s.name: (s, stored.get(f"{n:06d}")) for n, s in enumerate(specs)}
-        return [restore_leaf(*by_name[w.name], like) for w, like in zip(wanted, likes, strict=True)]
 
     # Marks.
 
@@ -491,22 +411,24 @@ class Snapshots:
         """
         self._update(lambda r: dataclasses.replace(r, status=status) if r.id == number else r)
 
+    @in_turn
     def _update(self, change: Any) -> None:
         self._check_writable()
-        self._join()
+        self._background.join()
         records = [change(r) for r in self._folder.records]
         if records != self._folder.records:
             self._folder.records = records
             # What cannot be written now is written with the next save.
             with contextlib.suppress(OSError):
                 self._folder.commit(records)
-        live = self._live()
+        live = live_records(self._folder.records)
         self._head = live[-1] if live else None
         self._tell()
 
+    @in_turn
     def close(self) -> None:
         """Waits for the save under way and lets others write to the folder."""
-        self._join()
+        self._background.join()
         self._folder.close()
         self._is_closed = True
         self._buffers.clear()
@@ -520,52 +442,3 @@ class Snapshots:
 
     def __repr__(self) -> str:
         return f"Snapshots({str(self._folder.root)!r}, keep={self._keep})"
-
-
-def _structure(specs: Sequence[LeafSpec]) -> str:
-    listed = [(s.name, str(s)) for s in specs]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
-
-
-def _write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    if not arrays:
-        path.mkdir()
-        return
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
-
-
-def _read_arrays(path: pathlib.Path, specs: dict[str, LeafSpec]) -> dict[str, np.ndarray]:
-    if not specs:
-        return {}
-    import orbax.checkpoint as ocp
-
-    arguments = ocp.args.PyTreeRestore(
-        item={name: 0 for name in specs},
-        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in specs},
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            sizes = {name: math.prod(m.shape) for name, m in _metadata(checkpointer, path).items()}
-            for name, spec in specs.items():
-                layout = stored_layout(spec)
-                if layout is not None and sizes.get(name) != math.prod(layout[1]):
-                    raise DamagedFileError(f"{spec.name} is not stored with its shape")
-            arrays = checkpointer.restore(path, args=arguments)
-    except (MemoryError, DamagedFileError):
-        raise
-    except Exception as error:
-        raise _UnreadableError(f"its arrays cannot be read ({type(error).__name__}: {error})") from error
-    for name, spec in specs.items():
-        array, layout = arrays[name], stored_layout(spec)
-        if not isinstance(array, np.ndarray) or (layout is not None and (array.dtype, array.shape) != layout):
-            raise DamagedFileError(f"{spec.name} is not stored with its dtype and shape")
-        if checksum(array) != spec.crc32:
-            raise DamagedFileError(f"{spec.name} differs from what was saved (checksum)")
-    return arrays
-
-
-def _metadata(checkpointer: Any, path: pathlib.Path) -> dict[str, Any]:
-    return dict(checkpointer.metadata(path).item_metadata.tree)
