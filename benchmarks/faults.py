@@ -53,7 +53,7 @@ def main():
     part = parts.add_parser("snapshots", help="kills, damaged files, cost")
     part.add_argument("--kills", type=int, default=50, help="how many processes to kill")
     part.add_argument("--flips", type=int, default=5, help="bit flips per file; 0 leaves the damage part out")
-    part.add_argument("--cost-seconds", type=float, default=130.0, help="length of the timed run; 0 leaves it out")
+    part.add_argument("--cost-seconds", type=float, default=100.0, help="length of the timed run; 0 leaves it out")
     part.add_argument("--size-mb", type=float, default=100.0, help="size of its state")
     part.add_argument("--seed", type=int, default=0)
     part.set_defaults(run=snapshots)

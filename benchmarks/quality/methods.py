@@ -31,15 +31,16 @@ class Outcome(NamedTuple):
 Method = Callable[[Workload, int, dict[str, float]], Outcome]
 
 
-def _scheduled(schedule: str) -> Method:
+def _scheduled(schedule: str, *, skip: bool = False) -> Method:
     def method(task, seed, hp):
-        state, losses = baselines.scheduled(task, seed, schedule=schedule, hp=hp)
+        state, losses = baselines.scheduled(task, seed, schedule=schedule, hp=hp, skip=skip)
         return Outcome(state, losses, task.total_steps, task.total_steps, {})
 
     return method
 
 
 METHODS: dict[str, Method] = {name: _scheduled(name) for name in baselines.SCHEDULES}
+METHODS["linear_skip"] = _scheduled("linear", skip=True)
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

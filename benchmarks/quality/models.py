@@ -62,18 +62,70 @@ def cnn(side: int, channels: tuple[int, int], n_classes: int) -> Model:
     def init(key):
         k1, k2, k3 = jax.random.split(key, 3)
         return {
-            "conv1": {"w": jax.random.normal(k1, (3, 3, 1, c1)) * math.sqrt(2 / 9), "b": jnp.zeros(c1)},
-            "conv2": {"w": jax.random.normal(k2, (3, 3, c1, c2)) * math.sqrt(2 / (9 * c1)), "b": jnp.zeros(c2)},
+            "conv1": _dense_init(k1, 9, c1),
+            "conv2": _dense_init(k2, 9 * c1, c2),
             "head": _dense_init(k3, out_side * out_side * c2, n_classes, gain=1.0),
         }
 
     def conv(layer, x):
-        y = jax.lax.conv_general_dilated(x, layer["w"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return jax.nn.relu(y + layer["b"])
+        # Nine shifted views and one matrix product: several times faster on a CPU than the convolution primitive.
+        n = math.ceil(x.shape[1] / 2)
+        x = jnp.pad(x, ((0, 0), (0, 2), (0, 2), (0, 0)))
+        views = [x[:, i : i + 2 * n : 2, j : j + 2 * n : 2] for i in range(3) for j in range(3)]
+        patches = jnp.concatenate(views, axis=-1)
+        return jax.nn.relu(patches @ layer["w"] + layer["b"])
 
     def apply(params, x, key, rate):
         x = x.reshape(-1, side, side, 1)
         x = conv(params["conv2"], conv(params["conv1"], x))
         return _dense(params["head"], dropout(x.reshape(x.shape[0], -1), key, rate))
+
+    return Model(init, apply)
+
+
+def transformer(vocabulary: int, context: int, width: int, depth: int, heads: int) -> Model:
+    """A causal pre-norm transformer over int32 ``[n, context]`` tokens; dropout on both residual branches."""
+
+    def init(key):
+        keys = iter(jax.random.split(key, 3 + 4 * depth))
+        small = 1.0 / (2 * depth)
+        return {
+            "embed": jax.random.normal(next(keys), (vocabulary, width)) * 0.02,
+            "place": jax.random.normal(next(keys), (context, width)) * 0.02,
+            "blocks": [
+                {
+                    "norm1": jnp.ones(width),
+                    "qkv": _dense_init(next(keys), width, 3 * width, gain=1.0),
+                    "out": _dense_init(next(keys), width, width, gain=small),
+                    "norm2": jnp.ones(width),
+                    "up": _dense_init(next(keys), width, 4 * width),
+                    "down": _dense_init(next(keys), 4 * width, width, gain=small),
+                }
+                for _ in range(depth)
+            ],
+            "norm": jnp.ones(width),
+            "head": _dense_init(next(keys), width, vocabulary, gain=1.0),
+        }
+
+    def rms(scale, x):
+        return scale * x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+
+    def attend(block, x):
+        n, length, _ = x.shape
+        qkv = _dense(block["qkv"], x).reshape(n, length, 3, heads, width // heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        score = jnp.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(width // heads)
+        score = jnp.where(jnp.tril(jnp.ones((length, length), bool)), score, -1e9)
+        mixed = jnp.einsum("nhqk,nkhd->nqhd", jax.nn.softmax(score), v)
+        return _dense(block["out"], mixed.reshape(n, length, width))
+
+    def apply(params, x, key, rate):
+        keys = [None] * (2 * depth) if key is None else jax.random.split(key, 2 * depth)
+        h = params["embed"][x] + params["place"][: x.shape[1]]
+        for i, block in enumerate(params["blocks"]):
+            h = h + dropout(attend(block, rms(block["norm1"], h)), keys[2 * i], rate)
+            up = jax.nn.relu(_dense(block["up"], rms(block["norm2"], h)))
+            h = h + dropout(_dense(block["down"], up), keys[2 * i + 1], rate)
+        return _dense(params["head"], rms(params["norm"], h))
 
     return Model(init, apply)

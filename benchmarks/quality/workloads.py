@@ -1,6 +1,9 @@
 """The workloads of the benchmark, by name. Each run takes at most 20 s on one core."""
 
+import dataclasses
 import functools
+
+import jax.numpy as jnp
 
 from benchmarks.quality import data, models, task
 from benchmarks.quality.task import Workload
@@ -80,7 +83,50 @@ def _w4() -> Workload:
     )
 
 
-_MAKERS = {"W0": _w0, "W1": _w1, "W2": _w2, "W3": _w3, "W4": _w4}
+def _w5() -> Workload:
+    return Workload(
+        name="W5",
+        title="Shakespeare characters, transformer, AdamW",
+        total_steps=1500,
+        batch_size=16,
+        model=models.transformer(37, 32, 32, 2, 2),
+        load=data.shakespeare,
+        optimizer=task.adam,
+        loss="tokens",
+        defaults={"learning_rate": 1e-3, "weight_decay": 0.0},
+        space=_RATE,
+        context=32,
+    )
+
+
+def _w6() -> Workload:
+    return Workload(
+        name="W6",
+        title="diamonds regression MLP, Adam",
+        total_steps=1500,
+        batch_size=64,
+        model=models.mlp(23, 64, 64, 1),
+        load=data.diamonds,
+        optimizer=task.adam,
+        loss="real",
+        defaults={"learning_rate": 1e-3, "weight_decay": 0.0},
+        space=_RATE,
+    )
+
+
+def _w7() -> Workload:
+    return dataclasses.replace(
+        _w1(), name="W7", title="Fashion-MNIST MLP, pixels permuted from T/2 on", total_steps=2400, drift_at=0.5
+    )
+
+
+def _w8() -> Workload:
+    return dataclasses.replace(
+        _w1(), name="W8", title="Fashion-MNIST MLP in bfloat16, one NaN batch", nan_at=0.4, compute_dtype=jnp.bfloat16
+    )
+
+
+_MAKERS = {"W0": _w0, "W1": _w1, "W2": _w2, "W3": _w3, "W4": _w4, "W5": _w5, "W6": _w6, "W7": _w7, "W8": _w8}
 NAMES = tuple(_MAKERS)
 
 
