@@ -50,6 +50,8 @@ class Policy:
       move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
       move_slow: The same in slow rounds.
       price: Least expected improvement worth another fork.
+      horizon_bias: How far below the winner of the first round the rate in force is set, in decades per decade between
+        the length of a fork and of the run: short forks favour rates too large for the whole run.
       sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
       sweep_curvature: Expected loss of score at one decade from there, doubled.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
@@ -59,11 +61,12 @@ class Policy:
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
     """
 
-    drop_below: float = 0.15
+    drop_below: float = 0.4
     move_fast: float = 0.5
     move_slow: float = 0.6
     price: float = 0.01
-    sweep_offset: float = 0.8
+    horizon_bias: float = 0.05
+    sweep_offset: float = 0.6
     sweep_curvature: float = 0.6
     slow_center: float = 0.5
     slow_curvature: float = 0.6
@@ -276,7 +279,10 @@ def decide(
     starts_fork = (holds & ~starts_sweep) | in_sweep | forks_again
     trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
 
-    chosen = jnp.where(has_kept, held.x[best], proposal)
+    bias = policy.horizon_bias * jnp.log10(jnp.maximum(remaining / jnp.maximum(late, 1), 1.0))
+    bias = jnp.where((ts.rounds_held == 0) & (plan.total > 0), bias, 0.0)
+    lowered = jnp.clip(held.x[best] - jnp.where(space_of.is_rate, bias / space_of.decades, 0.0), 0.0, 1.0)
+    chosen = jnp.where(has_kept, space.snap(lowered), proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
