@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.quality import baselines, workloads
+from benchmarks.quality import baselines, peers, searches, workloads
 from benchmarks.quality.cells import Cell, start_values
 from benchmarks.quality.task import RunState, Workload
 
@@ -41,6 +41,33 @@ def _scheduled(schedule: str, *, skip: bool = False) -> Method:
 
 METHODS: dict[str, Method] = {name: _scheduled(name) for name in baselines.SCHEDULES}
 METHODS["linear_skip"] = _scheduled("linear", skip=True)
+
+
+def _peer(name: str) -> Method:
+    def method(task, seed, hp):
+        rate = hp.get("learning_rate", task.defaults["learning_rate"])
+        state, losses = peers.run(task, seed, name=name, learning_rate=rate)
+        return Outcome(state, losses, task.total_steps, task.total_steps, {})
+
+    return method
+
+
+def _search(search: Callable[..., Any], **options: Any) -> Method:
+    def method(task, seed, hp):
+        state, losses, extra = search(task, seed, hp, **options)
+        return Outcome(state, losses, extra.pop("spent", task.total_steps), extra.pop("useful"), extra)
+
+    return method
+
+
+METHODS |= {name: _peer(name) for name in peers.PEERS}
+METHODS |= {
+    "range_test": _search(searches.range_test),
+    "wide_fork": _search(searches.wide_fork),
+    "ours": _search(searches.ours, all_tuned=False),
+    "ours_no_eval": _search(searches.ours, all_tuned=False, has_eval=False),
+    "ours_all": _search(searches.ours, all_tuned=True),
+}
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
