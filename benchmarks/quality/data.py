@@ -3,6 +3,7 @@
 import functools
 import gzip
 import importlib.util
+import itertools
 import pathlib
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ def _cut(x: np.ndarray, y: np.ndarray, sizes: tuple[int, int, int]) -> Data:
     edges = np.cumsum((0, *sizes))
     if edges[-1] > len(x):
         raise ValueError(f"splits {sizes} need {edges[-1]} rows; the data has {len(x)}.")
-    return Data(*(Split(x[lo:hi], y[lo:hi]) for lo, hi in zip(edges[:-1], edges[1:], strict=True)))
+    return Data(*(Split(x[lo:hi], y[lo:hi]) for lo, hi in itertools.pairwise(edges)))
 
 
 @functools.lru_cache

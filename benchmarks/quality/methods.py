@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.quality import baselines, peers, searches, workloads
+from benchmarks.quality import baselines, peers, populations, searches, workloads
 from benchmarks.quality.cells import Cell, start_values
 from benchmarks.quality.task import RunState, Workload
 
@@ -40,7 +40,7 @@ def _scheduled(schedule: str, *, skip: bool = False) -> Method:
 
 
 METHODS: dict[str, Method] = {name: _scheduled(name) for name in baselines.SCHEDULES}
-METHODS["linear_skip"] = _scheduled("linear", skip=True)
+METHODS |= {f"{name}_skip": _scheduled(name, skip=True) for name in baselines.SCHEDULES}
 
 
 def _peer(name: str) -> Method:
@@ -68,6 +68,7 @@ METHODS |= {
     "ours_no_eval": _search(searches.ours, all_tuned=False, has_eval=False),
     "ours_all": _search(searches.ours, all_tuned=True),
 }
+METHODS |= {name: _search(search, **options) for name, (search, options) in populations.POPULATIONS.items()}
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

@@ -1,38 +1,166 @@
-"""Tables of the stored results."""
+"""Tables of the stored results, in Markdown."""
 
+import functools
+import math
 import statistics
+from collections.abc import Iterable
 
-from benchmarks.quality import workloads
-from benchmarks.quality.cells import ORACLE_RATES, Cell, start_values
-from benchmarks.quality.plans import SEEDS
+import scipy.stats
+
+from benchmarks.quality import plans, workloads
+from benchmarks.quality.cells import ORACLE_DECAYS, ORACLE_DROPOUTS, ORACLE_RATES, Cell, start_values
+
+# A run that diverged counts as this many times the oracle's loss, so that means stay finite.
+_DIVERGED = 10.0
 
 
-def _mean(name: str, method: str, start: str, key: str, seeds: tuple[int, ...] = SEEDS) -> float | None:
-    stored = [Cell(name, method, start, seed).load() for seed in seeds]
-    values = [result[key] for result in stored if result is not None]
-    if not values:
+@functools.cache
+def _load(cell: Cell) -> dict | None:
+    return cell.load()
+
+
+def _values(name: str, method: str, start: str, key: str, steps: int | None = None) -> dict[int, float]:
+    """By seed; a diverged run is infinite."""
+    stored = {seed: _load(Cell(name, method, start, seed, steps)) for seed in plans.MORE_SEEDS}
+    return {s: math.inf if r[key] is None else r[key] for s, r in stored.items() if r is not None}
+
+
+def _mean(values: dict[int, float]) -> float:
+    return statistics.fmean(values.values()) if values else math.nan
+
+
+def best_start(name: str, method: str, starts: Iterable[str], steps: int | None = None) -> str | None:
+    """The start with the lowest mean validation loss over the seeds all of them have; None when one is missing."""
+    by_start = {start: _values(name, method, start, "val", steps) for start in starts}
+    shared = set.intersection(*(set(values) for values in by_start.values()))
+    if not shared:
         return None
-    return float("inf") if None in values else statistics.fmean(values)
+    return min(by_start, key=lambda start: statistics.fmean(by_start[start][seed] for seed in sorted(shared)))
+
+
+def oracle_test(name: str, steps: int | None = None) -> dict[int, float]:
+    """Test loss by seed of the rate that is best on validation, under linear decay."""
+    method = plans.oracle_method(name)
+    start = best_start(name, method, ORACLE_RATES, steps)
+    return {} if start is None else _values(name, method, start, "test", steps)
+
+
+def log_ratios(name: str, method: str, start: str, steps: int | None = None) -> list[float]:
+    """log of test loss over the oracle's, paired by seed."""
+    reference = oracle_test(name, steps)
+    tested = _values(name, method, start, "test", steps)
+    limit = math.log(_DIVERGED)
+    return [min(math.log(tested[s] / reference[s]), limit) for s in sorted(tested.keys() & reference.keys())]
+
+
+def interval(logs: list[float]) -> str:
+    """Geometric mean of ratios and, from three values on, its 95 % t interval."""
+    mean = statistics.fmean(logs)
+    if len(logs) < 3:
+        return f"{math.exp(mean):.3f}"
+    half = scipy.stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f}-{math.exp(mean + half):.3f})"
 
 
 def sweep() -> str:
     """Validation loss at every rate of the oracle, averaged over seeds."""
     lines = []
     for name in workloads.NAMES:
-        task = workloads.get(name)
-        means = {start: _mean(name, "linear", start, "val") for start in ORACLE_RATES}
-        if any(value is None for value in means.values()):
+        task, method = workloads.get(name), plans.oracle_method(name)
+        best = best_start(name, method, ORACLE_RATES)
+        if best is None:
             continue
-        best = min(means, key=means.get)
+        means = {start: _mean(_values(name, method, start, "val")) for start in ORACLE_RATES}
         rates = [f"{start_values(task, start)['learning_rate']:.3g}" for start in ORACLE_RATES]
-        lines.append(
-            f"{name} {task.title}, T={task.total_steps}, test at best {_mean(name, 'linear', best, 'test'):.4f}"
-        )
+        lines.append(f"{name} {task.title}, T={task.total_steps}, test at best {_mean(oracle_test(name)):.4f}")
         lines.append("  rate " + " ".join(f"{rate:>9}" for rate in rates))
         lines.append("  val  " + " ".join(f"{v:>8.4f}{'*' if s == best else ' '}" for s, v in means.items()))
     return "\n".join(lines)
 
 
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([_row(header), _row("---" for _ in header), *(_row(row) for row in rows)])
+
+
+def methods_table() -> str:
+    """Test loss over the oracle's: one row per method and start, one column per workload."""
+    names = [name for name in workloads.NAMES if oracle_test(name)]
+    kinds = [*plans.STRONGEST, *plans.FREE, *plans.STARTED, *plans.POPULATIONS, "ours", "ours_no_eval", "ours_all"]
+    rows = []
+    for schedule in ("linear", "constant", "cosine", "wsd"):
+        rows.append([f"{schedule}, default rate", *(_ratio(n, plans.oracle_method(n, schedule), "lr1") for n in names)])
+        if schedule != "linear":
+            rows.append([f"{schedule}, best of 7", *(_oracle_ratio(n, schedule) for n in names)])
+    for method in kinds:
+        for start in plans.starts("", method):
+            label = method if len(plans.starts("", method)) == 1 else f"{method} from {start}"
+            cells = [_ratio(name, method, start) for name in names]
+            if any(cells):
+                rows.append([label, *cells])
+    return _table(["test / oracle", *names], rows)
+
+
+def _ratio(name: str, method: str, start: str) -> str:
+    logs = log_ratios(name, method, start)
+    return interval(logs) if logs else ""
+
+
+def _oracle_ratio(name: str, schedule: str) -> str:
+    method = plans.oracle_method(name, schedule)
+    start = best_start(name, method, ORACLE_RATES)
+    return "" if start is None else _ratio(name, method, start)
+
+
+def grids_table() -> str:
+    """The nine-run grids of weight decay and dropout at each rate: test loss of the best over the oracle."""
+    starts = [d + o for d in ORACLE_DECAYS for o in ORACLE_DROPOUTS]
+    rows = []
+    for name in plans.REGULARISED:
+        for rate in plans.GRID_RATES:
+            best = best_start(name, "linear", [rate + start for start in starts])
+            if best is not None:
+                rows.append([name, rate, best, _ratio(name, "linear", best)])
+    return _table(["workload", "rate", "best of 9", "test / oracle"], rows)
+
+
+def summary_table() -> str:
+    """Geometric mean over the rate-only workloads (W1, W2, W5, W6), all starts together, and the worst start."""
+    names = [name for name in ("W1", "W2", "W5", "W6") if oracle_test(name)]
+    rows = []
+    for method in (*plans.STRONGEST, *plans.FREE, *plans.STARTED, *plans.POPULATIONS, "ours", "ours_no_eval"):
+        starts = plans.starts("", method)
+        cells = {(n, s): log_ratios(n, method, s) for n in names for s in starts}
+        if not all(cells.values()):
+            continue
+        means = [statistics.fmean(logs) for logs in cells.values()]
+        rows.append([method, f"{math.exp(statistics.fmean(means)):.3f}", f"{math.exp(max(means)):.3f}"])
+    return _table([f"over {', '.join(names)}", "geometric mean", "worst"], rows)
+
+
+def longer_table() -> str:
+    """Ratio to the oracle and share of discarded steps as the budget grows."""
+    rows = []
+    for name, budgets in plans.LONGER.items():
+        for steps in (None, *budgets):
+            for start in plans.STARTS:
+                logs = log_ratios(name, "ours", start, steps)
+                if logs:
+                    share = _mean(_values(name, "ours", start, "share", steps))
+                    budget = steps or workloads.get(name).total_steps
+                    rows.append([name, str(budget), start, interval(logs), f"{100 * share:.1f} %"])
+    return _table(["workload", "T", "start", "test / oracle", "discarded"], rows)
+
+
 def tables() -> str:
     """All tables."""
-    return sweep()
+    parts = [
+        ("Summary, learning rate only", summary_table()),
+        ("Test loss over the learning-rate oracle (95 % interval over seeds)", methods_table()),
+        ("Regularisation grids", grids_table()),
+        ("Longer runs", longer_table()),
+    ]
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)

@@ -15,6 +15,8 @@ SWEEP_STEPS = 100
 FORKS = 7
 FORK_STEPS = 20
 
+Found = tuple[RunState, np.ndarray, dict[str, Any]]
+
 # Smoothing of the range test's loss, and how far below its minimum the rate is set.
 _SMOOTHING = 0.9
 _BELOW_MINIMUM = 10.0
@@ -40,14 +42,17 @@ def stretch(task: Workload) -> Callable[..., tuple[RunState, jax.Array, Any]]:
     return jax.jit(run)
 
 
-def _run(task: Workload, state: RunState, seed: int, first: int, rates: np.ndarray, hp: dict[str, float]):
+def train(
+    task: Workload, state: RunState, seed: int, first: int, rates: np.ndarray, hp: dict[str, float]
+) -> tuple[RunState, jax.Array, Any]:
+    """Go on from ``state`` on the batches from ``first`` on, one step per rate: state, losses, mean late weights."""
     values = {name: jnp.float32(value) for name, value in {**task.defaults, **hp}.items()}
     table = jnp.asarray(task.table(seed)[first : first + len(rates)])
     steps = jnp.arange(first, first + len(rates))
     return stretch(task)(state, table, steps, jnp.asarray(rates, jnp.float32), task.train_arrays, values)
 
 
-def range_test(task: Workload, seed: int, hp: dict[str, float]) -> tuple[RunState, np.ndarray, dict[str, Any]]:
+def range_test(task: Workload, seed: int, hp: dict[str, float]) -> Found:
     """An exponential sweep of the rate over its bounds, then a fresh run under linear decay with what is left.
 
     The rate is a tenth of the one at the minimum of the smoothed loss. A sweep longer than a quarter of the budget is
@@ -56,16 +61,16 @@ def range_test(task: Workload, seed: int, hp: dict[str, float]) -> tuple[RunStat
     low, high = task.space["learning_rate"]
     n = min(SWEEP_STEPS, task.total_steps // 4)
     rates = np.geomspace(low, high, n)
-    _, swept, _ = _run(task, task.init(seed), seed, 0, rates, hp)
+    _, swept, _ = train(task, task.init(seed), seed, 0, rates, hp)
     smooth = _smoothed(np.asarray(swept))
     peak = float(np.clip(rates[int(np.argmin(smooth))] / _BELOW_MINIMUM, low, high))
     left = task.total_steps - n
     share = jnp.arange(1, left + 1) / (left + 1.0)
-    state, losses, _ = _run(task, task.init(seed), seed, 0, peak * np.asarray(baselines.linear(share)), hp)
+    state, losses, _ = train(task, task.init(seed), seed, 0, peak * np.asarray(baselines.linear(share)), hp)
     return state, np.concatenate([swept, losses]), {"rate": peak, "useful": left}
 
 
-def wide_fork(task: Workload, seed: int, hp: dict[str, float]) -> tuple[RunState, np.ndarray, dict[str, Any]]:
+def wide_fork(task: Workload, seed: int, hp: dict[str, float]) -> Found:
     """One round of seven forks over the whole range of rates at step 0, the winner kept; then linear decay.
 
     Forks take the same batches and are scored by the probe loss of their mean weights over the last ten steps. The
@@ -74,8 +79,8 @@ def wide_fork(task: Workload, seed: int, hp: dict[str, float]) -> tuple[RunState
     low, high = task.space["learning_rate"]
     begin, best, losses = task.init(seed), None, []
     for rate in np.geomspace(low, high, FORKS):
-        state, loss, mean = _run(task, begin, seed, 0, np.full(FORK_STEPS, rate), hp)
-        score = float(_probe(task)(state._replace(params=mean)))
+        state, loss, mean = train(task, begin, seed, 0, np.full(FORK_STEPS, rate), hp)
+        score = float(probe(task)(state._replace(params=mean)))
         losses.append(np.asarray(loss))
         if np.isfinite(score) and (best is None or score < best[0]):
             best = (score, rate, state)
@@ -85,13 +90,13 @@ def wide_fork(task: Workload, seed: int, hp: dict[str, float]) -> tuple[RunState
     spent = FORKS * FORK_STEPS + round(FORKS * task.probe_price)
     left = task.total_steps - spent
     share = (spent + 1.0 + jnp.arange(left)) / (task.total_steps + 1.0)
-    state, loss, _ = _run(task, state, seed, FORK_STEPS, rate * np.asarray(baselines.linear(share)), hp)
+    state, loss, _ = train(task, state, seed, FORK_STEPS, rate * np.asarray(baselines.linear(share)), hp)
     return state, np.concatenate([*losses, loss]), {"rate": float(rate), "useful": left + FORK_STEPS}
 
 
 def ours(
     task: Workload, seed: int, hp: dict[str, float], *, all_tuned: bool, has_eval: bool = True, **options: Any
-) -> tuple[RunState, np.ndarray, dict[str, Any]]:
+) -> Found:
     """The library, with its defaults: `fit` on the workload.
 
     Args:
@@ -158,7 +163,8 @@ def _evaluations(history: Any) -> int:
 
 
 @functools.cache
-def _probe(task: Workload) -> Callable[[RunState], jax.Array]:
+def probe(task: Workload) -> Callable[[RunState], jax.Array]:
+    """The compiled `Workload.probe_step`."""
     return jax.jit(task.probe_step)
 
 
