@@ -23,5 +23,9 @@ from ._history import History as History
 from ._hyperparams import set_hyperparams as set_hyperparams
 from ._loop import FitResult as FitResult
 from ._loop import fit as fit
+from ._progress import Progress as Progress
+from ._recorder import Recorder as Recorder
+from ._state import OUTCOMES as OUTCOMES
+from ._state import PHASES as PHASES
 from ._state import Directive as Directive
 from ._state import TunerState as TunerState
