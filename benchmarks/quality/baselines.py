@@ -74,5 +74,7 @@ def scheduled(
       The final state and the float32 ``[T]`` training losses.
     """
     values = {name: jnp.float32(value) for name, value in {**task.defaults, **hp}.items()}
-    state, losses = _compiled(task, schedule, skip)(task.init(seed), jnp.asarray(task.table(seed)), task.train_arrays, values)
+    state, losses = _compiled(task, schedule, skip)(
+        task.init(seed), jnp.asarray(task.table(seed)), task.train_arrays, values
+    )
     return state, np.asarray(losses)

@@ -1,6 +1,6 @@
 """The runner: works through a plan of cells, two processes at a time, skipping what is already stored.
 
-python -m benchmarks.quality run [--quick] [--only SUBSTRING ...] [--processes 2]
+python -m benchmarks.quality run [--quick] [--workloads W1 ...] [--methods ours ...] [--seeds 0 1 ...]
 python -m benchmarks.quality report
 """
 
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="run the missing cells")
     runner.add_argument("--quick", action="store_true", help="a subset that takes about ten minutes")
-    runner.add_argument(
-        "--only", nargs="*", default=[], help="keep cells whose 'workload/method/start' contains all of these"
-    )
+    runner.add_argument("--workloads", nargs="*", help="keep cells of these workloads")
+    runner.add_argument("--methods", nargs="*", help="keep cells of these methods")
+    runner.add_argument("--seeds", nargs="*", type=int, help="keep cells of these seeds")
     runner.add_argument("--processes", type=int, default=2)
     runner.add_argument("--list", action="store_true", help="print the missing cells instead of running them")
     writer = commands.add_parser("report", help="print the tables of the stored results")
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         print(report.sweep() if args.sweep else report.tables())
         return 0
     plan = plans.quick() if args.quick else plans.full()
-    plan = [c for c in plan if all(word in f"{c.workload}/{c.method}/{c.start}" for word in args.only)]
+    wanted = {"workload": args.workloads, "method": args.methods, "seed": args.seeds}
+    plan = [c for c in plan if all(keep is None or getattr(c, field) in keep for field, keep in wanted.items())]
     if args.list:
         print("\n".join(str(cell.path.name) for cell in plan if not cell.path.exists()))
         return 0
