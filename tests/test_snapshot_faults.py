@@ -471,6 +471,23 @@ def test_a_snapshot_removed_by_hand_is_passed_over_while_running(tmp_path):
             assert store.restore(state_at(0))[0] == 1
 
 
+def test_an_index_that_cannot_be_written_leaves_no_litter(tmp_path, monkeypatch):
+    with atn.Snapshots(tmp_path) as store:
+        assert save_all(store, [1]) == []
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store._folder), "commit", lambda *_: (_ for _ in ()).throw(OSError("index")))
+            assert len(save_all(store, [2])) == 1
+        assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["00000001"]
+        assert save_all(store, [3]) == []
+    assert restore(tmp_path) == (3, [])
+
+
+def test_warnings_point_at_the_line_that_saved(tmp_path):
+    with atn.Snapshots(tmp_path) as store, faults.failing_writes(), pytest.warns(atn.SnapshotWarning) as caught:
+        store.save(1, state_at(1), wait=True)
+    assert caught[0].filename == __file__
+
+
 def test_no_host_memory_for_the_copy(tmp_path, monkeypatch):
     from autotunenet_jax import _snapshots
 

@@ -1,10 +1,8 @@
 """What is saved is what is restored; ids, branches, retention, errors that name the differences."""
 
 import math
-import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 from typing import NamedTuple
@@ -89,21 +87,6 @@ def test_every_kind_of_leaf_survives_bit_for_bit(tmp_path):
     assert_same(restored, tree)
 
 
-def test_a_program_that_ends_at_once_has_saved_and_shapes_are_enough_to_restore(tmp_path):
-    code = (
-        "import sys, jax, jax.numpy as jnp, autotunenet_jax as atn\n"
-        "store = atn.Snapshots(sys.argv[1])\n"
-        "assert 'orbax' not in sys.modules\n"
-        "store.save(3, {'w': jnp.arange(4.0), 'key': jax.random.key(3)})\n"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path], check=True, timeout=60)
-    tree = {"w": jnp.arange(4.0), "key": jax.random.key(3)}
-    with atn.Snapshots(tmp_path) as store:
-        step, restored = store.restore(jax.eval_shape(lambda: tree))
-    assert step == 3
-    assert_same(restored, tree)
-
-
 def test_names_that_collide_are_kept_apart(tmp_path):
     tree = {"a": {"b": jnp.ones(1)}, "a/b": jnp.zeros(1)}
     with atn.Snapshots(tmp_path) as store:
@@ -147,32 +130,21 @@ def test_restored_state_continues_without_recompiling(tmp_path):
     assert step._cache_size() == traced
 
 
+def test_a_state_lost_to_a_failed_step_still_tells_what_to_restore(tmp_path):
+    state = small_state(1.0)
+    with atn.Snapshots(tmp_path) as store:
+        store.save(1, state)
+        jax.tree.map(lambda x: x.delete(), state)  # a step that fails has used its donated inputs up all the same
+        _, restored = store.restore(state)
+    assert_same(restored, small_state(1.0))
+
+
 def test_numpy_and_jax_arrays_change_places_as_asked(tmp_path):
     with atn.Snapshots(tmp_path) as store:
         store.save(0, {"a": np.ones(2, np.float32), "b": jnp.ones(2)})
         _, tree = store.restore({"a": jnp.zeros(2), "b": np.zeros(2, np.float32)})
     assert isinstance(tree["a"], jax.Array)
     assert isinstance(tree["b"], np.ndarray)
-
-
-def test_sharded_state_returns_to_its_devices(tmp_path):
-    code = (
-        "import sys, jax, jax.numpy as jnp, numpy as np, autotunenet_jax as atn\n"
-        "from jax.sharding import NamedSharding, PartitionSpec as P\n"
-        "mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))\n"
-        "rows = NamedSharding(mesh, P('x')); all_ = NamedSharding(mesh, P())\n"
-        "tree = {'w': jax.device_put(jnp.arange(8.), rows), 'k': jax.device_put(jax.random.key(1), all_)}\n"
-        "def same(a, b):\n"
-        "    assert a['w'].sharding == b['w'].sharding and a['k'].sharding == b['k'].sharding\n"
-        "    assert np.asarray(a['w']).tobytes() == np.asarray(b['w']).tobytes()\n"
-        "same(atn.copy_tree(tree), tree); same(atn.copy_tree_to_host(tree).to_device(), tree)\n"
-        "with atn.Snapshots(sys.argv[1]) as store:\n"
-        "    store.save(0, tree); same(store.restore(tree)[1], tree)\n"
-        "    other = {'w': jax.device_put(jnp.zeros(8), all_), 'k': tree['k']}\n"
-        "    assert store.restore(other)[1]['w'].sharding == all_\n"
-    )
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60, env=environment)
 
 
 @pytest.mark.parametrize("copy", [atn.copy_tree, lambda t: atn.copy_tree_to_host(t).to_device()])
