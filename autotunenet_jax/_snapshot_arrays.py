@@ -146,7 +146,7 @@ def _write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         path.mkdir()
         return
     ocp = load_orbax()
-    # Weights hardly compress (7 % of normal numbers in float32), and the training loop needs the processor.
+    # Weights hardly compress, and the training loop needs the processor.
     with _checkpointer(use_compression=False) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays)))
 

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 _SPARE_BYTES = 2**20
 # Warnings point at the line that called a method: this many frames up from `_tell`, past the method and its lock.
 _CALLER = 4
-# Steps run up to 1.7 times slower while a snapshot is being written: write a tenth of the time at most.
+# Steps run slower while a snapshot is being written (benchmarks/faults.py): write a tenth of the time at most.
 _WRITING_SHARE = 0.1
 
 
@@ -141,7 +141,7 @@ class Snapshots:
           TypeError: A leaf cannot be stored; the message names it.
           ValueError: The step is negative, or this `Snapshots` is closed or read only.
 
-        Cost: blocks for one copy to host memory, about 12 ms for 100 MB on a CPU, and for what is left of the save
+        Cost: blocks for one copy to host memory, 10 to 40 ms per 100 MB on a CPU, and for what is left of the save
         before. Keeps that copy's memory for the next one.
         """
         start = time.monotonic()
