@@ -29,3 +29,8 @@ from ._state import OUTCOMES as OUTCOMES
 from ._state import PHASES as PHASES
 from ._state import Directive as Directive
 from ._state import TunerState as TunerState
+from ._autotune import autotune as autotune
+from ._tuned_access import hyperparams as hyperparams
+from ._tuned_access import observe as observe
+from ._tuned_access import observe_eval as observe_eval
+from ._tuned_access import wants_eval as wants_eval

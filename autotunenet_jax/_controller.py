@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from . import _decide, _guard, _observations, _plan, _surrogate, _tick
 from ._guard import Guard
 from ._plan import NEVER
-from ._space import Float as FloatParameter, SearchSpace
+from ._space import Float as FloatParameter
+from ._space import SearchSpace
 from ._state import (
     FORK,
     OUTCOME_NONE,
@@ -59,14 +60,14 @@ class Core:
         swept = jnp.where(is_rate, jnp.clip(sweep_u, 0.0, 1.0), ts.incumbent)
         u = jnp.where(ts.phase == SWEEP, swept, jnp.where(ts.phase == FORK, ts.trial, ts.incumbent))
         hp = self.space.decode(u)
-        factor = jnp.where(ts.phase == SWEEP, 1.0, self._schedule(ts) * self._cool_down(ts, pos))
+        factor = jnp.where(ts.phase == SWEEP, 1.0, self.schedule(ts) * self._cool_down(ts, pos))
         for name, role in zip(self.space.names, self.space.roles, strict=True):
             if role == "rate":
                 hp[name] = hp[name] * factor
         return hp
 
-    def _schedule(self, ts: TunerState) -> Float[Array, ""]:
-        """The base schedule: a function of the budget spent, forks included."""
+    def schedule(self, ts: TunerState) -> Float[Array, ""]:
+        """The factor on the rates: a function of the budget spent, forks included."""
         total = ts.plan.total
         planned = jnp.where(ts.anneal_start >= 0, ts.anneal_steps, total)
         begin = jnp.where(ts.anneal_start >= 0, ts.anneal_start, 0)
@@ -267,18 +268,19 @@ class AutoTuneNet:
             values[name] = self.initial.get(name, default)
         return values
 
-    def init(self, key: PRNGKeyArray) -> TunerState:
+    def init(self, key: PRNGKeyArray, *, start: Mapping[str, Any] | None = None) -> TunerState:
         """The state before the first step; the loop's saved and kept copies are of the initial training state.
 
         Args:
           key: A typed PRNG key, or a legacy uint32 one.
+          start: Values to start from where ``initial`` names none; arrays under jit too.
         """
         if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         # The state is donated step by step: it must not share its key's buffer with the caller.
         key = jax.random.clone(key)
         dims = self.space.dims
-        incumbent = self.space.snap(self.space.encode(self.start()))
+        incumbent = self.space.snap(self.space.encode({**self.start(), **(start or {}), **self.initial}))
         plan = jax.tree.map(jnp.asarray, self.plan)
         zero, zero_i = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
         starts_now = int(self.plan.start[0]) == 0

@@ -1,71 +1,247 @@
-"""Reading and writing hyperparameters in optax states, wherever ``optax.inject_hyperparams`` put them."""
+"""Reading and writing hyperparameters in optax states, wherever ``optax.inject_hyperparams`` put them.
 
-from collections.abc import Callable, Mapping
-from typing import Any
+A hyperparameter is addressed by its name, or by a path ending in it: ``"encoder/learning_rate"`` is the learning rate
+of the transformation labelled ``"encoder"`` in ``optax.partition``. A path may leave steps out; it must fit one place.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 
+def _fields(node: Any) -> tuple[str, ...]:
+    return getattr(node, "_fields", ())
+
+
 def is_injected(node: Any) -> bool:
     """Whether a node of a tree is the state of ``optax.inject_hyperparams``, of either flavour."""
-    fields = getattr(node, "_fields", ())
-    return "hyperparams" in fields and "inner_state" in fields
+    return "hyperparams" in _fields(node) and "inner_state" in _fields(node)
 
 
-def _unwrapped(leaf: Any) -> Any:
+def is_tuned(node: Any) -> bool:
+    """Whether a node of a tree is the state of `autotune`."""
+    return "tuner" in _fields(node) and "settings" in _fields(node)
+
+
+def is_accumulating(node: Any) -> bool:
+    """Whether a node of a tree is the state of ``optax.MultiSteps``."""
+    return "mini_step" in _fields(node) and "acc_grads" in _fields(node)
+
+
+def unboxed(leaf: Any) -> Any:
     """The array of a leaf that a module library has put in a box, such as an NNX variable."""
     return leaf.get_value() if hasattr(leaf, "get_value") else leaf
 
 
-def _rewrapped(leaf: Any, value: Array) -> Any:
+def reboxed(leaf: Any, value: Any) -> Any:
+    """``value`` in a box like that of ``leaf``."""
     return leaf.replace(value) if hasattr(leaf, "get_value") else value
 
 
-def map_injected(opt_state: Any, function: Callable[[Any], Any]) -> Any:
-    """Applies ``function`` to every injected state in a tree, outer ones first."""
+def _is_stop(node: Any) -> bool:
+    return is_injected(node) or is_tuned(node)
+
+
+class Place(NamedTuple):
+    """Where a hyperparameter is kept: which injected state of the tree, and by what name there.
+
+    Attributes:
+      node: Number of the injected state, outer ones first.
+      name: Its name there.
+      path: Dictionary keys and positions that lead there.
+      within: Numbers of the injected states around that one.
+      is_scheduled: Whether an optax schedule overwrites it.
+      is_held: Whether it may change only between accumulated batches: an integer beside ``optax.MultiSteps``.
+    """
+
+    node: int
+    name: str
+    path: tuple[str, ...]
+    within: tuple[int, ...]
+    is_scheduled: bool
+    is_held: bool
+
+
+def map_injected(opt_state: Any, function: Callable[[int, Any], Any]) -> Any:
+    """Applies ``function(number, state)`` to every injected state in a tree, outer ones first."""
+    count = 0
+
+    def inside(tree: Any) -> Any:
+        return jax.tree.map(visit, tree, is_leaf=_is_stop)
 
     def visit(node: Any) -> Any:
+        nonlocal count
+        if is_tuned(node):  # its snapshots hold injected states too, which are not in force
+            return node._replace(inner=inside(node.inner))
         if not is_injected(node):
             return node
-        node = function(node)
-        return node._replace(inner_state=map_injected(node.inner_state, function))
+        node = function(count, node)
+        count += 1
+        return node._replace(inner_state=inside(node.inner_state))
 
-    return jax.tree.map(visit, opt_state, is_leaf=is_injected)
+    return inside(opt_state)
 
 
-def _available(opt_state: Any) -> list[str]:
-    names: list[str] = []
+def _segments(path: Iterable[Any]) -> tuple[str, ...]:
+    """Dictionary keys and positions along a path; the field names of optax's own states say nothing to a user."""
+    segments: list[str] = []
+    for key in path:
+        if isinstance(key, jax.tree_util.DictKey):
+            segments.extend(str(key.key).split("/"))
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            segments.append(str(key.idx))
+    return tuple(segments)
 
-    def collect(node: Any) -> Any:
-        names.extend(name for name in node.hyperparams if name not in names)
+
+def _accumulation(node: Any) -> Any:
+    """The ``optax.MultiSteps`` state inside an injected one, or None."""
+    for leaf in jax.tree.leaves(node.inner_state, is_leaf=is_accumulating):
+        if is_accumulating(leaf):
+            return leaf
+    return None
+
+
+def places(opt_state: Any) -> list[Place]:
+    """Every hyperparameter of every injected state in a tree, outer states first."""
+    found: list[Place] = []
+    count = 0
+
+    def visit(tree: Any, prefix: tuple[str, ...], within: tuple[int, ...]) -> None:
+        nonlocal count
+        for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_stop)[0]:
+            here = prefix + _segments(path)
+            if is_tuned(node):
+                visit(node.inner, here, within)
+            if not is_injected(node):
+                continue
+            number = count
+            count += 1
+            scheduled = getattr(node, "hyperparams_states", None) or {}
+            accumulates = _accumulation(node) is not None
+            for name, value in node.hyperparams.items():
+                is_whole = jnp.issubdtype(jnp.asarray(unboxed(value)).dtype, jnp.integer)
+                found.append(Place(number, name, here, within, name in scheduled, accumulates and is_whole))
+            visit(node.inner_state, here, (*within, number))
+
+    visit(opt_state, (), ())
+    return found
+
+
+def labels(found: list[Place]) -> dict[str, Place]:
+    """Places by the shortest name that is theirs alone."""
+    out: dict[str, Place] = {}
+    for place in found:
+        words = tuple(step for step in place.path if not step.isdecimal())
+        for steps in ((), words, place.path):
+            label = "/".join((*steps, place.name))
+            if len(match(label, found)) == 1:
+                out[label] = place
+                break
+        else:
+            out.setdefault("/".join((*place.path, place.name)), place)
+    return out
+
+
+def match(name: str, found: list[Place]) -> list[Place]:
+    """The places that a name or path fits; of one inside another only the outer one."""
+    *steps, leaf = name.split("/")
+
+    def fits(place: Place) -> bool:
+        rest = iter(place.path)
+        return place.name == leaf and all(step in rest for step in steps)
+
+    fitting = [place for place in found if fits(place)]
+    numbers = {place.node for place in fitting}
+    return [place for place in fitting if not numbers.intersection(place.within)]
+
+
+def resolve(names: Iterable[str], opt_state: Any) -> dict[str, Place]:
+    """Finds the place of each name; names that fit nowhere are left out.
+
+    Raises:
+      ValueError: There is no injected state, a name fits several places, two names fit one place, a path fits none, or
+        the value follows an optax schedule.
+    """
+    found = places(opt_state)
+    if not found:
+        raise ValueError(_NOT_INJECTED)
+    out: dict[str, Place] = {}
+    for name in names:
+        fitting = match(name, found)
+        if len(fitting) > 1:
+            candidates = [label for label, place in labels(found).items() if place in fitting]
+            raise ValueError(
+                f"{name!r} is ambiguous: the optimizer has {' and '.join(map(repr, candidates))}. Name one of them."
+            )
+        if not fitting:
+            if "/" in name:
+                raise ValueError(
+                    f"the optimizer has no hyperparameter {name!r}; it has {', '.join(sorted(labels(found)))}. "
+                    "Use one of those."
+                )
+            continue
+        if fitting[0].is_scheduled:
+            raise ValueError(
+                f"{name!r} follows an optax schedule, which would overwrite the tuned value at every update. "
+                "Give inject_hyperparams a plain number for it; the tuner has a schedule of its own."
+            )
+        for other, place in out.items():
+            if place == fitting[0]:
+                raise ValueError(f"{other!r} and {name!r} name the same hyperparameter. Keep one of them.")
+        out[name] = fitting[0]
+    return out
+
+
+def read(opt_state: Any, where: Mapping[str, Place]) -> dict[str, Array]:
+    """The values at some places, by the names given."""
+    nodes: list[Any] = []
+
+    def collect(number: int, node: Any) -> Any:
+        nodes.append(node.hyperparams)
         return node
 
     map_injected(opt_state, collect)
-    return names
+    return {name: unboxed(nodes[place.node][place.name]) for name, place in where.items()}
+
+
+def write(opt_state: Any, values: Mapping[str, Any], where: Mapping[str, Place]) -> Any:
+    """Writes values to places, each with the dtype and shape it has there.
+
+    Numbers of accumulated batches change only when none is half done: ``optax.MultiSteps`` would never finish one
+    whose length fell below what it has already gathered.
+    """
+
+    def change(number: int, node: Any) -> Any:
+        new = dict(node.hyperparams)
+        for name, place in where.items():
+            if place.node != number:
+                continue
+            old = unboxed(new[place.name])
+            value = jnp.broadcast_to(jnp.asarray(values[name]).astype(old.dtype), jnp.shape(old))
+            if place.is_held:
+                value = jnp.where(unboxed(_accumulation(node).mini_step) == 0, value, old)
+            new[place.name] = reboxed(new[place.name], value)
+        return node._replace(hyperparams=new)
+
+    return map_injected(opt_state, change)
 
 
 def injected_hyperparams(opt_state: Any) -> dict[str, Array]:
     """The hyperparameters that ``optax.inject_hyperparams`` keeps in an optimizer state.
 
     Args:
-      opt_state: Any tree with injected states in it; of a name that occurs twice the outermost value is given.
+      opt_state: Any tree with injected states in it. Names that occur in several places are given with their paths.
 
     Raises:
       ValueError: There is no injected state.
     """
-    found: dict[str, Array] = {}
-
-    def collect(node: Any) -> Any:
-        for name, value in node.hyperparams.items():
-            found.setdefault(name, _unwrapped(value))
-        return node
-
-    map_injected(opt_state, collect)
+    found = places(opt_state)
     if not found:
         raise ValueError(_NOT_INJECTED)
-    return found
+    return read(opt_state, labels(found))
 
 
 _NOT_INJECTED = (
@@ -90,42 +266,30 @@ def set_hyperparams(opt_state: Any, hyperparams: Mapping[str, Any]) -> Any:
 
     Args:
       opt_state: Any tree with injected states in it, at any depth.
-      hyperparams: Values by name.
+      hyperparams: Values by name, or by path where a name occurs several times: ``"encoder/learning_rate"``.
 
     Returns:
       The tree with new values; the given one is not changed.
 
     Raises:
-      ValueError: There is no injected state, it has none of the names, or a name follows an optax schedule, which would
-        overwrite the value at the next update.
+      ValueError: There is no injected state, it has none of the names, a name is ambiguous, or a value would be
+        overwritten at the next update, by an optax schedule or by `autotune`.
 
     Cost: O(number of hyperparameters), under jit nothing.
     """
-    written: set[str] = set()
-
-    def write(node: Any) -> Any:
-        values = dict(node.hyperparams)
-        for name in values:
-            if name not in hyperparams:
-                continue
-            if name in (getattr(node, "hyperparams_states", None) or {}):
-                raise ValueError(
-                    f"{name!r} follows an optax schedule, which would overwrite the tuned value at every update. "
-                    "Give inject_hyperparams a plain number for it; the tuner has a schedule of its own."
-                )
-            old = _unwrapped(values[name])
-            new = jnp.broadcast_to(jnp.asarray(hyperparams[name]).astype(old.dtype), jnp.shape(old))
-            values[name] = _rewrapped(values[name], new)
-            written.add(name)
-        return node._replace(hyperparams=values)
-
-    out = map_injected(opt_state, write)
-    if not written:
-        available = _available(opt_state)
-        if not available:
-            raise ValueError(_NOT_INJECTED)
+    where = resolve(hyperparams, opt_state)
+    for node in jax.tree.leaves(opt_state, is_leaf=is_tuned):
+        if is_tuned(node):
+            for name in where:
+                if name in node.settings.core.space:
+                    raise ValueError(
+                        f"{name!r} is being tuned: autotune would overwrite the value at the next update. "
+                        "Leave it out of the search space to set it by hand."
+                    )
+    if not where:
+        available = ", ".join(sorted(labels(places(opt_state))))
         raise ValueError(
             f"the optimizer has no hyperparameter named {' or '.join(map(repr, hyperparams))}; "
-            f"it has {', '.join(sorted(available))}. Use one of those names in the search space."
+            f"it has {available}. Use one of those names in the search space."
         )
-    return out
+    return write(opt_state, hyperparams, where)

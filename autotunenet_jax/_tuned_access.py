@@ -1,0 +1,230 @@
+"""Reading and telling a tuned optimizer's state from outside, wherever other transformations and libraries have put it."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from . import _hyperparams
+from ._tuned_state import (
+    AutotuneState,
+    Order,
+    in_force,
+    take_loss,
+    take_metric,
+    wants_metric,
+    write_in_force,
+)
+
+# Updates without a single loss after which the user is told.
+_SILENT_STEPS = 20
+
+_SILENT = (
+    "autotune has not been told a single loss in {steps} updates, so it tunes nothing. "
+    "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
+)
+_NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
+
+
+def _tree_of(holder: Any) -> Any:
+    """The optimizer state of an object that holds one, such as a train state or a module library's optimizer."""
+    is_state = hasattr(holder, "_fields") or isinstance(holder, dict)
+    return holder.opt_state if not is_state and hasattr(holder, "opt_state") else holder
+
+
+def _find(holder: Any) -> AutotuneState | None:
+    nodes = jax.tree.leaves(_tree_of(holder), is_leaf=_hyperparams.is_tuned)
+    found = [node for node in nodes if _hyperparams.is_tuned(node)]
+    if len(found) > 1:
+        raise ValueError("there are several tuned optimizers in here. Pass the state of one of them.")
+    return found[0] if found else None
+
+
+def _is_box(leaf: Any) -> bool:
+    return hasattr(leaf, "get_value")
+
+
+def _unboxed(tree: Any) -> Any:
+    return jax.tree.map(_hyperparams.unboxed, tree, is_leaf=_is_box)
+
+
+def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
+    """The holder with its tuned state replaced; an object that is not a tree is changed in place."""
+    state = _find(holder)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    new = tell(_unboxed(state))
+
+    def change(node: Any) -> Any:
+        if not _hyperparams.is_tuned(node):
+            return node
+        return jax.tree.map(_hyperparams.reboxed, node, new, is_leaf=_is_box)
+
+    tree = _tree_of(holder)
+    changed = jax.tree.map(change, tree, is_leaf=_hyperparams.is_tuned)
+    if tree is holder:
+        return changed
+    if hasattr(holder, "replace"):
+        return holder.replace(opt_state=changed)
+    if dataclasses.is_dataclass(holder):
+        return dataclasses.replace(holder, opt_state=changed)  # type: ignore[type-var]
+    holder.opt_state = changed
+    return holder
+
+
+@jax.jit
+def _in_force(state: AutotuneState) -> dict[str, Array]:
+    values = in_force(state)
+    if not state.settings.is_on:
+        return values
+    inner = write_in_force(state.inner, values)
+    return {**values, **_hyperparams.read(inner, _hyperparams.resolve(values, inner))}
+
+
+def _warn_if_silent(state: AutotuneState) -> None:
+    """Says once, on the host, that the tuner hears nothing; never waits for the device."""
+    heard, lag = state.tuner.step, state.lag
+    if not state.settings.is_on or isinstance(lag, jax.core.Tracer) or np.ndim(lag):
+        return
+    if hasattr(lag, "is_ready") and not (lag.is_ready() and heard.is_ready()):
+        return
+    if int(heard) == 0 and int(lag) >= _SILENT_STEPS:
+        warnings.warn(_SILENT.format(steps=int(lag)), UserWarning, stacklevel=3)
+
+
+def hyperparams(opt_state: Any) -> dict[str, Array]:
+    """The hyperparameters in force at the next update.
+
+    Of a tuned optimizer these are the tuned ones, whether the optimizer has a place for them or not; of any other the
+    ones that ``optax.inject_hyperparams`` keeps. Jit-able.
+
+    Example:
+        >>> import optax
+        >>> optimizer = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
+        >>> {name: float(value) for name, value in hyperparams(optimizer.init(jnp.zeros(3))).items()}
+        {'learning_rate': 0.5}
+
+    Args:
+      opt_state: An optimizer state, through ``optax.chain``, ``optax.MultiSteps`` and the like, or an object whose
+        ``opt_state`` it is: a Flax ``TrainState`` or ``nnx.Optimizer``.
+
+    Returns:
+      Scalar arrays by name; a name that occurs in several places by its path.
+
+    Raises:
+      ValueError: There are no hyperparameters in it, or several tuned optimizers.
+
+    Cost: O(number of hyperparameters).
+    """
+    state = _find(opt_state)
+    if state is None:
+        return _hyperparams.injected_hyperparams(_tree_of(opt_state))
+    state = _unboxed(state)
+    _warn_if_silent(state)
+    return _in_force(state._replace(saved=None, kept=None))
+
+
+def observe(opt_state: Any, loss: Any) -> Any:
+    """Tells the tuner the loss of the update just made, where the training loop cannot pass ``value`` to it.
+
+    Flax's ``TrainState.apply_gradients`` is such a loop. What the tuner decides is carried out by the next update.
+    Report once per update; updates in between are counted, and learned nothing from. Jit-able, without side effects.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> params, state = jnp.ones(3), optimizer.init(jnp.ones(3))
+        >>> updates, state = optimizer.update(2 * params, state, params)
+        >>> state = observe(state, jnp.sum(params**2))
+
+    Args:
+      opt_state: As for `hyperparams`. A ``TrainState`` is returned anew, an ``nnx.Optimizer`` is changed in place.
+      loss: Scalar; that of the parameters the update started from. A loss that is not finite sends the run back.
+
+    Returns:
+      What was given, with the loss taken in.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it, or the loss is not a scalar.
+    """
+    loss = jnp.asarray(loss)
+    if loss.shape != ():
+        raise ValueError(f"the loss must be a scalar; got shape {loss.shape}. Average it over the batch first.")
+
+    def tell(state: AutotuneState) -> AutotuneState:
+        if not state.settings.is_on:
+            return state
+        # The snapshots stay outside: a loss changes nothing in them.
+        small = state._replace(inner=None, saved=None, kept=None)
+        new = _observe(small, loss.astype(jnp.float32))
+        return new._replace(inner=state.inner, saved=state.saved, kept=state.kept)
+
+    return _told(opt_state, tell)
+
+
+@jax.jit
+def _observe(state: AutotuneState, loss: Array) -> AutotuneState:
+    unreported = jnp.maximum(state.lag - 1, 0)
+    ts, drift, order = take_loss(state.settings, state.tuner, state.drift, loss, lag=unreported)
+    merged = Order(*(new | old for new, old in zip(order, state.order, strict=True)))
+    return state._replace(tuner=ts, drift=drift, order=merged, lag=jnp.zeros_like(state.lag))
+
+
+def observe_eval(opt_state: Any, metric: Any) -> Any:
+    """Tells the tuner a validation metric of the current parameters, in the direction of ``mode``.
+
+    Forks are compared by it when it is reported each time that `wants_eval` asks; hyperparameters that act slowly, such
+    as a weight decay, are only tuned then. Other reports do no harm. Jit-able.
+
+    Args:
+      opt_state: As for `observe`.
+      metric: Scalar.
+
+    Returns:
+      What was given, with the metric taken in.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it.
+    """
+
+    def tell(state: AutotuneState) -> AutotuneState:
+        small = state._replace(inner=None, saved=None, kept=None)
+        new = _observe_eval(small, jnp.asarray(metric, jnp.float32))
+        return new._replace(inner=state.inner, saved=state.saved, kept=state.kept)
+
+    return _told(opt_state, tell)
+
+
+@jax.jit
+def _observe_eval(state: AutotuneState, metric: Array) -> AutotuneState:
+    return take_metric(state, metric)
+
+
+def wants_eval(opt_state: Any) -> Bool[Array, ""]:
+    """Whether the tuner would use a validation metric now; a bool scalar. Jit-able.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> bool(wants_eval(optimizer.init(jnp.ones(3))))
+        False
+
+    Args:
+      opt_state: As for `hyperparams`.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it.
+    """
+    state = _find(opt_state)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    state = _unboxed(state)
+    wants = wants_metric(state.tuner) & (state.lag == 0)
+    return wants if state.settings.is_on else jnp.zeros_like(wants)

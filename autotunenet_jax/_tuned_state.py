@@ -1,0 +1,191 @@
+"""The state of `autotune`, and what it says: which hyperparameters are in force, and what a loss makes of it."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from . import _drift, _hyperparams
+from ._controller import Core
+from ._plan import NEVER
+from ._state import FORK, TRAIN, Directive, TunerState
+
+Memory = Literal["keep-winner", "rewind", "drift"]
+MEMORIES = ("keep-winner", "rewind", "drift")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything static that the compiled update depends on.
+
+    Attributes:
+      core: The controller.
+      memory: Which copies are kept.
+      is_max: Whether the validation metric is maximised.
+      is_on: Whether the tuner runs at all.
+    """
+
+    core: Core
+    memory: Memory
+    is_max: bool
+    is_on: bool
+
+
+class Order(NamedTuple):
+    """The copies a directive asks for; bool scalars, in the order they are carried out."""
+
+    save: Bool[Array, ""]
+    keep: Bool[Array, ""]
+    restore: Bool[Array, ""]
+    adopt: Bool[Array, ""]
+
+
+class Snapshot(NamedTuple):
+    """Parameters and the inner optimizer's state, without the hyperparameters that the tuner sets anyway."""
+
+    params: Any
+    inner: Any
+
+
+class AutotuneState(NamedTuple):
+    """The state of `autotune`: the tuner, the inner optimizer and their snapshots.
+
+    Attributes:
+      tuner: What the tuner knows.
+      inner: State of the inner optimizer.
+      saved: The saved snapshot; None where the memory mode has none.
+      kept: The kept snapshot, likewise.
+      start: Values the run started from, in the order of the space.
+      lag: Steps taken since a loss was last reported.
+      order: Copies to make before the next step, asked for by `observe`.
+      home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept.
+      attempts: Updates left for getting there.
+      drift: Running levels of the loss; None but in drift mode.
+      settings: Static; no array in it.
+    """
+
+    tuner: TunerState
+    inner: Any
+    saved: Snapshot | None
+    kept: Snapshot | None
+    start: tuple[Array, ...]
+    lag: Int[Array, ""]
+    order: Order
+    home: Int[Array, ""]
+    attempts: Int[Array, ""]
+    drift: _drift.Drift | None
+    settings: Settings
+
+
+def no_order() -> Order:
+    """Nothing to copy; four arrays of their own, so that each can be donated."""
+    return Order(*(jnp.zeros((), bool) for _ in range(4)))
+
+
+def _advanced(ts: TunerState, steps: Array) -> TunerState:
+    """The tuner's state ``steps`` unreported steps later: time passes, and a stretch waits for a loss to end it."""
+    return ts._replace(
+        step=ts.step + steps,
+        data_step=ts.data_step + steps,
+        segment_left=jnp.where(steps > 0, jnp.maximum(ts.segment_left - steps, 1), ts.segment_left),
+    )
+
+
+def in_force(state: AutotuneState, *, is_silent: bool = False) -> dict[str, Array]:
+    """Values for the next step, by name.
+
+    Args:
+      state: Before the step.
+      is_silent: Whether the step comes without its loss; the very first one then is no part of an experiment.
+    """
+    settings, ts = state.settings, state.tuner
+    core = settings.core
+    start = dict(zip(core.space.names, state.start, strict=True))
+    if not settings.is_on:
+        return start
+    values = core.hyperparams(_advanced(ts, state.lag))
+    # Without losses there is no experiment to run: the values in force outside experiments, and the schedule.
+    waits = (ts.phase != TRAIN) & (state.lag >= ts.segment_left)
+    is_unheard = (ts.step == 0) & ((state.lag > 0) | is_silent)
+    resting = _advanced(ts, state.lag)._replace(phase=jnp.full_like(ts.phase, TRAIN))
+    calm = core.hyperparams(resting)
+    factor = core.schedule(resting)
+    exact = {
+        name: value * factor if role == "rate" else value
+        for (name, value), role in zip(start.items(), core.space.roles, strict=True)
+    }
+    return {
+        name: jnp.where(is_unheard, exact[name], jnp.where(waits, calm[name], values[name])).astype(values[name].dtype)
+        for name in values
+    }
+
+
+def write_in_force(inner: Any, values: dict[str, Array], *, is_on: bool = True) -> Any:
+    """The inner state with the tuned values that it has a place for."""
+    return _hyperparams.write(inner, values, _hyperparams.resolve(values, inner)) if is_on else inner
+
+
+def take_loss(
+    settings: Settings,
+    ts: TunerState,
+    drift: _drift.Drift | None,
+    loss: Array,
+    *,
+    lag: Array,
+) -> tuple[TunerState, _drift.Drift | None, Order]:
+    """Tells the tuner one loss, and reads its directive as the memory mode can carry it out.
+
+    Args:
+      settings: Of the wrapper.
+      ts: The tuner's state.
+      drift: Levels of the loss, in drift mode.
+      loss: Scalar; of the step just done.
+      lag: Steps before that one whose losses were never reported.
+    """
+    core = settings.core
+    before = _advanced(ts, lag)
+    if drift is not None:
+        drift, shifted = _drift.feed(drift, before, loss)
+        after, _ = core.update(before, shifted)
+        after = _drift.tighten(core.space, before, after)
+        return after, _drift.mark(drift, before, after), no_order()
+    after, directive = core.update(before, loss)
+    return _read(settings.memory, before, after, directive)
+
+
+def _read(memory: Memory, before: TunerState, after: TunerState, directive: Directive) -> Any:
+    if memory == "keep-winner":
+        return after, None, Order(directive.save, directive.keep, directive.restore, directive.adopt)
+    # Without a kept copy a winner that is no longer running is lost: its steps are, too.
+    is_lost = directive.adopt & (before.phase == FORK)
+    kept = jnp.maximum(before.round.kept, 0)
+    lost = jnp.where(is_lost, before.round.steps[kept], 0)
+    after = after._replace(discarded=after.discarded + lost)
+    off = jnp.zeros((), bool)
+    return after, None, Order(directive.save, off, directive.restore | directive.adopt, off)
+
+
+def take_metric(state: AutotuneState, metric: Array) -> AutotuneState:
+    """Tells the tuner a validation metric of the current parameters."""
+    settings = state.settings
+    if not settings.is_on:
+        return state
+    metric = jnp.asarray(metric, jnp.float32)
+    metric = -metric if settings.is_max else metric
+    ts = _advanced(state.tuner, state.lag)
+    drift = state.drift
+    fed = metric
+    if drift is not None:
+        drift, fed = _drift.feed_eval(drift, ts, metric)
+    told = settings.core.observe_eval(ts, fed)
+    tuner = state.tuner._replace(window=told.window, eval_level=told.eval_level)
+    return state._replace(tuner=tuner, drift=drift)
+
+
+def wants_metric(ts: TunerState) -> Bool[Array, ""]:
+    """Whether a validation metric reported now would be used to compare forks."""
+    has_next_round = ts.plan.start[ts.round.index] < NEVER
+    return (ts.segment_left == 1) & ((ts.phase == FORK) | ((ts.phase == TRAIN) & has_next_round))

@@ -1,0 +1,143 @@
+"""Tree arithmetic of `autotune`: what is finite, what is a copy, and the update that brings parameters back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from . import _hyperparams
+from ._tuned_state import Order, Snapshot
+
+# A gradient beyond this overflows where optimizers square it, and their second moments would never recover.
+_LARGEST_GRADIENT = 1e18
+
+# Parameters count as back where they should be when this close, relative to their norm: the rest is put right by the
+# next update, and gradients there are as good.
+_ARRIVED = 1e-3
+
+
+def _is_real_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def strong(leaf: Any) -> Array:
+    """A real copy that does not adapt its dtype to what it meets: the state keeps its types from the first step on."""
+    leaf = jnp.array(leaf, copy=True)
+    return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+
+
+def copied(tree: Any) -> Any:
+    """Real copies of every array of a tree; nothing is shared with it."""
+    return jax.tree.map(strong, tree)
+
+
+def is_usable(gradients: Any) -> Bool[Array, ""]:
+    """Whether every entry is finite, and small enough to be squared."""
+    usable = jnp.ones((), bool)
+    for leaf in jax.tree.leaves(gradients):
+        if _is_real_array(leaf):
+            limit = min(_LARGEST_GRADIENT, float(jnp.finfo(leaf.dtype).max))
+            usable &= jnp.all(jnp.abs(leaf) <= limit)
+    return usable
+
+
+def as_seen(params: Any) -> Any:
+    """Parameters as the inner optimizer sees them: those below 32 bits in float32.
+
+    ``inject_hyperparams`` rounds its values to the parameters' type: in bfloat16 a decay of 0.999 would be 1.
+    """
+
+    def widen(leaf: Any) -> Any:
+        is_narrow = _is_real_array(leaf) and jnp.finfo(leaf.dtype).bits < 32
+        return leaf.astype(jnp.float32) if is_narrow else leaf
+
+    return jax.tree.map(widen, params)
+
+
+def moved(params: Any, updates: Any) -> Any:
+    """Parameters after an update, as ``optax.apply_updates`` makes them."""
+    return jax.tree.map(lambda p, u: jnp.asarray(p + u).astype(p.dtype), params, updates)
+
+
+def way(params: Any, target: Any, updates: Any) -> Any:
+    """The update from ``params`` to ``target``, in the dtypes of ``updates``; never beyond what a float can hold."""
+
+    def difference(p: Array, t: Array, u: Array) -> Array:
+        if not _is_real_array(p):
+            return (t - p).astype(u.dtype)
+        wide = jnp.promote_types(p.dtype, jnp.float32)
+        gap = jnp.nan_to_num(t.astype(wide) - p.astype(wide))
+        return gap.astype(u.dtype)
+
+    return jax.tree.map(difference, params, target, updates)
+
+
+def has_arrived(params: Any, target: Any) -> Bool[Array, ""]:
+    """Whether parameters lie so close to a target that their gradients are those of the target."""
+    away, size = jnp.zeros(()), jnp.zeros(())
+    tolerance = _ARRIVED
+    for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
+        if _is_real_array(p):
+            tolerance = max(tolerance, 2.0 * float(jnp.finfo(p.dtype).eps))
+            p, t = jnp.abs(p - t).astype(jnp.float32), jnp.abs(t).astype(jnp.float32)
+            away, size = away + jnp.sum(p * p), size + jnp.sum(t * t)
+    return away <= tolerance**2 * size
+
+
+def select(condition: Array, new: Any, old: Any) -> Any:
+    """``new`` where the condition holds, else ``old``, in the dtypes of ``old``."""
+
+    def choose(a: Any, b: Any) -> Any:
+        if _is_real_array(b) and a.dtype != b.dtype:
+            a = a.astype(b.dtype)
+        return jnp.where(condition, a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def without_values(inner: Any) -> Any:
+    """An inner state to be kept in a snapshot: hyperparameters come from the tuner, not from the past.
+
+    Numbers of accumulated batches stay: they belong to the half-done accumulation beside them.
+    """
+    held = {(place.node, place.name) for place in _hyperparams.places(inner) if place.is_held}
+
+    def strip(number: int, node: Any) -> Any:
+        kept = {name: value for name, value in node.hyperparams.items() if (number, name) in held}
+        return node._replace(hyperparams=kept)
+
+    return _hyperparams.map_injected(inner, strip)
+
+
+def with_values(stripped: Any, current: Any) -> Any:
+    """A snapshot's inner state, with the hyperparameters of the current one."""
+    values: list[dict[str, Any]] = []
+
+    def collect(number: int, node: Any) -> Any:
+        values.append(node.hyperparams)
+        return node
+
+    _hyperparams.map_injected(current, collect)
+    return _hyperparams.map_injected(
+        stripped, lambda number, node: node._replace(hyperparams={**values[number], **node.hyperparams})
+    )
+
+
+def carry_out(
+    order: Order, current: Snapshot, saved: Snapshot | None, kept: Snapshot | None
+) -> tuple[Snapshot, Snapshot | None, Snapshot | None]:
+    """Makes the copies an order asks for. Jit-able; costs nothing where it asks for none."""
+
+    def choose(condition: Array, new: Any, old: Any) -> Any:
+        return jax.lax.cond(condition, lambda a, b: a, lambda a, b: b, new, old)
+
+    if saved is not None:
+        saved = choose(order.save, current, saved)
+    if kept is not None:
+        kept = choose(order.keep, current, kept)
+    if saved is not None:
+        current = choose(order.restore, saved, current)
+    if kept is not None:
+        current = choose(order.adopt, kept, current)
+    return current, saved, kept
