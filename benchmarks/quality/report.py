@@ -155,6 +155,33 @@ def longer_table() -> str:
     return _table(["workload", "T", "start", "test / oracle", "discarded"], rows)
 
 
+def drift_table() -> str:
+    """W7: mean training loss after the shift, above the lowest level any stored run reached there.
+
+    The loss counts every step of the budget, discarded forks included.
+    """
+    kinds = [(schedule, start) for schedule in ("constant", "linear", "cosine") for start in ORACLE_RATES]
+    kinds += [("ours", start) for start in plans.STARTS] + [(name, "lr1") for name in plans.STRONGEST]
+    curves = {}
+    for method, start in kinds:
+        stored = [_load(Cell("W7", method, start, seed)) for seed in plans.SEEDS]
+        halves = [r["curve"][len(r["curve"]) // 2 :] for r in stored if r is not None and None not in r["curve"]]
+        if halves:
+            curves[method, start] = [statistics.fmean(points) for points in zip(*halves, strict=True)]
+    if not curves:
+        return ""
+    floor = min(min(curve) for curve in curves.values())
+    regret = {kind: statistics.fmean(curve) - floor for kind, curve in curves.items()}
+    best = {
+        schedule: min((kind for kind in regret if kind[0] == schedule), key=regret.__getitem__, default=None)
+        for schedule in ("constant", "linear", "cosine")
+    }
+    shown = [kind for kind in regret if kind[1] in plans.STARTS or kind in best.values()]
+    label = {kind: " (best of 7)" for kind in best.values()}
+    rows = [[f"{kind[0]} from {kind[1]}{label.get(kind, '')}", f"{regret[kind]:.4f}"] for kind in shown]
+    return _table(["W7", "area regret after the shift"], rows)
+
+
 def tables() -> str:
     """All tables."""
     parts = [
@@ -162,5 +189,6 @@ def tables() -> str:
         ("Test loss over the learning-rate oracle (95 % interval over seeds)", methods_table()),
         ("Regularisation grids", grids_table()),
         ("Longer runs", longer_table()),
+        ("Drift", drift_table()),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 
 from benchmarks.quality.cells import Cell
@@ -25,13 +26,18 @@ def _enter(counter) -> None:
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 
-def _work(cells: list[Cell]) -> int:
+def _work(cells: list[Cell]) -> tuple[int, list[str]]:
+    """Run cells of one kind; a cell that fails is reported and does not stop the others."""
     from benchmarks.quality.methods import run_cell
 
-    done = 0
+    done, failures = 0, []
     for cell in cells:
         began = time.perf_counter()
-        result = run_cell(cell)
+        try:
+            result = run_cell(cell)
+        except Exception:
+            failures.append(f"{cell}\n{traceback.format_exc()}")
+            continue
         cell.save(result)
         done += 1
         print(
@@ -39,20 +45,28 @@ def _work(cells: list[Cell]) -> int:
             f"test {result['test']:.4f}  useful {result['useful']}  {time.perf_counter() - began:.1f} s",
             flush=True,
         )
-    return done
+    return done, failures
 
 
-def execute(plan: Iterable[Cell], *, processes: int) -> int:
-    """Run the cells of a plan that have no stored result; returns how many ran."""
-    missing = [cell for cell in dict.fromkeys(plan) if not cell.path.exists()]
+def execute(plan: Iterable[Cell], *, processes: int, is_fresh: bool = False) -> tuple[int, list[str]]:
+    """Run the cells of a plan that have no stored result, or all of them.
+
+    Returns:
+      How many ran, and a message for each that failed.
+    """
+    missing = [cell for cell in dict.fromkeys(plan) if is_fresh or not cell.path.exists()]
     # Cells of one method and workload share a compiled program, so they stay in one process.
     groups = [list(group) for _, group in itertools.groupby(missing, key=lambda c: (c.workload, c.method, c.steps))]
     if not groups:
-        return 0
+        return 0, []
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
+    done, failures = 0, []
     with context.Pool(min(processes, len(groups)), _enter, (counter,)) as pool:
-        return sum(pool.imap_unordered(_work, groups))
+        for ran, failed in pool.imap_unordered(_work, groups):
+            done += ran
+            failures += failed
+    return done, failures
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     runner.add_argument("--workloads", nargs="*", help="keep cells of these workloads")
     runner.add_argument("--methods", nargs="*", help="keep cells of these methods")
     runner.add_argument("--seeds", nargs="*", type=int, help="keep cells of these seeds")
+    runner.add_argument("--fresh", action="store_true", help="run cells again that have a stored result")
     runner.add_argument("--processes", type=int, default=2)
     runner.add_argument("--list", action="store_true", help="print the missing cells instead of running them")
     writer = commands.add_parser("report", help="print the tables of the stored results")
@@ -81,9 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(str(cell.path.name) for cell in plan if not cell.path.exists()))
         return 0
     began = time.perf_counter()
-    ran = execute(plan, processes=args.processes)
-    print(f"{ran} cells in {time.perf_counter() - began:.0f} s; {len(plan) - ran} were already stored.")
-    return 0
+    ran, failures = execute(plan, processes=args.processes, is_fresh=args.fresh)
+    print(f"{ran} of {len(plan)} cells ran in {time.perf_counter() - began:.0f} s; {len(failures)} failed.")
+    print("\n".join(failures))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

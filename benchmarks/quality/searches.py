@@ -1,6 +1,8 @@
 """Baselines that search for the rate inside the budget: a range test, one wide fork round, ours."""
 
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +34,10 @@ def stretch(task: Workload) -> Callable[..., tuple[RunState, jax.Array, Any]]:
         def step(carry, at):
             state, total = carry
             rows, t, rate, is_tail = at
-            state, loss = task.train_step(state, task.gather(arrays, rows, t), {**hp, "learning_rate": rate})
+            new, loss = task.train_step(state, task.gather(arrays, rows, t), {**hp, "learning_rate": rate})
+            # The faulty batch of W8 is skipped, as for the other baselines.
+            is_good = jnp.isfinite(loss) | (task.nan_at is None)
+            state = jax.tree.map(lambda a, b: jnp.where(is_good, a, b), new, state)
             return (state, jax.tree.map(lambda a, p: a + jnp.where(is_tail, p, 0.0), total, state.params)), loss
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -125,6 +130,7 @@ def ours(
         "chosen": {name: float(value) for name, value in result.hyperparams.items()},
         "rounds": [{"start": r["start"], "kind": r["kind"], "outcome": r["outcome"]} for r in history.rounds],
         "events": len(history.events),
+        "library": _library(),
     }
     return result.state, np.array([row["loss"] for row in history.records]), extra
 
@@ -147,6 +153,17 @@ def _fit(task, seed, hp, total, *, all_tuned, has_eval, options):
         eval_every=task.total_steps,
         progress=False,
     )
+
+
+@functools.cache
+def _library() -> str:
+    """A digest of the library's sources, so that a stored result tells which state of it made it."""
+    import autotunenet_jax as atn
+
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(atn.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @functools.cache
