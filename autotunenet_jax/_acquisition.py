@@ -17,8 +17,11 @@ _LOG_H = (-0.4635503, 0.7176665, -0.28121886, -0.007953152, 0.058977075, -0.0267
           -0.004373102, -0.0023387746, 0.0015264739)  # fmt: skip
 # Posterior variances below this share of the prior's are rounding errors of float32.
 _VARIANCE_FLOOR = 1e-6
-# The acquisition minimised from this share of the box at a time.
+# Keeps the covariance of the references invertible in float32; a share of the prior's variance.
+_REFERENCE_JITTER = 1e-5
+# How far the searches look at first, and the candidates around the references: shares of the box.
 _LOCAL_SCALE = 0.05
+_RADII = (0.003, 0.3)
 
 
 def log_h(z: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -37,63 +40,45 @@ def log_h(z: Float[Array, "..."]) -> Float[Array, "..."]:
     for coefficient in _LOG_H[-2::-1]:
         series = series * v + coefficient
     below = -0.5 * jnp.square(t) - 0.5 * math.log(2.0 * math.pi) + 2.0 * jnp.log(u) + series
-    above = jnp.log(jnp.maximum(z, 0.0) + jnp.exp(below))
+    # Where z is negative any positive number does: a logarithm of zero would make the gradient NaN there.
+    above = jnp.log(jnp.where(z > 0.0, z, 1.0) + jnp.exp(below))
     return jnp.where(z > 0.0, above, below)
 
 
-def propose(
+def log_improvement(
     config: SurrogateConfig,
     posterior: Posterior,
-    key: PRNGKeyArray,
     *,
-    lower: Float[Array, "d"],
-    upper: Float[Array, "d"],
-    snap: Callable[[Float[Array, "m d"]], Float[Array, "m d"]],
     reference: Float[Array, "r d"],
     reference_mask: Bool[Array, "r"],
     time: Float[Array, ""] | float = 0.0,
-    candidates: int = 256,
     samples: int = 8,
     compared: int = 16,
-    searches: int = 16,
-    steps: int = 12,
-) -> Float[Array, "d"]:
-    """The point of the box with the largest expected improvement on the best of the reference points.
-
-    The improvement is that of the shape ``f`` at ``time`` over its unknown minimum at the reference points, averaged
-    over joint posterior samples there; noise and group intercepts play no part. Candidates spread over the box and
-    around the references compete, the best are refined by their gradient. Without references the posterior mean
-    decides, and where that is flat, chance.
+) -> tuple[Callable[[Float[Array, "d"]], Float[Array, ""]], Float[Array, "c d"], Bool[Array, "c"]]:
+    """The logarithm of the expected improvement on the unknown minimum over some reference points.
 
     Args:
       config: As given to `fit`; static.
       posterior: What `fit` returned.
-      key: Random key.
-      lower: Lower corner of the box, in the unit cube. Where it equals ``upper`` the coordinate is held.
-      upper: Upper corner.
-      snap: Moves points to allowed ones, as `SearchSpace.snap`; static.
-      reference: Snapped points already run, or about to be: each is improved upon, none is worth repeating.
+      reference: Snapped points already run, or about to be.
       reference_mask: Which of them count.
-      time: When the proposal will run.
-      candidates: Static number of candidates; one quarter of them lies near the references.
-      samples: Static number of joint samples of ``f`` at the references.
+      time: When ``f`` is meant.
+      samples: Static number of joint samples of ``f`` at the references that the improvement is averaged over.
       compared: Static number of references, best in the mean, whose minimum is to be improved upon.
-      searches: Static number of searches that share the candidates, each refining its best.
-      steps: Static number of gradient steps of each.
 
     Returns:
-      A snapped point.
+      The function of one snapped point, in the surrogate's unit (without references: minus the posterior mean); the
+      references compared, best first; and which of those count.
 
     Cost:
-      O(r n^2) once, and O((n + c)^2 + (n + c) d) per candidate and gradient step for c compared references.
+      O(r n^2) once, then O((n + c)^2) per point for c compared references.
 
     Source:
       Letham et al., "Constrained Bayesian optimization with noisy experiments" (2019), with the logarithm of Ament et
-      al. (2023) inside the average and common random numbers across candidates.
+      al. (2023) inside the average and common random numbers across points.
     """
-    dims, compared = config.dims, min(compared, reference.shape[0])
+    compared = min(compared, reference.shape[0])
     time = jnp.asarray(time, jnp.float32)
-    width = upper - lower
 
     # The references with the lowest mean; masked ones sort last.
     lag = time - posterior.time
@@ -110,28 +95,23 @@ def propose(
     unit = prior_variance(config, posterior)
     joint = covariance(config, posterior, live, live) - white @ white.T
     joint = jnp.where(is_live[:, None] & is_live[None, :], joint, 0.0)
-    joint += jnp.diag(jnp.where(is_live, 10.0 * _VARIANCE_FLOOR * unit, 1.0))
+    joint += jnp.diag(jnp.where(is_live, _REFERENCE_JITTER * unit, 1.0))
     factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
     identity = jnp.eye(compared, dtype=jnp.float32)
     # Without a factor in float32 the references are known to rounding, and each is taken on its own.
-    factor = jnp.where(jnp.isfinite(factor), factor, jnp.sqrt(jnp.maximum(joint, unit * _VARIANCE_FLOOR)) * identity)
+    apart = jnp.sqrt(jnp.maximum(joint, _REFERENCE_JITTER * unit)) * identity
+    factor = jnp.where(jnp.all(jnp.isfinite(factor)), factor, apart)
     extension = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
     normal = jnp.asarray(normal_table(samples, compared).T)
-    drawn = jnp.where(is_live[:, None], mean[:, None] + factor @ normal, jnp.inf)
-    best = jnp.min(drawn, axis=0)
-    has_reference = jnp.any(reference_mask)
+    best = jnp.min(jnp.where(is_live[:, None], mean[:, None] + factor @ normal, jnp.inf), axis=0)
+    has_reference = is_live[0]
     best = jnp.where(has_reference, best, 0.0)
 
     everything = jnp.concatenate([posterior.x, live])
     is_known = jnp.concatenate([posterior.used, is_live])
     lags = jnp.concatenate([lag, jnp.zeros(compared, jnp.float32)])
 
-    def place(u: Float[Array, "*m d"]) -> Float[Array, "*m d"]:
-        """Snapped into the box; a coordinate that is held stays exactly where it is."""
-        return jnp.where(width > 0.0, snap(jnp.clip(u, lower, upper)), lower)
-
-    def loss(u: Float[Array, "d"]) -> Float[Array, ""]:
-        x = place(u)
+    def of(x: Float[Array, "d"]) -> Float[Array, ""]:
         prior = covariance(config, posterior, x[None], everything, lag=lags[None, :])[0]
         prior = jnp.where(is_known, prior, 0.0)
         seen = posterior.whitener @ prior[:-compared]
@@ -140,35 +120,110 @@ def propose(
         deviation = jnp.sqrt(jnp.maximum(variance, _VARIANCE_FLOOR * unit))
         mean = level(posterior, x) + seen @ posterior.white
         value = log_h((best - mean - shared @ normal) / deviation) + jnp.log(deviation)
-        return jnp.where(has_reference, -jax.nn.logsumexp(value), mean)
+        return jnp.where(has_reference, jax.nn.logsumexp(value) - math.log(samples), -mean)
 
-    def objective(u: Float[Array, "d"]):
-        value, gradient = jax.value_and_grad(loss)(u)
-        return value, gradient, ()
+    return of, live, is_live
 
-    # Each search gets its share of the candidates: three quarters spread over the box, the rest around the references,
-    # half of those along one coordinate and half in all of them, at radii from near to far.
+
+def _seeds(
+    key: PRNGKeyArray,
+    live: Float[Array, "c d"],
+    is_live: Bool[Array, "c"],
+    lower: Float[Array, "d"],
+    upper: Float[Array, "d"],
+    *,
+    share: int,
+    searches: int,
+) -> Float[Array, "share searches d"]:
+    """Candidates: three quarters spread over the box, the rest around the best references.
+
+    Half of those leap along one coordinate, half move a little in all of them, at radii from near to far.
+    """
+    dims, width = live.shape[1], upper - lower
     turn = uniforms(key, 2 * dims)
-    share = max(candidates // searches, 1)
     near = searches * (share // 4)
     everywhere = lower + width * turned(spread_table(searches * share - near, dims), turn[:dims])
-    seeds = everywhere
-    if near:
-        radius = jnp.geomspace(0.003, 0.3, near)[:, None]
-        offset = radius * normal_table(near, dims) * jnp.where(turn[dims:] < 0.5, -1.0, 1.0)
-        order = jnp.arange(near)
-        is_line = ((order // 2) % 2 == 0)[:, None]
-        on_line = (order // 4)[:, None] % dims == jnp.arange(dims)[None, :]
-        centre = jnp.where(
-            has_reference, live[order % compared % jnp.maximum(jnp.sum(is_live), 1)], 0.5 * (lower + upper)
-        )
-        leap = lower + width * turned(spread_table(near, dims), turn[dims:])
-        around = jnp.where(is_line, jnp.where(on_line, leap, centre), centre + width * offset)
-        seeds = jnp.concatenate([everywhere, around])
-    seeds = jnp.clip(seeds, lower, upper).reshape(share, searches, dims)
+    if not near:
+        return everywhere.reshape(share, searches, dims)
+    order = jnp.arange(near)
+    centre = jnp.where(is_live[0], live[order % jnp.maximum(jnp.sum(is_live), 1)], 0.5 * (lower + upper))
+    radius = jnp.geomspace(*_RADII, near, dtype=jnp.float32)[:, None]
+    offset = radius * normal_table(near, dims) * jnp.where(turn[dims:] < 0.5, -1.0, 1.0)
+    leap = lower + width * turned(spread_table(near, dims), turn[dims:])
+    is_leap = (order // 2 % 2 == 0)[:, None]
+    is_moved = order[:, None] // 4 % dims == jnp.arange(dims)[None, :]
+    around = jnp.where(is_leap, jnp.where(is_moved, leap, centre), centre + width * offset)
+    seeds = jnp.concatenate([everywhere, jnp.clip(around, lower, upper)])
+    return seeds.reshape(share, searches, dims)
 
-    def search(start):
+
+def propose(
+    config: SurrogateConfig,
+    posterior: Posterior,
+    key: PRNGKeyArray,
+    *,
+    lower: Float[Array, "d"],
+    upper: Float[Array, "d"],
+    snap: Callable[[Float[Array, "m d"]], Float[Array, "m d"]],
+    reference: Float[Array, "r d"],
+    reference_mask: Bool[Array, "r"],
+    time: Float[Array, ""] | float = 0.0,
+    samples: int = 8,
+    compared: int = 16,
+    candidates: int = 256,
+    searches: int = 16,
+    steps: int = 12,
+) -> Float[Array, "d"]:
+    """The point of the box with the largest expected improvement on the best of the reference points.
+
+    The improvement is that of the shape ``f`` at ``time``; noise and group intercepts play no part. Candidates spread
+    over the box and around the references compete, and the best of them climb. Without references the posterior mean
+    decides, and where that is flat, chance.
+
+    Args:
+      config: As given to `fit`; static.
+      posterior: What `fit` returned.
+      key: Random key.
+      lower: Lower corner of the box, in the unit cube. Where it equals ``upper`` the coordinate is held.
+      upper: Upper corner. A discrete coordinate is snapped after it is put into the box.
+      snap: Moves points to allowed ones, as `SearchSpace.snap`; static.
+      reference: Snapped points already run, or about to be: each is improved upon, none is worth repeating.
+      reference_mask: Which of them count.
+      time: When the proposal will run.
+      samples: As for `log_improvement`.
+      compared: As for `log_improvement`.
+      candidates: Static number of candidates.
+      searches: Static number of searches that share the candidates, each climbing from its best.
+      steps: Static number of gradient steps of each.
+
+    Returns:
+      A snapped point.
+
+    Cost:
+      That of `log_improvement` with its gradient at ``candidates + searches * steps`` points.
+    """
+    width = upper - lower
+    improvement, live, is_live = log_improvement(
+        config,
+        posterior,
+        reference=reference,
+        reference_mask=reference_mask,
+        time=time,
+        samples=samples,
+        compared=compared,
+    )
+
+    def place(u: Float[Array, "d"]) -> Float[Array, "d"]:
+        """Snapped into the box; a coordinate that is held stays exactly where it is."""
+        return jnp.where(width > 0.0, snap(jnp.clip(u, lower, upper)), lower)
+
+    def objective(u: Float[Array, "d"]):
+        value, gradient = jax.value_and_grad(lambda u: -improvement(place(u)))(u)
+        return value, gradient, ()
+
+    def search(start: Float[Array, "share d"]):
         return minimise(objective, start, low=lower, high=upper, scale=_LOCAL_SCALE * width, steps=steps)
 
+    seeds = _seeds(key, live, is_live, lower, upper, share=max(candidates // searches, 1), searches=searches)
     points, losses, _ = jax.vmap(search, in_axes=1)(seeds)
     return place(points[jnp.argmin(losses)])

@@ -43,7 +43,7 @@ def minimise(
     Cost:
       ``c + steps`` evaluations.
     """
-    count, size = seeds.shape
+    count = seeds.shape[0]
     start = jnp.diag(_FIRST * jnp.square(scale))
 
     def step(carry, iteration):

@@ -68,9 +68,10 @@ class BayesianOptimizer:
 
     def init(self, key: PRNGKeyArray) -> EngineState:
         """An optimiser that has seen nothing."""
+        dims = self.space.dims
         key, design_key = jax.random.split(key)
         return EngineState(
-            observations=empty(self.capacity, self.space.dims),
+            observations=empty(self.capacity, dims),
             hyper=initial_hyper(self.config),
             key=key,
             asked=jnp.zeros((), jnp.int32),

@@ -1,7 +1,8 @@
 """What the trials say about the objective: a Gaussian process with a fixed number of slots.
 
 Notation, as in the literature: ``d`` dimensions, ``n`` slots, ``m`` query points; ``K`` the covariance of the scores,
-``L`` its Cholesky factor, ``alpha = K^-1 r`` for residuals ``r``, the whitener is ``L^-1``; hyperparameters are kept as logarithms.
+``L`` its Cholesky factor, the whitener ``L^-1``, ``alpha = K^-1 r`` for residuals ``r``; hyperparameters are kept as
+logarithms.
 
     K = a^2 Matern52(x, x') exp(-|t - t'| / l_t) + b^2 [same group] + diag(s^2 + noise_i)
 
@@ -47,8 +48,8 @@ class SurrogateConfig:
       is_categorical: Per dimension, whether its options have no order; those differ by 0 or 1 (Hamming distance).
       has_time: Whether the objective drifts with the observations' ``time``.
       has_groups: Whether the observations of one ``group`` share an unknown intercept, which `predict` leaves out.
-      standardise: Whether scores come in an arbitrary unit and are shifted and scaled; otherwise they are taken as
-        differences whose unit means something, such as log-ratios of losses, and only centred group by group.
+      standardise: Whether scores come in an arbitrary unit and are shifted and scaled; otherwise only differences
+        matter, in a unit that means something, such as log-ratios of losses.
       lengthscale_loc: Location of the log-normal prior of each lengthscale, in the unit of the cube. By default
         ``sqrt(2) + log(d) / 2``, so that the typical distance of two points means the same in every dimension.
       lengthscale_scale: Scale of that prior.
@@ -61,8 +62,8 @@ class SurrogateConfig:
       time_scale: Scale of that prior.
       intercept_scale: ``b``, same unit as the score.
       failure_margin: How much worse than the worst score of its group a failed trial counts, same unit.
-      outlier: Scores further than this from the median (from 0 unless ``standardise``) are compressed logarithmically;
-        in the unit of the score, or of its robust spread when ``standardise``.
+      outlier: Without ``standardise``, scores further than this from the median of their group are compressed
+        logarithmically, same unit. With it, the worse half of the scores is replaced by its ranks.
       fit_steps: Iterations of the fit; each evaluates the evidence once.
       fit_starts: Searches of the fit that run side by side; the first knows the warm start.
       fit_draws: Places each search looks at before it descends from the best of them.
@@ -376,7 +377,8 @@ def predict(
       time: When, for all or for each of the points.
 
     Returns:
-      Mean, in the unit of the scores, and covariance, in its square.
+      Mean, in the unit of the scores, and covariance, in its square. With ``standardise`` that unit is true of the
+      better half of the scores; above their median predictions are compressed as the scores were.
 
     Cost:
       O(n^2 m + n m^2).

@@ -1,0 +1,244 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from autotunenet_jax import _observations, _surrogate
+
+from .reference import gaussian_process as twin
+
+CAPACITY, USED, DIMS = 24, 15, 3
+CONFIGS = {
+    "plain": _surrogate.SurrogateConfig(dims=DIMS),
+    "everything": _surrogate.SurrogateConfig(
+        dims=DIMS,
+        is_categorical=(False, False, True),
+        has_time=True,
+        has_groups=True,
+        standardise=False,
+        noise_loc=-2.0,
+        noise_floor=0.02,
+    ),
+}
+FIT = {name: jax.jit(lambda obs, start, config=c: _surrogate.fit(config, obs, start=start, key=jax.random.key(0)))
+       for name, c in CONFIGS.items()}  # fmt: skip
+PREDICT = {name: jax.jit(lambda post, x, t, config=c: _surrogate.predict(config, post, x, time=t))
+           for name, c in CONFIGS.items()}  # fmt: skip
+
+
+def record(rows, *, capacity=CAPACITY):
+    """Observations from a list of (x, y, options)."""
+    padded = rows + [rows[0]] * (capacity - len(rows))
+    obs = _observations.Observations(
+        x=jnp.array([x for x, *_ in padded], jnp.float32).reshape(capacity, DIMS),
+        y=jnp.array([y for _, y, *_ in padded], jnp.float32),
+        noise=jnp.array([o.get("noise", 0.0) for *_, o in padded], jnp.float32),
+        time=jnp.array([o.get("time", 0.0) for *_, o in padded], jnp.float32),
+        group=jnp.array([o.get("group", 0) for *_, o in padded], jnp.int32),
+        failed=jnp.array([o.get("failed", False) for *_, o in padded]),
+        count=jnp.int32(len(rows)),
+    )
+    return obs
+
+
+def history(seed=0, used=USED):
+    generator = np.random.default_rng(seed)
+    x = generator.uniform(size=(used, DIMS))
+    x[:, 2] = np.where(x[:, 2] > 0.5, 0.75, 0.25)
+    y = np.sin(4 * x[:, 0]) + x[:, 1] ** 2 + 0.3 * (x[:, 2] > 0.5) + 0.05 * generator.normal(size=used)
+    group = np.arange(used) // 5
+    return [
+        (xi, yi + 2.0 * g, {"noise": 0.01 * (i % 3), "time": 0.3 * g, "group": int(g)})
+        for i, (xi, yi, g) in enumerate(zip(x, y, group, strict=True))
+    ]
+
+
+def as_model(name, rows):
+    """The twin's arguments for these observations."""
+    config = CONFIGS[name]
+    column = lambda key: np.array([options[key] for *_, options in rows], np.float64)  # noqa: E731
+    return {
+        "x": np.array([x for x, *_ in rows], np.float32).astype(np.float64),
+        "categorical": np.array(config.is_categorical),
+        "group": column("group") if config.has_groups else np.zeros(len(rows)),
+        "intercept": config.intercept_scale,
+        "noise": column("noise"),
+        "floor": config.noise_floor,
+        "time": column("time") if config.has_time else None,
+    }
+
+
+def as_data(name, model, residual):
+    """The same as padded arrays for the surrogate itself."""
+    config, pad = CONFIGS[name], CAPACITY - residual.size
+    x = jnp.asarray(np.concatenate([model["x"], np.full((pad, DIMS), 0.5)]), jnp.float32)
+    fill = lambda values: jnp.asarray(np.concatenate([values, np.zeros(pad)]), jnp.float32)  # noqa: E731
+    time = fill(np.zeros(residual.size) if model["time"] is None else model["time"])
+    group = fill(model["group"])
+    return _surrogate._Data(
+        difference=_surrogate._difference(config, x, x),
+        lag=time[:, None] - time[None, :],
+        same_group=group[:, None] == group[None, :],
+        used=jnp.arange(CAPACITY) < residual.size,
+        noise=fill(model["noise"]),
+        residual=fill(residual),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_evidence_and_gradient_agree_with_the_twin(name):
+    model = as_model(name, history())
+    residual = np.random.default_rng(1).normal(size=USED)
+    loc, scale = (part.astype(np.float64) for part in _surrogate._prior(CONFIGS[name]))
+    reference = lambda theta: twin.negative_log_posterior(theta, residual, loc=loc, scale=scale, **model)  # noqa: E731
+    evaluate = jax.jit(lambda data, theta: _surrogate._evidence(CONFIGS[name], data, theta))
+    data = as_data(name, model, residual)
+    for seed in range(5):
+        theta = loc + scale * np.random.default_rng(seed).uniform(-1, 1, loc.size)
+        value, gradient, _ = evaluate(data, jnp.asarray(theta, jnp.float32))
+        np.testing.assert_allclose(value, reference(theta), rtol=1e-3)
+        slope = twin.central_gradient(reference, theta)
+        np.testing.assert_allclose(gradient, slope, rtol=2e-3, atol=2e-3 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_posterior_agrees_with_the_twin_at_the_fitted_hyperparameters(name):
+    config, rows = CONFIGS[name], history()
+    obs = record(rows)
+    post = FIT[name](obs, _surrogate.initial_hyper(config))
+    model, theta = as_model(name, rows), np.asarray(_surrogate._flatten(post.hyper), np.float64)
+    target = _surrogate.targets(
+        obs,
+        group=obs.group if config.has_groups else jnp.zeros_like(obs.group),
+        level=jnp.zeros(CAPACITY),
+        standardise=config.standardise,
+        is_centred_apart=config.has_groups,
+        outlier=config.outlier,
+        failure_margin=config.failure_margin,
+    )
+    model["noise"] = np.asarray(target.noise, np.float64)[:USED]
+    x = np.random.default_rng(3).uniform(size=(6, DIMS))
+    x[:, 2] = 0.25
+    mean, covariance = PREDICT[name](post, jnp.asarray(x, jnp.float32), jnp.float32(0.7))
+    time_new = np.full(6, 0.7) if config.has_time else None
+    level = 0.0 if config.has_groups else config.intercept_scale**2
+    expected, spread = twin.posterior(
+        theta, x, np.asarray(target.residual, np.float64)[:USED], time_new=time_new, level=level, **model
+    )
+    unit = float(post.scale)
+    np.testing.assert_allclose((mean - post.location) / unit, expected, atol=2e-3)
+    np.testing.assert_allclose(covariance / unit**2, spread, atol=2e-3 * max(spread.max(), 1.0))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fit_reaches_the_optimum_that_scipy_finds(name):
+    config, rows = CONFIGS[name], history()
+    obs = record(rows)
+    start = _surrogate.initial_hyper(config)
+    for _ in range(3):
+        post = FIT[name](obs, start)
+        start = post.hyper
+    target = _surrogate.targets(
+        obs,
+        group=obs.group if config.has_groups else jnp.zeros_like(obs.group),
+        level=jnp.zeros(CAPACITY),
+        standardise=config.standardise,
+        is_centred_apart=config.has_groups,
+        outlier=config.outlier,
+        failure_margin=config.failure_margin,
+    )
+    model = as_model(name, rows) | {"noise": np.asarray(target.noise, np.float64)[:USED]}
+    loc, scale = (part.astype(np.float64) for part in _surrogate._prior(config))
+    residual = np.asarray(target.residual, np.float64)[:USED]
+
+    def loss(theta):
+        return twin.negative_log_posterior(theta, residual, loc=loc, scale=scale, **model)
+
+    bounds = list(zip(loc - 4 * scale, loc + 4 * scale, strict=True))
+    starts = [loc + scale * np.random.default_rng(seed).uniform(-1, 1, loc.size) for seed in range(6)]
+    best = min(optimize.minimize(loss, s, bounds=bounds).fun for s in starts)
+    assert float(-post.evidence) < best + 0.2
+
+
+def test_without_observations_the_posterior_is_the_prior():
+    config = CONFIGS["everything"]
+    mean = _surrogate.PriorMean(jnp.array([0.3, 0.5, 0.25]), jnp.array([4.0, 0.0, 0.0]))
+
+    @jax.jit
+    def fit(obs, prior_mean):
+        start = _surrogate.initial_hyper(config)
+        return _surrogate.fit(config, obs, start=start, key=jax.random.key(0), prior_mean=prior_mean)
+
+    fitted = fit(_observations.empty(CAPACITY, DIMS), mean)
+    x = jnp.array([[0.3, 0.9, 0.25], [0.4, 0.1, 0.25], [1.0, 0.5, 0.75]])
+    level, covariance = PREDICT["everything"](fitted, x, jnp.float32(0.0))
+    quadratic = 2.0 * (np.asarray(x)[:, 0] - 0.3) ** 2
+    np.testing.assert_allclose(level, 2.0 * (np.sqrt(1.0 + quadratic) - 1.0), atol=1e-6)
+    np.testing.assert_allclose(jnp.diagonal(covariance), np.exp(2.0 * float(fitted.hyper.signal)), rtol=1e-5)
+
+
+def test_padding_changes_nothing():
+    rows = history(used=8)
+    predictions = []
+    for capacity in (8, CAPACITY):
+        obs = record(rows, capacity=capacity)
+        post = FIT["plain"](obs, _surrogate.initial_hyper(CONFIGS["plain"]))
+        predictions.append(PREDICT["plain"](post, jnp.full((3, DIMS), 0.4), jnp.float32(0.0)))
+    np.testing.assert_allclose(predictions[0][0], predictions[1][0], atol=1e-3)
+    np.testing.assert_allclose(predictions[0][1], predictions[1][1], atol=1e-3)
+
+
+def test_an_intercept_per_group_cancels():
+    rows = history()
+    shifted = [(x, y + 3.0 * options["group"], options) for x, y, options in rows]
+    x = jnp.asarray([[0.2, 0.4, 0.25], [0.7, 0.1, 0.75]], jnp.float32)
+    means = []
+    for data in (rows, shifted):
+        post = FIT["everything"](record(data), _surrogate.initial_hyper(CONFIGS["everything"]))
+        means.append(PREDICT["everything"](post, x, jnp.float32(0.6))[0])
+    np.testing.assert_allclose(np.diff(means[0]), np.diff(means[1]), atol=0.05)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_failures_and_explosions_do_not_bend_the_fit(name):
+    config, rows = CONFIGS[name], history()
+    clean = FIT[name](record(rows), _surrogate.initial_hyper(config))
+    corner = np.array([0.99, 0.99, 0.75])
+    spoilt = [
+        *rows,
+        (corner, 0.0, {"time": 0.6, "group": 2, "noise": 0.0, "failed": True}),
+        (np.array([0.95, 0.99, 0.75]), 1e12, {"time": 0.6, "group": 2, "noise": 0.0}),
+    ]
+    post = FIT[name](record(spoilt), _surrogate.initial_hyper(config))
+    x = jnp.asarray([rows[i][0] for i in (0, 4, 9)], jnp.float32)
+    before, _ = PREDICT[name](clean, x, jnp.float32(0.6))
+    after, _ = PREDICT[name](post, x, jnp.float32(0.6))
+    assert np.all(np.isfinite(after))
+    assert np.abs((after - after[0]) - (before - before[0])).max() < 0.6
+    bad, _ = PREDICT[name](post, jnp.asarray(corner[None], jnp.float32), jnp.float32(0.6))
+    assert float(bad[0]) > float(after.max())
+
+
+def test_vmap_is_a_loop():
+    histories = [record(history(seed)) for seed in range(3)]
+    start = _surrogate.initial_hyper(CONFIGS["plain"])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *histories)
+    together = jax.jit(jax.vmap(lambda obs: FIT["plain"](obs, start)))(stacked)
+    for index, obs in enumerate(histories):
+        alone = FIT["plain"](obs, start)
+        np.testing.assert_allclose(together.evidence[index], alone.evidence, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": 0}, "dims must be at least 1; got 0"),
+        ({"is_categorical": (True,)}, "is_categorical needs one entry per dimension, 3; got 1"),
+        ({"noise_floor": 0.0}, "noise_floor must be above zero; got 0.0"),
+        ({"failure_margin": -1.0}, "failure_margin must be at least 0; got -1.0"),
+    ],
+)
+def test_bad_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        _surrogate.SurrogateConfig(**{"dims": 3} | options)
