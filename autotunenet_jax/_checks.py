@@ -22,8 +22,9 @@ def _check_same_structure(before: Any, after: Any) -> None:
     for (path, a), b in leaves:
         if jnp.shape(a) != jnp.shape(b) or jnp.result_type(a) != jnp.result_type(b):
             raise ValueError(
-                f"train_step must keep the shape and dtype of every array of the state; state{jax.tree_util.keystr(path)} "
-                f"went in as {_describe(a)} and came out as {_describe(b)}. Cast it back at the end of the step."
+                "train_step must keep the shape and dtype of every array of the state; "
+                f"state{jax.tree_util.keystr(path)} went in as {_describe(a)} and came out as {_describe(b)}. "
+                "Cast it back at the end of the step."
             )
 
 

@@ -1,0 +1,200 @@
+"""One run: the device's pytrees, where the host believes them to be, and the steps between two decisions."""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from . import _obey
+from ._batches import BatchSource
+from ._controller import AutoTuneNet, Core, decide_jit, hyperparams_jit, observe_eval_jit
+from ._copies import HostCopy, copy_tree, copy_tree_to_host
+from ._obey import Copies
+from ._recorder import Recorder
+from ._state import FORK, SWEEP, TRAIN, Directive, TunerState
+from ._stop import Stop
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _obey_jit(directive: Directive, copies: Copies) -> Copies:
+    return _obey.obey(directive, copies)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step_jit(
+    core: Core,
+    train_step: Callable[..., Any],
+    copies: Copies,
+    ts: TunerState,
+    hyperparams: dict[str, Array],
+    batch: Any,
+) -> Any:
+    """One training step with its bookkeeping and, after a rollback, its repair, as one donated program.
+
+    Compiled once for each train step and core, however many runs use them.
+    """
+    state, loss = train_step(copies.state, batch, hyperparams)
+    saved_step, kept_step = ts.slots.saved_step, ts.slots.kept_step
+    ts, directive, due = core.tick(ts, loss)
+    copies = _obey.obey(directive, Copies(state, copies.saved, copies.kept))
+    log = {
+        "step": ts.step,
+        "data_step": ts.data_step,
+        "loss": jnp.asarray(loss, jnp.float32),
+        # Budget step of the snapshot a rollback went back to.
+        "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
+    }
+    return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array:
+    return eval_step(state)
+
+
+class Run:
+    """The mutable side of one call of `fit`: the device's pytrees, and where the host believes the run to be."""
+
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        state: Any,
+        source: BatchSource,
+        tuner: AutoTuneNet,
+        *,
+        eval_step: Callable[..., Any] | None,
+        key: PRNGKeyArray,
+        recorder: Recorder,
+    ):
+        self.tuner, self.core, self.source, self.recorder = tuner, tuner.core, source, recorder
+        self.copies = _obey.start(state)
+        self.ts = tuner.init(key)
+        self.hyperparams = hyperparams_jit(self.core, self.ts)
+        self.train_step, self.eval_step = train_step, eval_step
+        self.evaluated_at = -1
+        self.last_eval: float | None = None
+        self.best: HostCopy | None = None
+        self.best_eval: float | None = None
+        self._read_position()
+        if self.phase != TRAIN:
+            source.hold(0)
+            recorder.begin_round(0, self.phase)
+
+    def _read_position(self) -> None:
+        ts = self.ts
+        position = jax.device_get((ts.step, ts.data_step, ts.phase, ts.segment_left, ts.discarded))
+        self.step, self.data_step, self.phase, self.segment_left = map(int, position[:4])
+        self.recorder.discarded = int(position[4])
+
+    # What a durable snapshot holds, and the way back.
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, as a tree that `Snapshots` can store."""
+        self.recorder.flush()
+        host = {"evaluated_at": self.evaluated_at, "last_eval": self.last_eval, "recorder": self.recorder.to_dict()}
+        return {"copies": self.copies, "tuner": self.ts, "host": json.dumps(host)}
+
+    def resume(self, tree: dict[str, Any]) -> None:
+        """Goes on from what `snapshot` gave."""
+        self.copies, self.ts = tree["copies"], tree["tuner"]
+        host = json.loads(str(tree["host"]))
+        self.evaluated_at, self.last_eval = host["evaluated_at"], host["last_eval"]
+        self.recorder.load(host["recorder"])
+        self.hyperparams = hyperparams_jit(self.core, self.ts)
+        self._read_position()
+        if self.phase == TRAIN:
+            self.source.release(self.data_step)
+        else:
+            self.source.hold(int(self.ts.slots.saved_data))
+
+    def train_one(self) -> tuple[Array, Array]:
+        """Dispatches one step; waits for nothing. Returns whether a decision is due and an evaluation wanted."""
+        batch = self.source.get(self.data_step, self.hyperparams)
+        in_force = self.hyperparams
+        self.copies, self.ts, self.hyperparams, due, wants_eval, log = _step_jit(
+            self.core, self.train_step, self.copies, self.ts, in_force, batch
+        )
+        self.step += 1
+        self.data_step += 1
+        self.recorder.log({**log, "hyperparams": in_force}, self.phase)
+        return due, wants_eval
+
+    def train_stretch(self, steps: int, stop: Stop, *, on_step: Callable[[], None]) -> None:
+        """Trains until ``steps`` steps are done or a decision has been taken; syncs only where the tuner may decide."""
+        for _ in range(steps):
+            due, wants_eval = self.train_one()
+            self.segment_left -= 1
+            at_end = self.segment_left <= 1 or self.phase != TRAIN
+            if at_end:
+                if bool(wants_eval):
+                    self.evaluate(is_settled=self.phase == TRAIN)
+                if bool(due):
+                    self.decide()
+                    on_step()
+                    return
+                self.segment_left = max(self.segment_left, 1)
+            on_step()
+            if stop.is_requested:
+                return
+
+    def evaluate(self, *, is_settled: bool) -> None:
+        """Measures the validation metric and tells the tuner, once per step."""
+        if self.eval_step is None or self.evaluated_at == self.step:
+            return
+        metric = _eval_jit(self.eval_step, self.copies.state)
+        self.ts = observe_eval_jit(self.core, self.ts, -metric if self.tuner.mode == "max" else metric)
+        value = float(metric)
+        self.evaluated_at = self.step
+        self.recorder.add_eval(self.step, value, is_settled=is_settled)
+        if is_settled:
+            self.last_eval = value
+            self._keep_best(value)
+
+    def _keep_best(self, value: float) -> None:
+        sign = -1.0 if self.tuner.mode == "max" else 1.0
+        is_better = self.best_eval is None or sign * value < sign * self.best_eval
+        if math.isfinite(value) and is_better:
+            self.best_eval = value
+            self.best = copy_tree_to_host(self.copies.state)
+
+    def decide(self) -> None:
+        """Lets the tuner decide and carries its directive out."""
+        before = self.phase
+        self.recorder.flush()
+        self.ts, directive, report = decide_jit(self.core, self.ts)
+        self.copies = _obey_jit(directive, self.copies)
+        self.hyperparams = hyperparams_jit(self.core, self.ts)
+        directive, report, incumbent = jax.device_get((directive, report, self.ts.incumbent))
+        self._read_position()
+        if before == TRAIN and self.phase != TRAIN:
+            self.source.hold(self.data_step)
+            self.recorder.begin_round(self.step, self.phase)
+        elif before == SWEEP:
+            self.recorder.end_sweep(self.step)
+        elif before == FORK and self.phase == FORK and bool(directive.restore):
+            self.recorder.end_fork(self.step)
+        elif before == FORK and self.phase == TRAIN:
+            self.recorder.end_fork(self.step)
+            kind = int(self.ts.plan.kind[int(report.index)])
+            self.recorder.end_round(self.step, kind, report, int(directive.outcome), self.core.space.decode(incumbent))
+            self.source.release(self.data_step)
+
+    def is_alive(self) -> bool:
+        """Whether the state is whole: a step that fails takes the buffers it was given with it."""
+        leaves = jax.tree.leaves((self.copies, self.ts))
+        return not any(leaf.is_deleted() for leaf in leaves)
+
+    def settle(self) -> None:
+        """If the run ends inside a round, goes back to the best state it has: the fork kept so far."""
+        if self.phase != FORK:
+            return
+        is_kept, kept_step, saved_step = jax.device_get(
+            (self.ts.round.kept >= 0, self.ts.slots.kept_step, self.ts.slots.saved_step)
+        )
+        if is_kept and kept_step >= saved_step:
+            self.copies = self.copies._replace(state=copy_tree(self.copies.kept))
