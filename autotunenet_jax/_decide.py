@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from . import _acquisition, _guard, _observations, _surrogate
 from ._plan import FAST, MAX_FORKS, NEVER, SLOW
-from ._space import Choice, Float as FloatParameter, Int as IntParameter, SearchSpace
+from ._space import Choice, SearchSpace
+from ._space import Float as FloatParameter
+from ._space import Int as IntParameter
 from ._state import (
     FORK,
     FORK_DROPPED,
@@ -28,8 +30,8 @@ from ._state import (
     OUTCOME_ROUND_FAILED,
     OUTCOME_ROUND_MOVED,
     OUTCOME_ROUND_SKIPPED,
-    OUTCOME_ROUND_STAYED,
     OUTCOME_ROUND_STARTED,
+    OUTCOME_ROUND_STAYED,
     SWEEP,
     TRAIN,
     Directive,
@@ -50,8 +52,6 @@ class Policy:
       move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
       move_slow: The same in slow rounds.
       price: Least expected improvement worth another fork.
-      horizon_bias: How far below the winner of the first round the rate in force is set, in decades per decade between
-        the length of a fork and of the run: short forks favour rates too large for the whole run.
       sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
       sweep_curvature: Expected loss of score at one decade from there, doubled.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
@@ -65,8 +65,7 @@ class Policy:
     move_fast: float = 0.5
     move_slow: float = 0.6
     price: float = 0.01
-    horizon_bias: float = 0.05
-    sweep_offset: float = 0.6
+    sweep_offset: float = 0.5
     sweep_curvature: float = 0.6
     slow_center: float = 0.5
     slow_curvature: float = 0.6
@@ -190,7 +189,7 @@ def decide(
     loss = ts.window.loss_sum / ts.window.loss_count
     metric = ts.window.eval_sum / ts.window.eval_count
     is_opening = in_fork & (fork == 0) & (rung == 0)
-    has_eval = jnp.where(is_opening, jnp.isfinite(metric), held.has_eval)
+    has_eval = jnp.where(is_opening, ts.window.eval_count > 0, held.has_eval)
     score = jnp.where(has_eval, metric, loss)
     reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
     reference = jnp.where(jnp.isfinite(reference), reference, score)
@@ -267,7 +266,9 @@ def decide(
     remaining = jnp.where(plan.total > 0, plan.total - ts.step, NEVER)
     gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
     may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
-    forks_again = ends & may_fork & affordable & (gain > policy.price) & (remaining > late)
+    # One fork alone is no comparison: a fast round pays for a second one before it weighs any price.
+    is_worth_it = (gain > policy.price) | ((kind == FAST) & (fork == 0))
+    forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
 
     # A round begins with the incumbent, unless the sweep says its rate is far off.
@@ -279,10 +280,7 @@ def decide(
     starts_fork = (holds & ~starts_sweep) | in_sweep | forks_again
     trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
 
-    bias = policy.horizon_bias * jnp.log10(jnp.maximum(remaining / jnp.maximum(late, 1), 1.0))
-    bias = jnp.where((ts.rounds_held == 0) & (plan.total > 0), bias, 0.0)
-    lowered = jnp.clip(held.x[best] - jnp.where(space_of.is_rate, bias / space_of.decades, 0.0), 0.0, 1.0)
-    chosen = jnp.where(has_kept, space.snap(lowered), proposal)
+    chosen = jnp.where(has_kept, held.x[best], proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
@@ -317,14 +315,11 @@ def decide(
     segment = jnp.where(finishes | skips, until_round, segment).astype(jnp.int32)
     phase = jnp.where(starts_sweep, SWEEP, jnp.where(continues | starts_fork, FORK, TRAIN)).astype(jnp.int32)
 
-    outcome = jnp.where(
-        finishes,
-        jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), OUTCOME_ROUND_FAILED),
-        jnp.where(
-            continues,
-            OUTCOME_FORK_CONTINUES,
-            jnp.where(holds, OUTCOME_ROUND_STARTED, jnp.where(starts_fork, OUTCOME_FORK_STARTED, OUTCOME_ROUND_SKIPPED)),
-        ),
+    moved_or_not = jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED)
+    outcome = jnp.select(
+        [finishes & has_kept, finishes, continues, holds, starts_fork],
+        [moved_or_not, OUTCOME_ROUND_FAILED, OUTCOME_FORK_CONTINUES, OUTCOME_ROUND_STARTED, OUTCOME_FORK_STARTED],
+        OUTCOME_ROUND_SKIPPED,
     ).astype(jnp.int32)
 
     # What the guard knows of the loss belongs to the state it was measured on: it starts afresh with each fork.
@@ -351,13 +346,17 @@ def decide(
         hyper=posterior.hyper,
     )
     off = jnp.zeros((), bool)
-    return new, Directive(
-        save=save,
-        restore=restore,
-        keep=keep,
-        adopt=adopt,
-        evaluate=off,
-        data_step=data_step,
-        outcome=outcome,
-        verdict=jnp.int32(_guard.HEALTHY),
-    ), report
+    return (
+        new,
+        Directive(
+            save=save,
+            restore=restore,
+            keep=keep,
+            adopt=adopt,
+            evaluate=off,
+            data_step=data_step,
+            outcome=outcome,
+            verdict=jnp.int32(_guard.HEALTHY),
+        ),
+        report,
+    )

@@ -82,9 +82,17 @@ def plot_history(history: "History", path: Any = None) -> "matplotlib.figure.Fig
         axes[0].annotate(label, ((held["start"] + held["end"]) / 2, 1.02), xycoords=("data", "axes fraction"),
                          ha="center", va="bottom", fontsize=8, color="0.35")  # fmt: skip
     if history.evals:
-        steps = [row["step"] for row in history.evals if row.get("is_settled", True)]
-        values = [row["value"] for row in history.evals if row.get("is_settled", True)]
-        axes[0].plot(steps, values, color=_EVAL, marker="o", ms=3, lw=1.2, zorder=4)
+        lost = {row["step"] for row in history.records if not row["is_kept"]}
+        shown = [row for row in history.evals if row["step"] not in lost]
+        axes[0].plot(
+            [row["step"] for row in shown],
+            [row["value"] for row in shown],
+            color=_EVAL,
+            marker="o",
+            ms=3,
+            lw=1.2,
+            zorder=4,
+        )
     handles = [
         axes[0].plot([], [], color=_KEPT, lw=1.6, label="kept")[0],
         axes[0].plot([], [], color=_DISCARDED, lw=1.6, label="discarded (sweep and losing forks)")[0],

@@ -130,9 +130,9 @@ def main():
     *sweep, same_start = untuned(args.seed, [*SWEEP, START["learning_rate"]])
     best = min(range(len(SWEEP)), key=lambda i: float(eval_step(sweep[i])))
 
-    table = Table(title="Digits: validation and test loss after the same number of steps per run")
-    for column in ("run", "learning rate", "steps in all", "validation loss", "test loss", "test accuracy"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table = Table(title=f"Digits, {TOTAL_STEPS:,} steps a run")
+    for column in ("run", "learning rate", "steps", "val. loss", "test loss", "accuracy"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
 
     def add(name, rate, steps, state, style=None):
         loss, accuracy = map(float, test_scores(state))
@@ -140,10 +140,10 @@ def main():
         table.add_row(name, rate, f"{steps:,}", *values, style=style)
 
     rate = START["learning_rate"]
-    add("untuned, same start", f"{rate:.1e}", TOTAL_STEPS, same_start)
-    found = f"{rate:.1e} -> {result.hyperparams['learning_rate']:.1e}"
+    add("untuned, same start", f"{rate:.0e}", TOTAL_STEPS, same_start)
+    found = f"{rate:.0e} → {result.hyperparams['learning_rate']:.1e}"
     add("tuned, one run", found, TOTAL_STEPS, result.state, style="bold green")
-    add(f"best of a sweep of {len(SWEEP)}", f"{SWEEP[best]:.1e}", TOTAL_STEPS * len(SWEEP), sweep[best])
+    add(f"best of {len(SWEEP)} runs", f"{SWEEP[best]:.1e}", TOTAL_STEPS * len(SWEEP), sweep[best])
     console.print(table)
 
     summary = result.history.summary
