@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
-class EndOfData(Exception):
+class EndOfDataError(Exception):
     """An iterable that cannot be started again has no more batches."""
 
 
@@ -65,7 +65,7 @@ class BatchSource:
             return next(self._iterator)
         except StopIteration:
             if not self._can_restart:
-                raise EndOfData from None
+                raise EndOfDataError from None
         self._iterator = iter(self._iterable)
         try:
             return next(self._iterator)
@@ -76,7 +76,7 @@ class BatchSource:
         """The batch at ``position``.
 
         Raises:
-          EndOfData: The iterable is its own iterator and has ended.
+          EndOfDataError: The iterable is its own iterator and has ended.
         """
         if self._function is not None:
             return self._function(position, hyperparams)

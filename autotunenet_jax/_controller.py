@@ -79,7 +79,7 @@ class Core:
         return decay * rewarm
 
     def _cool_down(self, ts: TunerState, pos: Array) -> Float[Array, ""]:
-        """A fork warms up briefly and ends with its rate close to zero: what it has learned is scored, not its noise."""
+        """A fork warms up briefly and ends with its rate near zero: what it learned is scored, not its noise."""
         length = ts.segment_length
         # The last step of the stretch has the smallest factor; lengths of one or two steps are not cooled.
         cool = (length - pos) / jnp.maximum(jnp.round(_tick.COOL_SHARE * length), 1.0)
@@ -301,7 +301,7 @@ class AutoTuneNet:
             incumbent=incumbent,
             trial=incumbent,
             has_failed=jnp.zeros((), bool),
-            initial_loss=zero,
+            initial_loss=jnp.full((), jnp.nan, jnp.float32),
             best_level=jnp.full((), jnp.inf, jnp.float32),
             eval_level=jnp.full((), jnp.nan, jnp.float32),
             discarded=zero_i,

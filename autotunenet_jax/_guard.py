@@ -20,6 +20,12 @@ MESSAGES = {
 # Mean absolute deviation of a normal variable, in standard deviations.
 _MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
 
+# Values before which the statistics say nothing yet.
+_FIRST_VALUES = 4
+
+# How far above the level, in standard deviations, a value still counts for what it is.
+_REACH_SIGMAS = 20.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
@@ -38,7 +44,8 @@ class Guard:
       max_rollbacks: Rollbacks for spikes and divergence in one run; a non-finite loss is always rolled back.
 
     Raises:
-      ValueError: A threshold is not positive or not finite.
+      TypeError: A threshold is not a number.
+      ValueError: A threshold is below 1 (``max_rollbacks``: below 0) or not finite.
 
     Source:
       The mean plus six sigma rule over a window of about a hundred values is OLMo-core's; levels and spreads are
@@ -56,8 +63,9 @@ class Guard:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"Guard.{field.name} must be a number; got {value!r}.")
-            if not math.isfinite(value) or value < (0 if field.name == "max_rollbacks" else 1):
-                raise ValueError(f"Guard.{field.name} must be finite and at least 1; got {value!r}.")
+            least = 0 if field.name == "max_rollbacks" else 1
+            if not math.isfinite(value) or value < least:
+                raise ValueError(f"Guard.{field.name} must be finite and at least {least}; got {value!r}.")
 
 
 class GuardState(NamedTuple):
@@ -104,23 +112,25 @@ def watch(
     # Losses of equal value have no spread; rounding must not look like a spike then.
     slack = 1e-5 * jnp.abs(state.level) + 1e-12
     is_warm = state.count >= guard.warmup
+    # A single 1e30 must not drag the averages for good: it enters clipped, divergence shows by repetition.
+    reach = jnp.where(state.count >= _FIRST_VALUES, state.level + _REACH_SIGMAS * sigma + slack, jnp.inf)
+    clipped = jnp.minimum(value, reach)
     is_unusual = is_warm & (value > state.level + guard.sigmas * sigma + slack)
     strikes = jnp.where(is_unusual, state.strikes + 1, jnp.maximum(state.strikes - 1, 0))
 
     # The first values average plainly; later ones exponentially.
     accepted = is_finite & ~is_unusual
     rate = jnp.maximum(1.0 / guard.window, 1.0 / (state.count + 1.0))
-    level = state.level + rate * (value - state.level)
-    deviation = jnp.abs(value - jnp.where(state.count > 0, level, value))
-    spread = state.spread + rate * (deviation - state.spread)
+    level = state.level + rate * (clipped - state.level)
+    # The first value after a fresh start says nothing of the spread: the last one known stands in, or every threshold
+    # would be next to nothing while it is learned again.
+    spread = jnp.where(state.count > 0, state.spread + rate * (jnp.abs(clipped - level) - state.spread), state.spread)
     short_rate = jnp.maximum(0.2, 1.0 / (state.count + 1.0))
-    # A single 1e30 must not drag the short average for good: it enters clipped, divergence shows by repetition.
-    reach = jnp.where(is_warm, state.level + 50.0 * sigma + slack, jnp.inf)
-    short = jnp.where(is_finite, state.short + short_rate * (jnp.minimum(value, reach) - state.short), state.short)
+    short = jnp.where(is_finite, state.short + short_rate * (clipped - state.short), state.short)
 
     verdict = jnp.where(is_unusual, WATCHING, HEALTHY)
     verdict = jnp.where(strikes >= guard.patience, SPIKE, verdict)
-    verdict = jnp.where((state.count >= 4) & (short > ceiling), DIVERGED, verdict)
+    verdict = jnp.where((state.count >= _FIRST_VALUES) & (short > ceiling), DIVERGED, verdict)
     verdict = jnp.where(is_finite, verdict, NON_FINITE).astype(jnp.int32)
     return GuardState(
         level=jnp.where(accepted, level, state.level),

@@ -82,6 +82,12 @@ class History:
             "summary": dict(self.summary),
         }
 
+    def load(self, data: Mapping[str, Any], *, stride: int) -> None:
+        """Takes over what `to_dict` gave, replacing what is here."""
+        self.records, self.rounds = list(data["records"]), list(data["rounds"])
+        self.evals, self.events = list(data["evals"]), list(data["events"])
+        self.summary, self._stride = dict(data["summary"]), stride
+
     def to_pandas(self) -> "pandas.DataFrame":
         """`records` as a data frame, one row per record.
 

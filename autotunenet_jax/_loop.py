@@ -1,26 +1,25 @@
-"""The host loop: feeds batches, obeys directives, writes the history."""
+"""The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
 import dataclasses
-import functools
-import signal
-import threading
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from . import _obey
-from ._batches import BatchSource, EndOfData
+from ._batches import BatchSource, EndOfDataError
 from ._checks import check_train_step
-from ._controller import AutoTuneNet, Core, decide_jit, hyperparams_jit, observe_eval_jit
+from ._controller import AutoTuneNet, hyperparams_jit
 from ._history import History
-from ._obey import Copies
 from ._progress import Progress
 from ._recorder import Recorder
-from ._state import FORK, SWEEP, TRAIN, Directive, TunerState
+from ._run import Run
+from ._snapshots import Snapshots
+from ._state import TRAIN, TunerState
+from ._stop import Stop
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
@@ -36,7 +35,10 @@ class FitResult:
       hyperparams: Tuned values at the end, as Python objects, before the decay.
       tuner_state: The tuner's last state.
       eval: Validation metric of ``state``, or None without ``eval_step``.
-      is_interrupted: Whether the run ended early, by Ctrl-C or for want of batches.
+      best_state: The training state with the best validation metric seen outside rounds, in host memory until asked
+        for; ``state`` itself without ``eval_step``.
+      best_eval: Its validation metric, or None.
+      is_interrupted: Whether the run ended early: by Ctrl-C, SIGTERM, or for want of batches.
     """
 
     state: Any
@@ -44,167 +46,9 @@ class FitResult:
     hyperparams: dict[str, Any]
     tuner_state: TunerState
     eval: float | None
+    best_state: Any
+    best_eval: float | None
     is_interrupted: bool
-
-
-@functools.partial(jax.jit, donate_argnums=1)
-def _obey_jit(directive: Directive, copies: Copies) -> Copies:
-    return _obey.obey(directive, copies)
-
-
-def _compile_step(core: Core, train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """One training step with its bookkeeping and, after a rollback, its repair, as one donated program."""
-
-    def step(copies: Copies, ts: TunerState, hyperparams: dict[str, Array], batch: Any) -> Any:
-        phase = ts.phase
-        state, loss = train_step(copies.state, batch, hyperparams)
-        saved_step, kept_step = ts.slots.saved_step, ts.slots.kept_step
-        ts, directive, due = core.tick(ts, loss)
-        copies = _obey.obey(directive, Copies(state, copies.saved, copies.kept))
-        rewound = jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1))
-        log = {
-            "step": ts.step,
-            "data_step": ts.data_step,
-            "loss": jnp.asarray(loss, jnp.float32),
-            "phase": phase,
-            "rewound": rewound,
-            "verdict": directive.verdict,
-            # The step reads these from a donated state: they are copies of their own.
-            "hyperparams": jax.tree.map(lambda value: value + jnp.zeros_like(value), hyperparams),
-        }
-        return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
-
-    return jax.jit(step, donate_argnums=(0, 1))
-
-
-class _Stop:
-    """Turns the first Ctrl-C into a request to stop after the current step; the second one raises."""
-
-    def __init__(self):
-        self.is_requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "_Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.getsignal(signal.SIGINT)
-            if callable(self._previous):
-                signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, signum: int, frame: Any) -> None:
-        if self.is_requested:
-            raise KeyboardInterrupt
-        self.is_requested = True
-
-    def __exit__(self, *exc: object) -> None:
-        if callable(self._previous):
-            signal.signal(signal.SIGINT, self._previous)
-
-
-class _Run:
-    """The mutable side of one call of `fit`: the device's pytrees, and where the host believes the run to be."""
-
-    def __init__(
-        self,
-        train_step: Callable[..., Any],
-        state: Any,
-        source: BatchSource,
-        tuner: AutoTuneNet,
-        *,
-        eval_step: Callable[..., Any] | None,
-        key: PRNGKeyArray,
-        recorder: Recorder,
-    ):
-        self.tuner, self.core, self.source, self.recorder = tuner, tuner.core, source, recorder
-        self.copies = _obey.start(state)
-        self.ts = tuner.init(key)
-        self.hyperparams = hyperparams_jit(self.core, self.ts)
-        self.step_fn = _compile_step(self.core, train_step)
-        self.eval_fn = jax.jit(eval_step) if eval_step is not None else None
-        self.step, self.data_step = 0, 0
-        self.phase, self.segment_left = int(self.ts.phase), int(self.ts.segment_left)
-        self.evaluated_at = -1
-        self.last_eval: float | None = None
-        if self.phase != TRAIN:
-            source.hold(0)
-            recorder.begin_round(0, self.phase)
-
-    def train_one(self) -> tuple[Array, Array]:
-        """Dispatches one step; waits for nothing. Returns whether a decision is due and an evaluation wanted."""
-        batch = self.source.get(self.data_step, self.hyperparams)
-        self.copies, self.ts, self.hyperparams, due, wants_eval, log = self.step_fn(
-            self.copies, self.ts, self.hyperparams, batch
-        )
-        self.step += 1
-        self.data_step += 1
-        self.recorder.log(log, self.phase)
-        return due, wants_eval
-
-    def train_stretch(self, steps: int, stop: "_Stop", *, on_step: Callable[[], None]) -> None:
-        """Trains until ``steps`` steps are done or a decision has been taken; syncs only where the tuner may decide."""
-        for _ in range(steps):
-            due, wants_eval = self.train_one()
-            self.segment_left -= 1
-            at_end = self.segment_left <= 1 or self.phase != TRAIN
-            if at_end:
-                if bool(wants_eval):
-                    self.evaluate(is_settled=self.phase == TRAIN)
-                if bool(due):
-                    self.decide()
-                    on_step()
-                    return
-                self.segment_left = max(self.segment_left, 1)
-            on_step()
-            if stop.is_requested:
-                return
-
-    def evaluate(self, *, is_settled: bool) -> None:
-        """Measures the validation metric and tells the tuner, once per step."""
-        if self.eval_fn is None or self.evaluated_at == self.step:
-            return
-        metric = self.eval_fn(self.copies.state)
-        self.ts = observe_eval_jit(self.core, self.ts, -metric if self.tuner.mode == "max" else metric)
-        value = float(metric)
-        self.evaluated_at = self.step
-        self.recorder.add_eval(self.step, value, is_settled=is_settled)
-        if is_settled:
-            self.last_eval = value
-
-    def decide(self) -> None:
-        """Lets the tuner decide and carries its directive out."""
-        before = self.phase
-        self.recorder.flush()
-        self.ts, directive, report = decide_jit(self.core, self.ts)
-        self.copies = _obey_jit(directive, self.copies)
-        self.hyperparams = hyperparams_jit(self.core, self.ts)
-        ts = self.ts
-        directive, report, phase, data_step, segment_left, discarded, incumbent = jax.device_get(
-            (directive, report, ts.phase, ts.data_step, ts.segment_left, ts.discarded, ts.incumbent)
-        )
-        self.phase, self.data_step, self.segment_left = int(phase), int(data_step), int(segment_left)
-        self.recorder.discarded = int(discarded)
-        if before == TRAIN and self.phase != TRAIN:
-            self.source.hold(self.data_step)
-            self.recorder.begin_round(self.step, self.phase)
-        elif before == SWEEP:
-            self.recorder.end_sweep(self.step)
-        elif before == FORK and self.phase == FORK and bool(directive.restore):
-            self.recorder.end_fork(self.step)
-        elif before == FORK and self.phase == TRAIN:
-            self.recorder.end_fork(self.step)
-            kind = int(ts.plan.kind[int(report.index)])
-            self.recorder.end_round(self.step, kind, report, int(directive.outcome), self.core.space.decode(incumbent))
-            self.source.release(self.data_step)
-
-    def settle(self) -> None:
-        """If the run ends inside a round, goes back to the best state it has: the fork kept so far."""
-        if self.phase != FORK:
-            return
-        is_kept, kept_step, saved_step = jax.device_get(
-            (self.ts.round.kept >= 0, self.ts.slots.kept_step, self.ts.slots.saved_step)
-        )
-        if is_kept and kept_step >= saved_step:
-            self.copies = self.copies._replace(state=_obey.copy_tree(self.copies.kept))
 
 
 def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None) -> int:
@@ -231,6 +75,8 @@ def fit(
     *,
     tuner: AutoTuneNet,
     eval_step: Callable[[Any], Array] | None = None,
+    snapshots: str | os.PathLike[str] | Snapshots | None = None,
+    resume: bool = False,
     key: PRNGKeyArray | None = None,
     steps: int | None = None,
     eval_every: int | None = None,
@@ -261,6 +107,12 @@ def fit(
       tuner: What may be tuned, and the budget.
       eval_step: Pure ``state -> validation metric``, in the direction of the tuner's ``mode``; compiled here. Forks are
         compared by it. Without it they are compared by their training losses, and slow hyperparameters stay put.
+      snapshots: Folder of durable snapshots, or a `Snapshots` of your own; None for none. They are written in the
+        background at a cadence that blocks at most one per cent of the run, when the run ends, and when it is
+        interrupted.
+      resume: Whether to go on from the latest good snapshot in ``snapshots``, if there is one, instead of from
+        ``state``. On the same machine and software the run then ends bit for bit as if it had never stopped.
+        ``batches`` must give the same batches again; an iterable is read up to where the run stood.
       key: Typed PRNG key of the tuner; ``jax.random.key(0)`` by default.
       steps: Training steps, at most ``tuner.total_steps``; needed for an open-ended tuner.
       eval_every: Steps between validations outside rounds; by default 20 in a run.
@@ -268,15 +120,17 @@ def fit(
       callbacks: Called with the newest `History.rounds` entry, a dict, at the end of each round.
 
     Returns:
-      A `FitResult`. After a first Ctrl-C too, with what was reached by then.
+      A `FitResult`. After a first Ctrl-C or SIGTERM too, with what was reached by then.
 
     Raises:
       TypeError: ``train_step`` returns no pair, ``batches`` is of no known kind, or ``tuner`` is no `AutoTuneNet`.
       ValueError: The loss is not a real scalar, the state changes shape, a hyperparameter is never used, or there is
         no budget. All before the first step.
+      SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
-      Two more copies of ``state`` on the device. Outside rounds nothing waits for the device.
+      Two more copies of ``state`` on the device and, with ``eval_step``, one in host memory. Outside rounds nothing
+      waits for the device but validation and durable snapshots.
     """
     total = _check_arguments(tuner, steps, eval_every)
     key = jax.random.key(0) if key is None else key
@@ -287,32 +141,37 @@ def fit(
     check_train_step(train_step, state, first_batch, first_hp, used_by_batches.names)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
 
+    if eval_step is None and "slow" in tuner.space.roles:
+        slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
+        warnings.warn(
+            f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the values in force "
+            "stay as they start. Pass eval_step, or leave them out of the search space.",
+            stacklevel=2,
+        )
+    owns_store = snapshots is not None and not isinstance(snapshots, Snapshots)
+    store = Snapshots(snapshots, mode=tuner.mode, space=tuner.space) if owns_store else snapshots
     shown = Progress(total, is_on=progress)
     recorder = Recorder(History(tuner.space.names), tuner.space, shown, callbacks)
     is_interrupted = False
-    shown_at = 0.0
-    with _Stop() as stop:
-        try:
-            run = _Run(train_step, state, source, tuner, eval_step=eval_step, key=key, recorder=recorder)
-            run.evaluate(is_settled=True)
-
-            def show() -> None:
-                nonlocal shown_at
-                now = time.monotonic()
-                if shown.is_on and now - shown_at > _SHOW_EVERY_SECONDS:
-                    shown_at = now
-                    recorder.show(run.step)
-
-            while run.step < total and not stop.is_requested:
-                until_eval = interval - run.step % interval if run.phase == TRAIN else total
-                run.train_stretch(min(until_eval, total - run.step), stop, on_step=show)
-                if run.phase == TRAIN and run.step % interval == 0 and run.step < total:
-                    run.evaluate(is_settled=True)
-        except EndOfData:
-            is_interrupted = True
-            recorder.note(run.step, "data", "The batches ran out before the budget did.")
-        finally:
-            shown.close()
+    try:
+        with Stop() as stop:
+            run = Run(train_step, state, source, tuner, eval_step=eval_step, key=key, recorder=recorder)
+            if store is not None and resume and store.latest() is not None:
+                _, tree = store.restore(run.snapshot())
+                run.resume(tree)
+            try:
+                _train(run, total, interval, stop, shown, store)
+            except EndOfDataError:
+                is_interrupted = True
+                recorder.note(run.step, "data", "The batches ran out before the budget did.")
+            finally:
+                # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
+                if store is not None and run.is_alive():
+                    store.save(run.step, run.snapshot(), metric=run.last_eval, wait=True)
+    finally:
+        shown.close()
+        if store is not None and owns_store:
+            store.close()
     run.settle()
     run.evaluate(is_settled=True)
     recorder.finish(run.step, int(run.ts.rollbacks))
@@ -322,8 +181,32 @@ def fit(
         hyperparams=tuner.space.to_python(tuner.space.decode(run.ts.incumbent)),
         tuner_state=run.ts,
         eval=run.last_eval,
+        best_state=run.copies.state if run.best is None else run.best.to_device(),
+        best_eval=run.best_eval,
         is_interrupted=is_interrupted or stop.is_requested,
     )
+
+
+def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, store: Snapshots | None) -> None:
+    """Stretch after stretch, until the budget is spent or somebody asks to stop."""
+    shown_at = 0.0
+
+    def show() -> None:
+        nonlocal shown_at
+        now = time.monotonic()
+        if shown.is_on and now - shown_at > _SHOW_EVERY_SECONDS:
+            shown_at = now
+            run.recorder.show(run.step)
+
+    if run.step == 0:
+        run.evaluate(is_settled=True)
+    while run.step < total and not stop.is_requested:
+        until_eval = interval - run.step % interval if run.phase == TRAIN else total
+        run.train_stretch(min(until_eval, total - run.step), stop, on_step=show)
+        if run.phase == TRAIN and run.step % interval == 0 and run.step < total:
+            run.evaluate(is_settled=True)
+        if store is not None and store.is_due():
+            store.save(run.step, run.snapshot(), metric=run.last_eval)
 
 
 class _Reads(dict):

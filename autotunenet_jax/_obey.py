@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._copies import copy_tree
 from ._state import Directive
 
 
@@ -16,14 +17,10 @@ class Copies(NamedTuple):
     kept: Any
 
 
-def copy_tree(tree: Any) -> Any:
-    """Real copies of every array of a tree: donating one leaves the other alive. Leaves become JAX arrays."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
-
-
 def start(state: Any) -> Copies:
-    """A training state with both copies made of it; nothing is shared with the argument."""
-    return Copies(copy_tree(state), copy_tree(state), copy_tree(state))
+    """A training state with both copies made of it; nothing is shared with the argument. Leaves become JAX arrays."""
+    arrays = jax.tree.map(jnp.asarray, state)
+    return Copies(copy_tree(arrays), copy_tree(arrays), copy_tree(arrays))
 
 
 def obey(directive: Directive, copies: Copies) -> Copies:

@@ -149,7 +149,7 @@ class Recorder:
             "end": step,
             "kind": _KINDS[kind],
             "scored_by": "validation" if bool(report.has_eval) else "training loss",
-            "sweep": self._sweep,
+            "sweep": None if self._sweep is None else list(self._sweep),
             "forks": forks,
             "kept": kept,
             "outcome": OUTCOMES[outcome],
@@ -160,6 +160,29 @@ class Recorder:
         self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {shown}")
         for callback in self._callbacks:
             callback(row)
+
+    # Across processes.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything recorded so far, the unfinished round included, as plain data."""
+        open_round = {
+            "round_start": self._round_start,
+            "fork_start": self._fork_start,
+            "sweep": self._sweep,
+            "forks": self._forks,
+        }
+        counts = {"steps_seen": self._steps_seen, "skipped": self._skipped, "stride": self.history.stride}
+        return {"history": self.history.to_dict(), "open_round": open_round, "counts": counts}
+
+    def load(self, data: dict[str, Any]) -> None:
+        """Goes on from what `to_dict` gave."""
+        self.history.load(data["history"], stride=data["counts"]["stride"])
+        self._steps_seen, self._skipped = data["counts"]["steps_seen"], data["counts"]["skipped"]
+        held = data["open_round"]
+        self._round_start, self._fork_start = held["round_start"], held["fork_start"]
+        self._sweep = None if held["sweep"] is None else tuple(held["sweep"])
+        self._forks = [(start, end) for start, end in held["forks"]]
+        self._pending = []
 
     def finish(self, step: int, rollbacks: int) -> None:
         """The run ended."""

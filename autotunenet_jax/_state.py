@@ -146,7 +146,7 @@ class TunerState(NamedTuple):
       incumbent: Hyperparameters in force outside forks, unit cube.
       trial: Hyperparameters of the running fork, unit cube.
       has_failed: The running segment ended early because training became unhealthy.
-      initial_loss: Mean of the first losses.
+      initial_loss: Mean of the first finite losses; NaN before there is one.
       best_level: Lowest running level of the loss so far.
       eval_level: Last validation metric seen, to be minimised; NaN before the first.
       discarded: Steps spent on forks that were not kept, and on sweeps.

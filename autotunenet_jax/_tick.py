@@ -103,8 +103,10 @@ def tick(
     is_finite = jnp.isfinite(loss)
     value = jnp.where(is_finite, loss, guard_state.level)
 
-    is_first = (ts.step < _FIRST_LOSSES) & is_finite
-    initial_loss = jnp.where(is_first, ts.initial_loss + (value - ts.initial_loss) / (ts.step + 1.0), ts.initial_loss)
+    is_unknown = jnp.isnan(ts.initial_loss)
+    is_first = ((ts.step < _FIRST_LOSSES) | is_unknown) & is_finite
+    mean = jnp.where(is_unknown, value, ts.initial_loss + (value - ts.initial_loss) / (ts.step + 1.0))
+    initial_loss = jnp.where(is_first, mean, ts.initial_loss)
     settled = is_finite & (guard_state.count >= _FIRST_LOSSES)
     best_level = jnp.where(settled, jnp.minimum(ts.best_level, guard_state.short), ts.best_level)
 
@@ -145,7 +147,7 @@ def tick(
         strikes=jnp.zeros_like(guard_state.strikes),
     )
     guard_state = _where(gives_up, accepting, _where(rolls_back, fresh, guard_state))
-    initial_loss = jnp.where(gives_up, jnp.maximum(initial_loss, value), initial_loss)
+    initial_loss = jnp.where(gives_up, jnp.fmax(initial_loss, value), initial_loss)
 
     step = ts.step + 1
     segment_left = ts.segment_left - 1
@@ -158,11 +160,15 @@ def tick(
     takes = calm & (jnp.minimum(saved_age, kept_age) >= ts.plan.save_every)
     save, keep = takes & ~saved_is_newer, takes & saved_is_newer
     data_step = ts.data_step + 1
+    # A snapshot passed over as too young may hold the damage: it becomes the older one, which is overwritten next.
+    distrusts = rolls_back & ~newer_is_safe
+    saved_step = jnp.where(distrusts & saved_is_newer, ts.slots.kept_step - 1, ts.slots.saved_step)
+    kept_step = jnp.where(distrusts & (kept_age < saved_age), ts.slots.saved_step - 1, ts.slots.kept_step)
     slots = ts.slots._replace(
         saved_data=jnp.where(save, data_step, ts.slots.saved_data),
-        saved_step=jnp.where(save, step, ts.slots.saved_step),
+        saved_step=jnp.where(save, step, saved_step),
         kept_data=jnp.where(keep, data_step, ts.slots.kept_data),
-        kept_step=jnp.where(keep, step, ts.slots.kept_step),
+        kept_step=jnp.where(keep, step, kept_step),
     )
     has_next_round = ts.plan.start[ts.round.index] < NEVER
     outcome = jnp.where(rolls_back, OUTCOME_ROLLBACK, OUTCOME_NONE)

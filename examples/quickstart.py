@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich.box
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -130,8 +131,8 @@ def main():
     *sweep, same_start = untuned(args.seed, [*SWEEP, START["learning_rate"]])
     best = min(range(len(SWEEP)), key=lambda i: float(eval_step(sweep[i])))
 
-    table = Table(title=f"Digits, {TOTAL_STEPS:,} steps a run")
-    for column in ("run", "learning rate", "steps", "val. loss", "test loss", "accuracy"):
+    table = Table(title=f"Digits, {TOTAL_STEPS:,} steps a run", box=rich.box.SIMPLE_HEAD)
+    for column in ("run", "rate", "steps", "val. loss", "test loss", "test acc."):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
 
     def add(name, rate, steps, state, style=None):
@@ -140,7 +141,7 @@ def main():
         table.add_row(name, rate, f"{steps:,}", *values, style=style)
 
     rate = START["learning_rate"]
-    add("untuned, same start", f"{rate:.0e}", TOTAL_STEPS, same_start)
+    add("untuned", f"{rate:.0e}", TOTAL_STEPS, same_start)
     found = f"{rate:.0e} → {result.hyperparams['learning_rate']:.1e}"
     add("tuned, one run", found, TOTAL_STEPS, result.state, style="bold green")
     add(f"best of {len(SWEEP)} runs", f"{SWEEP[best]:.1e}", TOTAL_STEPS * len(SWEEP), sweep[best])
