@@ -53,6 +53,7 @@ class Policy:
       move_slow: The same in slow rounds.
       price: Least expected improvement worth another fork.
       sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
+      cut_offset: The same where the loss was still falling at the upper bound, below that bound.
       sweep_curvature: Expected loss of score at one decade from there, doubled.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
       slow_curvature: Expected loss of score at distance one from there, doubled.
@@ -66,6 +67,7 @@ class Policy:
     move_slow: float = 0.6
     price: float = 0.01
     sweep_offset: float = 0.5
+    cut_offset: float = 0.15
     sweep_curvature: float = 0.6
     slow_center: float = 0.5
     slow_curvature: float = 0.6
@@ -132,7 +134,9 @@ def _select(condition: Array, new, old):
 
 
 def _prior_after_sweep(policy: Policy, space_of: Directions, ts: TunerState) -> _surrogate.PriorMean:
-    offset = policy.sweep_offset / space_of.decades
+    # A loss still falling at the upper bound has not shown its lowest point: the best rate is near the bound.
+    is_cut = ts.sweep.position >= 1.0 - 2.5 / jnp.maximum(ts.segment_length - 1, 1)
+    offset = jnp.where(is_cut, policy.cut_offset, policy.sweep_offset) / space_of.decades
     center = jnp.clip(ts.sweep.position - offset, 0.0, 1.0)
     curvature = policy.sweep_curvature * jnp.asarray(space_of.decades) ** 2
     return _surrogate.PriorMean(
