@@ -301,6 +301,8 @@ class AutoTuneNet:
             incumbent=incumbent,
             trial=incumbent,
             has_failed=jnp.zeros((), bool),
+            has_faulted=jnp.zeros((), bool),
+            retries=zero_i,
             initial_loss=jnp.full((), jnp.nan, jnp.float32),
             best_level=jnp.full((), jnp.inf, jnp.float32),
             eval_level=jnp.full((), jnp.nan, jnp.float32),

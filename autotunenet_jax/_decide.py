@@ -27,6 +27,7 @@ from ._state import (
     FORK_RUNNING,
     OUTCOME_FORK_CONTINUES,
     OUTCOME_FORK_STARTED,
+    OUTCOME_RETRIED,
     OUTCOME_ROUND_FAILED,
     OUTCOME_ROUND_MOVED,
     OUTCOME_ROUND_SKIPPED,
@@ -187,6 +188,9 @@ def decide(
     kind, late = plan.kind[row], plan.late[row]
     in_train, in_sweep, in_fork = ts.phase == TRAIN, ts.phase == SWEEP, ts.phase == FORK
     fork, rung = held.fork, held.rung
+    remaining = jnp.where(plan.total > 0, plan.total - ts.step, NEVER)
+    retries = ts.has_faulted & (remaining > late + plan.sweep[row])
+    in_fork, in_sweep = in_fork & ~retries, in_sweep & ~retries
 
     # The stretch that ended: its score, next to the others of the round.
     ran = position(ts)
@@ -198,13 +202,14 @@ def decide(
     reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
     reference = jnp.where(jnp.isfinite(reference), reference, score)
     succeeded = in_fork & ~ts.has_failed & jnp.isfinite(score)
-    steps_run = held.steps[fork] + ran
+    steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + ran
     held = held._replace(
         has_eval=has_eval,
         reference=reference,
         x=jnp.where(in_fork, held.x.at[fork].set(ts.trial), held.x),
         score=jnp.where(in_fork, held.score.at[fork, rung].set(jnp.where(succeeded, score, jnp.nan)), held.score),
-        steps=jnp.where(in_fork, held.steps.at[fork].set(steps_run), held.steps),
+        # A fork that begins again has run no step that counts.
+        steps=held.steps.at[fork].set(jnp.where(in_fork, steps_run, jnp.where(retries, 0, held.steps[fork]))),
     )
     # Time is measured along the branch that survives, in logarithms: early steps change the objective most.
     time = jnp.log1p((ts.slots.saved_data + steps_run) / 10.0)
@@ -255,6 +260,7 @@ def decide(
     )
     lost_steps = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), steps_run)
     discarded = ts.discarded + jnp.where(ends, lost_steps, 0) + jnp.where(in_sweep, ran, 0)
+    discarded = discarded + jnp.where(retries, steps_run, 0)
     held = held._replace(
         kept=jnp.where(wins, fork, held.kept),
         status=jnp.where(in_fork, held.status.at[fork].set(status), held.status),
@@ -267,7 +273,6 @@ def decide(
     # Is another fork worth its price, and within the budget?
     budget = jnp.where(plan.total > 0, plan.total, jnp.maximum(ts.step, 1000)) * plan.share
     affordable = discarded + late <= budget
-    remaining = jnp.where(plan.total > 0, plan.total - ts.step, NEVER)
     gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
     may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
     # One fork alone is no comparison: a fast round pays for a second one before it weighs any price.
@@ -289,14 +294,15 @@ def decide(
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
     adopt = finishes & has_kept & ~wins
-    restore = in_sweep | forks_again | (finishes & ~has_kept)
+    restore = in_sweep | forks_again | retries | (finishes & ~has_kept)
     save = holds
 
     data_step = jnp.where(restore, ts.slots.saved_data, jnp.where(adopt, ts.slots.kept_data, ts.data_step))
-    # A state that every fork spoiled is not shown the same data again.
-    data_step = jnp.where(finishes & ~has_kept, ts.data_step, data_step)
+    # A state that every fork spoiled is not shown the same data again, nor is one that met a bad batch.
+    data_step = jnp.where((finishes & ~has_kept) | retries, ts.data_step, data_step)
+    data_step = jnp.where(adopt, jnp.maximum(data_step, ts.slots.saved_data), data_step)
     slots = ts.slots._replace(
-        saved_data=jnp.where(save, ts.data_step, ts.slots.saved_data),
+        saved_data=jnp.where(save | retries, ts.data_step, ts.slots.saved_data),
         saved_step=jnp.where(save, ts.step, ts.slots.saved_step),
         kept_data=jnp.where(keep, ts.data_step, ts.slots.kept_data),
         kept_step=jnp.where(keep, ts.step, ts.slots.kept_step),
@@ -310,24 +316,33 @@ def decide(
     held = _select(holds, opened, held)
     held = held._replace(
         fork=jnp.where(forks_again, fork + 1, held.fork),
-        rung=jnp.where(continues, 1, jnp.where(starts_fork, 0, held.rung)),
+        rung=jnp.where(continues, 1, jnp.where(starts_fork | retries, 0, held.rung)),
     )
     until_round = jnp.maximum(plan.start[next_row] - ts.step, 1)
     until_round = jnp.where(plan.start[next_row] >= NEVER, NEVER, until_round)
     segment = jnp.where(continues, late - plan.early[row], plan.early[row])
-    segment = jnp.where(starts_sweep, plan.sweep[row], segment)
+    sweeps = starts_sweep | (retries & (ts.phase == SWEEP))
+    segment = jnp.where(sweeps, plan.sweep[row], segment)
     segment = jnp.where(finishes | skips, until_round, segment).astype(jnp.int32)
-    phase = jnp.where(starts_sweep, SWEEP, jnp.where(continues | starts_fork, FORK, TRAIN)).astype(jnp.int32)
+    phase = jnp.where(starts_sweep, SWEEP, jnp.where(continues | starts_fork, FORK, TRAIN))
+    phase = jnp.where(retries, ts.phase, phase).astype(jnp.int32)
 
     moved_or_not = jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED)
     outcome = jnp.select(
-        [finishes & has_kept, finishes, continues, holds, starts_fork],
-        [moved_or_not, OUTCOME_ROUND_FAILED, OUTCOME_FORK_CONTINUES, OUTCOME_ROUND_STARTED, OUTCOME_FORK_STARTED],
+        [retries, finishes & has_kept, finishes, continues, holds, starts_fork],
+        [
+            OUTCOME_RETRIED,
+            moved_or_not,
+            OUTCOME_ROUND_FAILED,
+            OUTCOME_FORK_CONTINUES,
+            OUTCOME_ROUND_STARTED,
+            OUTCOME_FORK_STARTED,
+        ],
         OUTCOME_ROUND_SKIPPED,
     ).astype(jnp.int32)
 
     # What the guard knows of the loss belongs to the state it was measured on: it starts afresh with each fork.
-    changes_state = continues | starts_fork | finishes
+    changes_state = continues | starts_fork | finishes | retries
     guard = _select(changes_state, ts.guard._replace(count=jnp.zeros_like(ts.guard.count)), ts.guard)
     guard = guard._replace(strikes=jnp.where(changes_state, 0, guard.strikes))
     new = ts._replace(
@@ -339,6 +354,8 @@ def decide(
         incumbent=incumbent,
         trial=trial,
         has_failed=jnp.zeros_like(ts.has_failed),
+        has_faulted=jnp.zeros_like(ts.has_faulted),
+        retries=jnp.where(finishes, 0, ts.retries + retries),
         discarded=discarded,
         rounds_held=ts.rounds_held + finishes,
         outcome=outcome,

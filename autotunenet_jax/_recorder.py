@@ -10,7 +10,19 @@ from . import _plan
 from ._history import History
 from ._progress import Progress
 from ._space import SearchSpace
-from ._state import FORK, FORK_FINISHED, FORK_STATUSES, OUTCOME_ROLLBACK, OUTCOMES, PHASES, SWEEP, TRAIN, Round
+from ._state import (
+    FORK,
+    FORK_FINISHED,
+    FORK_STATUSES,
+    OUTCOME_RETRIED,
+    OUTCOME_ROLLBACK,
+    OUTCOMES,
+    PHASES,
+    SWEEP,
+    TRAIN,
+    Directive,
+    Round,
+)
 
 # Device scalars waiting to be read are read together once this many have gathered.
 _PENDING_LIMIT = 256
@@ -122,6 +134,39 @@ class Recorder:
         """A fork ended."""
         self._forks.append((self._fork_start, step))
         self._fork_start = step
+
+    def retry(self, step: int) -> None:
+        """The sweep or fork that was running begins again; its steps so far are lost."""
+        self.history.discard(self._fork_start, step)
+        self._fork_start = step
+        self.note(step, "retry", OUTCOMES[OUTCOME_RETRIED])
+
+    def decided(
+        self, step: int, before: int, after: int, directive: Directive, report: Round, kind: int, chosen: dict[str, Any]
+    ) -> None:
+        """A decision was taken.
+
+        Args:
+          step: Budget step.
+          before: Phase before the decision.
+          after: Phase after it.
+          directive: What it said, read from the device.
+          report: The round as it was decided on, likewise.
+          kind: Kind of that round.
+          chosen: Hyperparameters in force from now on outside forks.
+        """
+        outcome = int(directive.outcome)
+        if outcome == OUTCOME_RETRIED:
+            self.retry(step)
+        elif before == TRAIN and after != TRAIN:
+            self.begin_round(step, after)
+        elif before == SWEEP:
+            self.end_sweep(step)
+        elif before == FORK and after == FORK and bool(directive.restore):
+            self.end_fork(step)
+        elif before == FORK and after == TRAIN:
+            self.end_fork(step)
+            self.end_round(step, kind, report, outcome, chosen)
 
     def end_round(self, step: int, kind: int, report: Round, outcome: int, chosen: dict[str, Any]) -> None:
         """A round ended; ``report`` is the round as it was decided on."""

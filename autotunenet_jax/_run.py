@@ -16,7 +16,7 @@ from ._controller import AutoTuneNet, Core, decide_jit, hyperparams_jit, observe
 from ._copies import HostCopy, copy_tree, copy_tree_to_host
 from ._obey import Copies
 from ._recorder import Recorder
-from ._state import FORK, SWEEP, TRAIN, Directive, TunerState
+from ._state import FORK, TRAIN, Directive, TunerState
 from ._stop import Stop
 
 
@@ -55,6 +55,12 @@ def _step_jit(
 @functools.partial(jax.jit, static_argnums=0)
 def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array:
     return eval_step(state)
+
+
+@jax.jit
+def _has_nan_jit(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.any(jnp.stack([jnp.any(jnp.isnan(leaf)) for leaf in leaves])) if leaves else jnp.zeros((), bool)
 
 
 class Run:
@@ -171,17 +177,12 @@ class Run:
         self.hyperparams = hyperparams_jit(self.core, self.ts)
         directive, report, incumbent = jax.device_get((directive, report, self.ts.incumbent))
         self._read_position()
+        kind = int(self.ts.plan.kind[int(report.index)])
+        chosen = self.core.space.decode(incumbent)
+        self.recorder.decided(self.step, before, self.phase, directive, report, kind, chosen)
         if before == TRAIN and self.phase != TRAIN:
             self.source.hold(self.data_step)
-            self.recorder.begin_round(self.step, self.phase)
-        elif before == SWEEP:
-            self.recorder.end_sweep(self.step)
-        elif before == FORK and self.phase == FORK and bool(directive.restore):
-            self.recorder.end_fork(self.step)
         elif before == FORK and self.phase == TRAIN:
-            self.recorder.end_fork(self.step)
-            kind = int(self.ts.plan.kind[int(report.index)])
-            self.recorder.end_round(self.step, kind, report, int(directive.outcome), self.core.space.decode(incumbent))
             self.source.release(self.data_step)
 
     def is_alive(self) -> bool:
@@ -190,7 +191,24 @@ class Run:
         return not any(leaf.is_deleted() for leaf in leaves)
 
     def settle(self) -> None:
-        """If the run ends inside a round, goes back to the best state it has: the fork kept so far."""
+        """Leaves a usable state behind, wherever the run ended.
+
+        Inside a round that is the fork kept so far. If the very last step broke the state, which no later loss could
+        tell, it is the newest snapshot.
+        """
+        self._settle_round()
+        has_nan = [bool(_has_nan_jit(tree)) for tree in self.copies]
+        if not has_nan[0]:
+            return
+        saved_step, kept_step = (int(value) for value in jax.device_get(self.ts.slots[1::2]))
+        candidates = [(saved_step, has_nan[1], self.copies.saved), (kept_step, has_nan[2], self.copies.kept)]
+        sound = [(step, tree) for step, is_broken, tree in candidates if not is_broken]
+        if sound:
+            step, tree = max(sound, key=lambda entry: entry[0])
+            self.copies = self.copies._replace(state=copy_tree(tree))
+            self.recorder.note(self.step, "rollback", f"The last state held NaN; that of step {step} was restored.")
+
+    def _settle_round(self) -> None:
         if self.phase != FORK:
             return
         is_kept, kept_step, saved_step = jax.device_get(

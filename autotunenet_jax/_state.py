@@ -21,7 +21,8 @@ PHASES = ("train", "sweep", "fork")
     OUTCOME_ROUND_FAILED,
     OUTCOME_ROUND_SKIPPED,
     OUTCOME_ROLLBACK,
-) = range(9)
+    OUTCOME_RETRIED,
+) = range(10)
 
 OUTCOMES = {
     OUTCOME_NONE: "Training goes on.",
@@ -33,6 +34,7 @@ OUTCOMES = {
     OUTCOME_ROUND_FAILED: "Every fork of a round failed; the saved state was restored and safer hyperparameters tried.",
     OUTCOME_ROUND_SKIPPED: "A round was skipped: nothing to learn from, or its price exceeds its expected gain.",
     OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",
+    OUTCOME_RETRIED: "The loss was not finite out of the blue; the sweep or fork began again on the data after it.",
 }
 
 FORK_UNUSED, FORK_RUNNING, FORK_DROPPED, FORK_FAILED, FORK_FINISHED = range(5)
@@ -146,6 +148,9 @@ class TunerState(NamedTuple):
       incumbent: Hyperparameters in force outside forks, unit cube.
       trial: Hyperparameters of the running fork, unit cube.
       has_failed: The running segment ended early because training became unhealthy.
+      has_faulted: It ended on a non-finite loss that nothing led up to: the data's fault rather than the
+        hyperparameters'.
+      retries: Sweeps and forks of this round begun again for that reason.
       initial_loss: Mean of the first finite losses; NaN before there is one.
       best_level: Lowest running level of the loss so far.
       eval_level: Last validation metric seen, to be minimised; NaN before the first.
@@ -166,6 +171,8 @@ class TunerState(NamedTuple):
     incumbent: Float[Array, "d"]
     trial: Float[Array, "d"]
     has_failed: Bool[Array, ""]
+    has_faulted: Bool[Array, ""]
+    retries: Int[Array, ""]
     initial_loss: Float[Array, ""]
     best_level: Float[Array, ""]
     eval_level: Float[Array, ""]

@@ -36,6 +36,12 @@ REWARM_STEPS = 20
 # A snapshot younger than this may already hold the damage that the guard has not noticed yet.
 _MIN_SNAPSHOT_AGE = 10
 
+# How far, in spreads, the loss may have risen before a non-finite value that is still out of the blue.
+_CALM_SIGMAS = 3.0
+
+# Sweeps and forks of one round that may begin again after such a value.
+_MAX_RETRIES = 3
+
 # How far a rate falls, in decades, at a rollback that is not the first within this many steps.
 _RATE_RETREAT_DECADES = 0.3
 _RATE_RETREAT_WITHIN = 250
@@ -58,7 +64,10 @@ def ceiling(ts: TunerState) -> Float[Array, ""]:
     return jnp.where(ts.step >= _FIRST_LOSSES, limit, jnp.inf)
 
 
-def _update_sweep(sweep: Sweep, pos: Array, length: Array, loss: Array) -> Sweep:
+def _update_sweep(sweep: Sweep, pos: Array, length: Array, loss: Array, spread: Array) -> Sweep:
+    # One wild value is no trend: it enters clipped, and only several of them end the sweep.
+    reach = sweep.smooth + jnp.maximum(sweep.first - sweep.lowest, 0.0) + 4.0 * spread
+    loss = jnp.where(pos >= 2, jnp.minimum(loss, reach), loss)
     weight = _SWEEP_MEMORY * (1.0 - _SWEEP_MEMORY**pos) / (1.0 - _SWEEP_MEMORY ** (pos + 1.0))
     smooth = jnp.where(pos == 0, loss, weight * sweep.smooth + (1.0 - weight) * loss)
     is_lowest = (pos == 0) | (smooth < sweep.lowest)
@@ -110,7 +119,7 @@ def tick(
     settled = is_finite & (guard_state.count >= _FIRST_LOSSES)
     best_level = jnp.where(settled, jnp.minimum(ts.best_level, guard_state.short), ts.best_level)
 
-    sweep = _update_sweep(ts.sweep, pos, ts.segment_length, value)
+    sweep = _update_sweep(ts.sweep, pos, ts.segment_length, value, guard_state.spread)
     sweep_ends = in_sweep & (unhealthy | _is_blown(sweep, guard_state.spread, pos))
     sweep = Sweep(*(jnp.where(in_sweep & is_finite, new, old) for new, old in zip(sweep, ts.sweep, strict=True)))
 
@@ -149,6 +158,10 @@ def tick(
     guard_state = _where(gives_up, accepting, _where(rolls_back, fresh, guard_state))
     initial_loss = jnp.where(gives_up, jnp.fmax(initial_loss, value), initial_loss)
 
+    # A rate that is too large announces itself: the loss climbs before it overflows. Out of the blue, it is the data.
+    climbed = ts.guard.short > jnp.fmax(ts.guard.level, ts.initial_loss) + _CALM_SIGMAS * ts.guard.spread
+    has_faulted = (in_fork | in_sweep) & ~is_finite & ~climbed & (ts.retries < _MAX_RETRIES)
+
     step = ts.step + 1
     segment_left = ts.segment_left - 1
     segment_left = jnp.where(rolls_back, jnp.maximum(segment_left, 1), segment_left)
@@ -178,6 +191,7 @@ def tick(
         segment_left=segment_left,
         incumbent=incumbent,
         has_failed=has_failed,
+        has_faulted=has_faulted,
         initial_loss=initial_loss,
         best_level=best_level,
         rollbacks=ts.rollbacks + rolls_back,
