@@ -151,7 +151,7 @@ def _check_total_steps(total_steps: Any) -> int | None:
         return None
     if isinstance(total_steps, bool) or not isinstance(total_steps, numbers.Integral):
         raise TypeError(f"total_steps must be an integer number of training steps, or None; got {total_steps!r}.")
-    if not 0 < total_steps < NEVER // 2:
+    if not 0 < int(total_steps) < NEVER // 2:
         raise ValueError(f"total_steps must lie between 1 and {NEVER // 2}; got {total_steps!r}.")
     return int(total_steps)
 
@@ -243,7 +243,7 @@ class AutoTuneNet:
         least = 4 * _plan.MAX_FORKS
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < least:
             raise ValueError(f"capacity must be an integer of at least {least}; got {capacity!r}.")
-        self.mode = mode
+        self.mode: Literal["min", "max"] = mode
         self.capacity = capacity
         self.plan = _plan.make(self.space, self.total_steps, recipe=recipe or _plan.Recipe(), share=max_share)
         self.core = Core(

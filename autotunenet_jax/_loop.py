@@ -148,8 +148,10 @@ def fit(
             "stay as they start. Pass eval_step, or leave them out of the search space.",
             stacklevel=2,
         )
-    owns_store = snapshots is not None and not isinstance(snapshots, Snapshots)
-    store = Snapshots(snapshots, mode=tuner.mode, space=tuner.space) if owns_store else snapshots
+    opened: Snapshots | None = None
+    if snapshots is not None and not isinstance(snapshots, Snapshots):
+        opened = snapshots = Snapshots(snapshots, mode=tuner.mode, space=tuner.space)
+    store = snapshots
     shown = Progress(total, is_on=progress)
     recorder = Recorder(History(tuner.space.names), tuner.space, shown, callbacks)
     is_interrupted = False
@@ -170,8 +172,8 @@ def fit(
                     store.save(run.step, run.snapshot(), metric=run.last_eval, wait=True)
     finally:
         shown.close()
-        if store is not None and owns_store:
-            store.close()
+        if opened is not None:
+            opened.close()
     run.settle()
     run.evaluate(is_settled=True)
     recorder.finish(run.step, int(run.ts.rollbacks))

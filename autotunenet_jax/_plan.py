@@ -47,15 +47,15 @@ class Plan(NamedTuple):
       save_every: Steps between the snapshots taken outside rounds.
     """
 
-    start: Int[Array, "rounds"]
-    kind: Int[Array, "rounds"]
-    forks: Int[Array, "rounds"]
-    early: Int[Array, "rounds"]
-    late: Int[Array, "rounds"]
-    sweep: Int[Array, "rounds"]
-    total: Int[Array, ""]
-    share: Float[Array, ""]
-    save_every: Int[Array, ""]
+    start: Int[Array | np.ndarray, "rounds"]
+    kind: Int[Array | np.ndarray, "rounds"]
+    forks: Int[Array | np.ndarray, "rounds"]
+    early: Int[Array | np.ndarray, "rounds"]
+    late: Int[Array | np.ndarray, "rounds"]
+    sweep: Int[Array | np.ndarray, "rounds"]
+    total: Array | np.int32
+    share: Array | np.float32
+    save_every: Array | np.int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
