@@ -46,7 +46,7 @@ class Cell(NamedTuple):
 
 
 def start_values(task: Workload, start: str) -> dict[str, float]:
-    """The hyperparameters that a start names, inside the space of the task where it has one.
+    """The hyperparameters that a start names, moved to the edge of the task's space when they lie outside.
 
     Example:
         >>> from benchmarks.quality import workloads
@@ -55,6 +55,7 @@ def start_values(task: Workload, start: str) -> dict[str, float]:
 
     Raises:
       ValueError: ``start`` is not made of ``lr``, ``wd`` and ``do`` parts.
+      KeyError: The task does not have a hyperparameter that ``start`` names.
     """
     parts = dict(_PART.findall(start))
     if "".join(name + value for name, value in parts.items()) != start:
@@ -70,7 +71,8 @@ def start_values(task: Workload, start: str) -> dict[str, float]:
         values["weight_decay"] = float(parts["wd"])
     if "do" in parts:
         values["dropout"] = float(parts["do"])
-    return values
+    # A start outside the space begins at its edge: decay 0 is the smallest decay of a log scale.
+    return {name: min(max(value, task.space[name][0]), task.space[name][1]) for name, value in values.items()}
 
 
 def _rounded(value: Any) -> Any:
