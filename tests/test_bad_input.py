@@ -1,0 +1,140 @@
+"""What the user is told before training starts: the rule, the value, and what to do."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import autotunenet_jax as atn
+from tests import problem
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ({}, "empty"),
+        ({"learning_rate": (1e-1, 1e-5)}, "reversed"),
+        ({"learning_rate": (1e-3, 1e-3)}, "equal"),
+        ({"learning_rate": (1e-3, float("inf"))}, "finite"),
+        ({"learning_rate": (float("nan"), 1.0)}, "finite"),
+    ],
+)
+def test_bad_spaces(space, says):
+    with pytest.raises(ValueError, match=says):
+        atn.AutoTuneNet(space, 1000)
+
+
+def test_a_log_scale_needs_positive_bounds():
+    with pytest.raises(ValueError, match="lo > 0"):
+        atn.Float(0.0, 1.0, log=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"initial": {"momentum": 0.9}}, r"momentum.*it has learning_rate"),
+        ({"initial": {"learning_rate": 10.0}}, r"10\.0 lies outside"),
+        ({"total_steps": 10}, r"at least 64.*got 10"),
+        ({"total_steps": 0}, "between 1 and"),
+        ({"mode": "best"}, "'min' or 'max'; got 'best'"),
+        ({"decay": "exponential"}, "linear, cosine, none"),
+        ({"max_share": 1.5}, "between 0 and 1; got 1.5"),
+        ({"capacity": 4}, "at least 32; got 4"),
+        ({"warmup_steps": -1}, "at least 0; got -1"),
+    ],
+)
+def test_bad_tuners(options, says):
+    with pytest.raises(ValueError, match=says):
+        atn.AutoTuneNet(**{"param_space": problem.SPACE, "total_steps": 1000, **options})
+
+
+@pytest.mark.parametrize("options", [{"total_steps": 10.5}, {"total_steps": True}, {"guard": "strict"}])
+def test_tuner_arguments_of_the_wrong_type(options):
+    with pytest.raises(TypeError):
+        atn.AutoTuneNet(**{"param_space": problem.SPACE, "total_steps": 1000, **options})
+
+
+def fit(train_step=problem.train_step, batches=problem.batches, **options):
+    calls = []
+
+    def counted(step, hp):
+        calls.append(step)
+        return batches(step, hp)
+
+    source = counted if callable(batches) else batches
+    try:
+        return atn.fit(train_step, problem.new_state(), source, progress=False, **{"tuner": problem.tuner(), **options})
+    finally:
+        assert calls in ([], [0])  # nothing was trained
+
+
+def test_a_loss_that_is_no_scalar():
+    def train_step(state, batch, hp):
+        state, loss = problem.train_step(state, batch, hp)
+        return state, jnp.stack([loss, loss])
+
+    with pytest.raises(ValueError, match=r"scalar loss; it returned float32\[2\].*Average"):
+        fit(train_step)
+
+
+def test_no_pair():
+    with pytest.raises(TypeError, match=r"pair \(state, loss\)"):
+        fit(lambda state, batch, hp: problem.train_step(state, batch, hp)[1])
+
+
+def test_an_integer_loss():
+    with pytest.raises(ValueError, match="real loss"):
+        fit(lambda state, batch, hp: (problem.train_step(state, batch, hp)[0], jnp.int32(1)))
+
+
+def test_a_state_that_changes_its_structure_or_dtype():
+    def drops(state, batch, hp):
+        state, loss = problem.train_step(state, batch, hp)
+        return {"params": state["params"]}, loss
+
+    def casts(state, batch, hp):
+        state, loss = problem.train_step(state, batch, hp)
+        return {**state, "seen": state["seen"].astype(jnp.float32)}, loss
+
+    with pytest.raises(ValueError, match="structure"):
+        fit(drops)
+    with pytest.raises(ValueError, match=r"\['seen'\] went in as int32\[\] and came out as float32"):
+        fit(casts)
+
+
+def test_a_name_the_optimizer_does_not_have():
+    tuner = atn.AutoTuneNet({"learning_rat": (1e-5, 1e-1)}, 160)
+    with pytest.raises(ValueError, match="learning_rat'; it has b1, b2, eps, eps_root, learning_rate"):
+        fit(tuner=tuner)
+
+
+def test_a_name_nobody_uses():
+    tuner = atn.AutoTuneNet({**problem.SPACE, "momentun": (0.0, 0.9)}, 160)
+    with pytest.raises(ValueError, match="never uses 'momentun'"):
+        fit(tuner=tuner)
+
+
+def test_a_rate_that_follows_a_schedule_of_its_own():
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0.1, 0.0, 10))
+    with pytest.raises(ValueError, match="follows an optax schedule"):
+        atn.set_hyperparams(optimizer.init(jnp.zeros(2)), {"learning_rate": 0.1})
+
+
+def test_an_optimizer_without_injected_hyperparameters():
+    with pytest.raises(ValueError, match="inject_hyperparams"):
+        atn.set_hyperparams(optax.adam(1e-3).init(jnp.zeros(2)), {"learning_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"batches": 3}, TypeError, "callable"),
+        ({"batches": []}, ValueError, "at least one batch"),
+        ({"tuner": "adam"}, TypeError, "AutoTuneNet"),
+        ({"steps": 1000}, ValueError, "exceeds"),
+        ({"eval_every": 0}, ValueError, "at least 1"),
+        ({"tuner": atn.AutoTuneNet(problem.SPACE)}, ValueError, "steps="),
+    ],
+)
+def test_bad_arguments_of_fit(options, error, says):
+    with pytest.raises(error, match=says):
+        fit(**options)

@@ -1,0 +1,136 @@
+"""Stopping, dying and going on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import autotunenet_jax as atn
+from tests import problem
+
+
+def run(batches=problem.batches, **options):
+    options = {"tuner": problem.tuner(), "eval_step": problem.eval_step, "progress": False, **options}
+    return atn.fit(problem.train_step, problem.new_state(), batches, **options)
+
+
+def interrupted_at(call, number):
+    """Batches that send a signal to this process when they are asked for the ``call``-th time."""
+    calls = 0
+
+    def batches(step, hp):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return problem.batch(step)
+
+    return batches
+
+
+@pytest.fixture(scope="module")
+def unstopped():
+    return run()
+
+
+@pytest.mark.parametrize(("call", "number"), [(3, signal.SIGINT), (17, signal.SIGTERM), (90, signal.SIGINT)])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, call, number):
+    """In the sweep, in a fork, and in training."""
+    handler = signal.getsignal(number)
+    stopped = run(interrupted_at(call, number), snapshots=tmp_path)
+    assert signal.getsignal(number) == handler
+    assert stopped.is_interrupted
+    assert int(stopped.tuner_state.step) < problem.TOTAL_STEPS
+    assert np.isfinite(float(problem.eval_step(stopped.state)))
+
+    resumed = run(snapshots=tmp_path, resume=True)
+    assert not resumed.is_interrupted
+    assert problem.same(resumed.state, unstopped.state)
+    assert problem.same(resumed.tuner_state, unstopped.tuner_state)
+    assert resumed.history.records == unstopped.history.records
+    assert resumed.history.rounds == unstopped.history.rounds
+
+
+def test_an_iterable_is_read_up_to_where_the_run_stood(tmp_path, unstopped):
+    everything = [problem.batch(i) for i in range(problem.TOTAL_STEPS)]
+
+    def one_after_the_other():
+        for number, batch in enumerate(everything):
+            if number == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    assert run(one_after_the_other(), snapshots=tmp_path).is_interrupted
+    assert problem.same(run(list(everything), snapshots=tmp_path, resume=True).state, unstopped.state)
+
+
+def test_resuming_a_finished_run_gives_its_result_again(tmp_path, unstopped):
+    run(snapshots=tmp_path)
+    again = run(snapshots=tmp_path, resume=True)
+    assert problem.same(again.state, unstopped.state)
+    assert again.eval == unstopped.eval
+
+
+def test_resuming_from_an_empty_folder_starts_at_the_beginning(tmp_path, unstopped):
+    assert problem.same(run(snapshots=tmp_path / "new", resume=True).state, unstopped.state)
+
+
+def test_snapshots_of_another_search_space_are_refused(tmp_path):
+    run(interrupted_at(17, signal.SIGTERM), snapshots=tmp_path)
+    other = atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, problem.TOTAL_STEPS)
+    with pytest.raises(ValueError, match="space"):
+        run(snapshots=tmp_path, resume=True, tuner=other)
+
+
+def test_an_error_in_a_callback_loses_nothing(tmp_path, unstopped):
+    def fails(_):
+        raise RuntimeError("the callback's own problem")
+
+    with pytest.raises(RuntimeError, match="own problem"):
+        run(snapshots=tmp_path, callbacks=[fails])
+    with atn.Snapshots(tmp_path, space=problem.tuner().space) as store:
+        assert store.latest() is not None
+    assert problem.same(run(snapshots=tmp_path, resume=True).state, unstopped.state)
+
+
+def test_the_best_state_is_kept(unstopped):
+    settled = [row["value"] for row in unstopped.history.evals if row["is_settled"]]
+    assert unstopped.best_eval == min(settled)
+    assert float(jax.jit(problem.eval_step)(unstopped.best_state)) == pytest.approx(unstopped.best_eval, rel=1e-5)
+
+
+_VICTIM = """
+import sys, time
+import autotunenet_jax as atn
+from tests import problem
+
+def batches(step, hp):
+    time.sleep(0.004)
+    print(step, flush=True)
+    return problem.batch(step)
+
+store = atn.Snapshots(sys.argv[1], space=problem.tuner().space, interval_s=0.02, overhead=0.9)
+atn.fit(problem.train_step, problem.new_state(), batches, tuner=problem.tuner(), eval_step=problem.eval_step,
+        snapshots=store, resume=True, progress=False)
+store.close()
+"""
+
+
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped):
+    """Killed in the sweep, in forks and in training, the last time after it has written something durable."""
+    rng = np.random.default_rng(0)
+    for kill in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _VICTIM, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline()
+        time.sleep(float(rng.uniform(0.1, 0.6)) * (1 + kill))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert problem.same(run(snapshots=tmp_path, resume=True).state, unstopped.state)
