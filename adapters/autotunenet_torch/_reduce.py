@@ -1,0 +1,47 @@
+"""One number for all processes of a distributed training."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_distributed() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number; 0 when it is alone."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def to_float(value: Any, *, name: str) -> float:
+    """A scalar tensor or number as a float.
+
+    Raises:
+      TypeError: No real number, or a tensor with more than one element.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(
+                f"{name} must be a real scalar; got a tensor of shape {tuple(value.shape)}, {value.dtype}. "
+                "Average it over the batch."
+            )
+        return float(value.detach())
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a scalar tensor; got {type(value).__name__}.") from None
+
+
+def mean(value: float) -> float:
+    """The mean over all processes, the same bits on each: all gather, then add up in the order of their ranks."""
+    if not is_distributed():
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    numbers = torch.cat(parts).tolist()
+    return sum(numbers) / len(numbers)

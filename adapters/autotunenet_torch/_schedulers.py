@@ -1,0 +1,114 @@
+"""Learning-rate schedulers beside a tuned rate: they keep their shape, the tuner moves its height.
+
+Every scheduler accepted here computes rates in proportion to the numbers it was built with. Scaling those numbers and
+the rate in force by one factor scales all rates to come, and touches nothing else of the scheduler.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+_PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
+_SHARED = ("eta_min", "default_min_lr")
+
+
+def leaves(scheduler: Any) -> Iterator[Any]:
+    """A scheduler, or those that it is made of."""
+    nested = getattr(scheduler, "_schedulers", None)
+    if nested is None:
+        yield scheduler
+        return
+    for inner in nested:
+        yield from leaves(inner)
+
+
+def everything(schedulers: Sequence[Any]) -> Iterator[Any]:
+    """All schedulers, those that are made of others and those they are made of."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from everything(getattr(scheduler, "_schedulers", ()))
+
+
+def as_list(scheduler: Any) -> list[Any]:
+    """One scheduler, several, or none, as a list; wrappers that other libraries put around them are taken off.
+
+    Raises:
+      TypeError: Something else.
+      ValueError: A scheduler whose rates a tuner cannot move.
+    """
+    given = [] if scheduler is None else list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
+    out = []
+    for item in given:
+        while not isinstance(item, lr_scheduler.LRScheduler) and hasattr(item, "scheduler"):
+            item = item.scheduler
+        if not isinstance(item, lr_scheduler.LRScheduler):
+            raise TypeError(f"scheduler must be one of torch.optim.lr_scheduler, or a list of them; got {item!r}.")
+        for leaf in leaves(item):
+            _refuse(leaf)
+        out.append(item)
+    return out
+
+
+def _refuse(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    if isinstance(scheduler, lr_scheduler.OneCycleLR):
+        raise ValueError(
+            "OneCycleLR cannot be tuned: it moves the rate between absolute values planned at its construction, and the "
+            "momentum with it, so the rate found by the tuner would not be in force. Leave the scheduler out (the tuner "
+            "warms up and decays on its own), or use CosineAnnealingLR or LambdaLR."
+        )
+    if isinstance(scheduler, torch.optim.swa_utils.SWALR):
+        raise ValueError(
+            f"{name} cannot be tuned: it pulls the rate to the absolute swa_lr whatever the tuner finds. Leave it out, "
+            "and start it on its own once the tuner's total_steps are over."
+        )
+
+
+def cycles_momentum(schedulers: Sequence[Any]) -> bool:
+    """Whether some scheduler writes the momentum too."""
+    return any(getattr(item, "cycle_momentum", False) for item in everything(schedulers))
+
+
+def peak_rates(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]]) -> list[float]:
+    """For each group the rate that schedulers start from, or the highest that they go to, before any shaping."""
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    for item in everything(schedulers):
+        if isinstance(item, lr_scheduler.CyclicLR):
+            rates = [max(rate, float(peak)) for rate, peak in zip(rates, item.max_lrs, strict=True)]
+    return rates
+
+
+def scale(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]], factors: Sequence[float]) -> None:
+    """Multiplies the rates of each group, those in force and those to come, by the group's factor.
+
+    Cost: a few Python operations per group and scheduler.
+    """
+    for group, factor in zip(groups, factors, strict=True):
+        if factor != 1.0:
+            write_number(group, "lr", float(group["lr"]) * factor)
+            if "initial_lr" in group:
+                write_number(group, "initial_lr", float(group["initial_lr"]) * factor)
+    shared = factors[0] if len(set(factors)) == 1 else 1.0
+    for item in everything(schedulers):
+        for name in _PER_GROUP:
+            values = getattr(item, name, None)
+            if values is not None and len(values) == len(factors):
+                scaled = [
+                    float(value) * factor if factor != 1.0 else value
+                    for value, factor in zip(values, factors, strict=True)
+                ]
+                setattr(item, name, type(values)(scaled) if isinstance(values, tuple) else scaled)
+        for name in _SHARED:
+            value = getattr(item, name, None)
+            if value is not None and shared != 1.0:
+                setattr(item, name, value * shared)
+
+
+def write_number(group: dict[str, Any], key: str, value: float) -> None:
+    """Writes a number into a parameter group; into a tensor, if it holds one, so that compiled steps see it."""
+    if isinstance(group[key], torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value

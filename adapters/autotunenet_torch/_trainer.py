@@ -1,0 +1,472 @@
+"""A complete training loop around the tuner, with nothing hidden in it."""
+
+import inspect
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+import autotunenet_jax as atn
+
+from . import _durable, _reduce, _rng
+from ._data import ReplayBuffer, map_tensors, rows
+from ._engine import TRAIN
+from ._snapshot import clone
+from ._stop import Stop
+from ._tuner import AutoTuneNet
+
+_EVALS_PER_RUN = 20
+_SHOW_EVERY_SECONDS = 0.25
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def accuracy(outputs: Any, targets: Any) -> torch.Tensor:
+    """Share of rows whose highest output is the target's class."""
+    return (outputs.argmax(dim=1) == targets).float().mean()
+
+
+class Trainer:
+    """Trains a model once, while a tuner tunes.
+
+    Example:
+        >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(2, (64,)))
+        >>> loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+        >>> trainer = Trainer(loss_fn=torch.nn.functional.cross_entropy, epochs=10, progress=False)
+        >>> tuner = AutoTuneNet({"learning_rate": (1e-4, 1e-1)})
+        >>> history = trainer.fit(torch.nn.Linear(4, 2), loader, loader, tuner=tuner)
+        >>> history.summary["steps"]
+        80
+
+    Args:
+      loss_fn: ``(outputs, targets) -> scalar loss``, averaged over the batch; a function or a module.
+      optimizer: Class of the optimizer, or a function from parameters to one, or an optimizer of the model's.
+      epochs: Budget, in passes over the training data; fork steps count.
+      steps: Budget in optimizer steps, in place of ``epochs``.
+      optimizer_options: Arguments of ``optimizer`` besides the parameters.
+      scheduler: Function from the optimizer to a scheduler, stepped once per optimizer step; the tuner's own decay is
+        off then.
+      device: Where to train; by default the accelerator if there is one.
+      precision: ``"fp32"``, or mixed ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
+      clip_norm: Largest norm of the gradient; None for no clipping.
+      accumulate: Batches per optimizer step.
+      metrics: Functions ``(outputs, targets) -> scalar`` by name, shown and recorded at validation. By default the
+        accuracy, where the targets are classes.
+      monitor: Metric that is reported to the tuner; by default ``"loss"`` when it minimises, else the first metric.
+      forward: ``(model, batch) -> (outputs, targets)``; by default the last entry of a batch is the targets and the
+        others are the model's arguments.
+      eval_every: Optimizer steps between validations outside rounds; by default 20 in a run.
+      restore_best: Whether the model ends as it was at its best validation, instead of as at its last step.
+      progress: Whether to show a progress line.
+      callbacks: Called with the record of each round as it ends.
+
+    Attributes:
+      best_state: The model's ``state_dict`` at its best validation, on the CPU; None before one.
+      best_value: The metric there.
+      is_interrupted: Whether the last run was ended early by Ctrl-C.
+
+    Raises:
+      ValueError: Not exactly one of ``epochs`` and ``steps``, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any, Any], torch.Tensor],
+        optimizer: Any = torch.optim.AdamW,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        optimizer_options: Mapping[str, Any] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        device: Any = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        monitor: str | None = None,
+        forward: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        eval_every: int | None = None,
+        restore_best: bool = False,
+        progress: bool = True,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    ):
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function (outputs, targets) -> loss; got {loss_fn!r}.")
+        if (epochs is None) == (steps is None):
+            raise ValueError(f"give the budget as epochs or as steps, one of them; got {epochs=} and {steps=}.")
+        counts = {"epochs": epochs, "steps": steps, "accumulate": accumulate, "eval_every": eval_every}
+        for name, value in counts.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+        if precision != "fp32" and precision not in _AUTOCAST:
+            raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16'; got {precision!r}.")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None for no clipping; got {clip_norm!r}.")
+        self.loss_fn, self.epochs, self.steps = loss_fn, epochs, steps
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.clip_norm, self.accumulate, self.precision = clip_norm, accumulate, precision
+        self.monitor, self.eval_every, self.restore_best = monitor, eval_every, restore_best
+        self._make_optimizer, self._optimizer_options = optimizer, dict(optimizer_options or {})
+        self._make_scheduler, self._forward = scheduler, forward or _split
+        self._metrics = None if metrics is None else dict(metrics)
+        self._progress, self._callbacks = progress, tuple(callbacks)
+        self._loss_options: dict[str, Any] = {}
+        self._batch_size: int | None = None
+        self.model: Any = None
+        self.best_state: dict[str, Any] | None = None
+        self.best_value: float | None = None
+        self.is_interrupted = False
+
+    # Training.
+
+    def fit(
+        self,
+        model: nn.Module,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        *,
+        tuner: AutoTuneNet,
+        snapshots: str | os.PathLike[str] | atn.Snapshots | None = None,
+        resume: bool = True,
+    ) -> atn.History:
+        """Trains once, tuning as it goes. Forks of a round start from one state and see the same batches.
+
+        Args:
+          model: Trained in place.
+          train_loader: Gives batches; iterated over as often as needed.
+          val_loader: Gives validation batches. Without it forks are compared by their training losses, and slow
+            hyperparameters such as dropout and weight decay stay where they are.
+          tuner: What may be tuned.
+          snapshots: Folder, or `autotunenet_jax.Snapshots`, for durable snapshots of the run.
+          resume: Whether to go on from the latest sound snapshot there, if there is one.
+
+        Returns:
+          The history of the run; after a first Ctrl-C too, with what was reached by then.
+
+        Raises:
+          TypeError: An argument of the wrong type.
+          ValueError: No budget can be told from the loader, the loss has no gradient, a name of the space is not found,
+            or only slow hyperparameters are tuned and there is no ``val_loader``.
+        """
+        if not isinstance(tuner, AutoTuneNet):
+            raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        total = self._budget(train_loader)
+        _check_slow(tuner, has_validation=val_loader is not None)
+        self.model = model.to(self.device)
+        self._val_loader, self._tuner = val_loader, tuner
+        self.best_state = self.best_value = None
+        self._prepare_lazy(train_loader)
+        self.optimizer = self._optimizer(tuner)
+        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        source = ReplayBuffer(train_loader)
+        shown = atn.Progress(total, is_on=self._progress and _reduce.rank() == 0)
+        store, is_owned = self._open(snapshots, tuner)
+        interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
+        try:
+            self.model.train()
+            tuner._extra = lambda: source.cursor
+            tuner.attach(
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                self.scaler,
+                total_steps=total,
+                loss_fn=self.loss_fn,
+                validate=self._report if val_loader is not None else None,
+                targets=self._own_targets(tuner, train_loader),
+                callbacks=self._callbacks,
+                progress=shown,
+            )
+            self._resume(store if resume else None, source)
+            with Stop() as stop:
+                self._run(total, source, store, interval, shown, stop)
+                self.is_interrupted = stop.is_requested
+        finally:
+            shown.close()
+            if is_owned and store is not None:
+                store.close()
+        tuner.finish()
+        if val_loader is not None and not self.is_interrupted:
+            self._report(force=True)
+        if self.restore_best and self.best_state is not None:
+            self.model.load_state_dict(self.best_state)
+        return tuner.history
+
+    def _run(
+        self, total: int, source: ReplayBuffer, store: atn.Snapshots | None, interval: int, shown: Any, stop: Stop
+    ) -> None:
+        tuner = self._tuner
+        engine = tuner._attached()
+        if engine.phase != TRAIN:
+            source.hold()
+        shown_at = time.monotonic()
+        while engine.step < total and not stop.is_requested:
+            was_training = engine.phase == TRAIN
+            loss = self.train_step(source)
+            said, cursor = tuner._advance(loss)
+            if cursor is not None:
+                source.cursor = tuple(cursor)
+            if was_training and said.phase != TRAIN:
+                source.hold()
+            elif not was_training and said.phase == TRAIN:
+                source.release()
+            is_training = said.phase == TRAIN
+            if is_training and said.step % interval == 0 and said.step < total and self._val_loader is not None:
+                self._report()
+            if store is not None and is_training and (store.is_due() or stop.is_requested) and said.step < total:
+                self._save(store, source)
+            if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
+                shown_at = time.monotonic()
+                shown.show(
+                    step=said.step,
+                    phase=atn.PHASES[said.phase],
+                    loss=loss,
+                    hyperparams=tuner.hyperparams,
+                    discarded=tuner._recorder.discarded,
+                )
+        if store is not None and engine.phase == TRAIN:
+            self._save(store, source)
+
+    def train_step(self, source: ReplayBuffer) -> float:
+        """One optimizer step on the next batches of ``source``; returns its loss."""
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.accumulate):
+            batch = self._to_device(source.get(self._batch_size))
+            with self._autocast():
+                outputs, targets = self._forward(self.model, batch)
+                loss = self._loss(outputs, targets)
+            self.scaler.scale(loss / self.accumulate).backward()
+            total += loss.detach().float()
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return float(total) / self.accumulate
+
+    def _loss(self, outputs: Any, targets: Any) -> torch.Tensor:
+        loss = self.loss_fn(outputs, targets, **self._loss_options)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            shown = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return a scalar tensor; got {shown}. Average it over the batch.")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "the loss has no gradient: it does not depend on a parameter with requires_grad, or was detached on the "
+                "way. Unfreeze something, and compute the loss from the model's outputs."
+            )
+        return loss
+
+    # Validation and use.
+
+    def validate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
+        """Mean loss and metrics over a loader, by default the validation loader of `fit`; disturbs nothing."""
+        loader = self._val_loader if loader is None else loader
+        if self.model is None or loader is None:
+            raise RuntimeError("there is nothing to validate: call fit first, and give a loader to it or here.")
+        was_training, sums, count = self.model.training, {}, 0
+        self.model.eval()
+        with _rng.untouched(), torch.no_grad():
+            for batch in loader:
+                batch = self._to_device(batch)
+                with self._autocast():
+                    outputs, targets = self._forward(self.model, batch)
+                    values = {"loss": self.loss_fn(outputs, targets, **self._loss_options)}
+                for name, metric in self._metrics_for(outputs, targets).items():
+                    values[name] = metric(outputs, targets)
+                size = rows(targets)
+                count += size
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0.0) + size * value
+        self.model.train(was_training)
+        if not count:
+            raise ValueError("the validation loader is empty: it gave no batch.")
+        return {name: float(value) / count for name, value in sums.items()}
+
+    def predict(self, loader: Iterable[Any]) -> Any:
+        """The model's outputs over a loader, put together, on the CPU; batches as in training, or inputs alone."""
+        if self.model is None:
+            raise RuntimeError("there is no model yet: call fit first.")
+        was_training, outputs = self.model.training, []
+        self.model.eval()
+        with _rng.untouched(), torch.no_grad():
+            for batch in loader:
+                batch = self._to_device(batch)
+                with self._autocast():
+                    found = (
+                        self.model(batch) if isinstance(batch, torch.Tensor) else self._forward(self.model, batch)[0]
+                    )
+                outputs.append(map_tensors(lambda tensor: tensor.cpu(), found))
+        self.model.train(was_training)
+        return torch.cat(outputs) if isinstance(outputs[0], torch.Tensor) else outputs
+
+    def _metrics_for(self, outputs: Any, targets: Any) -> dict[str, Callable[[Any, Any], Any]]:
+        if self._metrics is not None:
+            return self._metrics
+        is_tensor = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+        is_classes = is_tensor and not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
+        return {"accuracy": accuracy} if is_classes else {}
+
+    def _report(self, *, force: bool = False) -> float:
+        """Validates, keeps the best state, and tells the tuner; returns the monitored metric."""
+        engine = self._tuner._attached()
+        values = self.validate()
+        name = self.monitor or (
+            "loss" if self._tuner.mode == "min" else next((n for n in values if n != "loss"), "loss")
+        )
+        if name not in values:
+            raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
+        value = _reduce.mean(values[name])
+        is_settled = force or engine.phase == TRAIN or engine.step == 0
+        sign = 1.0 if self._tuner.mode == "min" else -1.0
+        is_better = self.best_value is None or sign * value < sign * self.best_value
+        if is_settled and value == value and is_better:
+            self.best_value = value
+            self.best_state = clone(self.model.state_dict(), "cpu")
+        self._tuner.validate(value)
+        return value
+
+    # Preparation.
+
+    def _budget(self, loader: Iterable[Any]) -> int:
+        if self.steps is not None:
+            return self.steps
+        try:
+            batches = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(
+                "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) instead: the "
+                "number of optimizer steps of the whole run (the tuner's total_steps)."
+            ) from None
+        assert self.epochs is not None
+        return self.epochs * batches // self.accumulate
+
+    def _optimizer(self, tuner: AutoTuneNet) -> torch.optim.Optimizer:
+        if isinstance(self._make_optimizer, torch.optim.Optimizer):
+            return self._make_optimizer
+        options = dict(self._optimizer_options)
+        if next(self.model.parameters(), None) is None:
+            raise ValueError("the model has no parameters, so there is nothing to train. Is it the right module?")
+        initial = {name: tuner._initial[name] for name in ("learning_rate", "lr") if name in tuner._initial}
+        if initial and "lr" not in options and "lr" in inspect.signature(self._make_optimizer).parameters:
+            options["lr"] = float(next(iter(initial.values())))
+        return self._make_optimizer(self.model.parameters(), **options)
+
+    def _own_targets(self, tuner: AutoTuneNet, loader: Iterable[Any]) -> dict[str, Any]:
+        """What can be tuned because this loop does it."""
+        targets: dict[str, Any] = {}
+        self._batch_size, self._loss_options = None, {}
+        if "batch_size" in tuner.space:
+            start = getattr(loader, "batch_size", None) or rows(next(iter(loader)))
+            targets["batch_size"] = _Field(self, "_batch_size", start)
+        if "clip_norm" in tuner.space:
+            targets["clip_norm"] = _Field(self, "clip_norm", self.clip_norm)
+        if "label_smoothing" in tuner.space and not hasattr(self.loss_fn, "label_smoothing"):
+            known = inspect.signature(self.loss_fn).parameters
+            if "label_smoothing" in known:
+                targets["label_smoothing"] = _Entry(self._loss_options, "label_smoothing")
+        return targets
+
+    def _prepare_lazy(self, loader: Iterable[Any]) -> None:
+        """Initialises lazy parameters by one forward pass, before there is an optimizer."""
+        if any(is_lazy(parameter) for parameter in self.model.parameters()):
+            with torch.no_grad(), self._autocast():
+                self._forward(self.model, self._to_device(next(iter(loader))))
+
+    def _autocast(self) -> Any:
+        dtype = _AUTOCAST.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _to_device(self, batch: Any) -> Any:
+        return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+
+    # Durable snapshots.
+
+    def _open(self, snapshots: Any, tuner: AutoTuneNet) -> tuple[atn.Snapshots | None, bool]:
+        if snapshots is None or isinstance(snapshots, atn.Snapshots):
+            return snapshots, False
+        folder = os.fspath(snapshots)
+        if _reduce.is_distributed():
+            folder = os.path.join(folder, f"rank{_reduce.rank()}")
+        return atn.Snapshots(folder, mode=tuner.mode, space=tuner.space), True
+
+    def _save(self, store: atn.Snapshots, source: ReplayBuffer) -> None:
+        tuner = self._tuner
+        tree = {
+            **tuner._snapshot(),
+            "source": source.state(),
+            "best": {"value": self.best_value, "state": self.best_state},
+        }
+        _durable.save(store, tuner._attached().step, tree, metric=tuner._last_eval)
+
+    def _resume(self, store: atn.Snapshots | None, source: ReplayBuffer) -> None:
+        found = None if store is None else _durable.restore(store)
+        if found is None:
+            return
+        step, tree = found
+        source.load(tree["source"])
+        # Last, since it puts the random generators back.
+        self._tuner._resume(tree)
+        self.best_value, self.best_state = tree["best"]["value"], tree["best"]["state"]
+        self._tuner._recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")
+
+
+class _Field:
+    """A tuned attribute of the loop."""
+
+    def __init__(self, owner: Any, name: str, start: Any):
+        self._owner, self._name, self._start = owner, name, start
+
+    def read(self) -> Any:
+        return self._start
+
+    def write(self, value: Any) -> None:
+        setattr(self._owner, self._name, value)
+
+
+class _Entry:
+    """A tuned keyword argument of the loss."""
+
+    def __init__(self, options: dict[str, Any], name: str):
+        self._options, self._name = options, name
+
+    def read(self) -> None:
+        return None
+
+    def write(self, value: Any) -> None:
+        self._options[self._name] = value
+
+
+def _split(model: Any, batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        raise TypeError(
+            f"a batch must be (inputs, targets) or (inputs, ..., targets); got {type(batch).__name__}. For other batches "
+            "give Trainer(forward=lambda model, batch: (outputs, targets))."
+        )
+    return model(*batch[:-1]), batch[-1]
+
+
+def _check_slow(tuner: AutoTuneNet, *, has_validation: bool) -> None:
+    slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
+    if has_validation or not slow:
+        return
+    names = ", ".join(slow)
+    if len(slow) == len(tuner.space.names):
+        raise ValueError(
+            f"{names} can be tuned on validation data only, and nothing else is in param_space. Give fit a val_loader: "
+            "the training loss would always ask for less regularisation."
+        )
+    warnings.warn(
+        f"{names} stay at their initial values: without a val_loader there is nothing to tune them by, since the "
+        "training loss always asks for less regularisation. Give fit a val_loader to tune them.",
+        stacklevel=3,
+    )
