@@ -64,7 +64,8 @@ def main():
     means = np.exp(np.mean(np.log(np.nan_to_num(swept, nan=np.inf)), axis=0))
     best = int(np.argmin(means))
     print(f"best of the sweep: rate {RATES[best]:.1e}, validation loss {means[best]:.4f} ({len(RATES)} runs a seed)")
-    print(f"{'start':>8} {'loss':>8} {'ratio':>7} {'per seed, to the rate best on average':>40} {'to the best of its seed':>26}")
+    head = f"{'start':>8} {'loss':>8} {'ratio':>7} {'per seed, to the rate best on average':>40}"
+    print(f"{head} {'to the best of its seed':>26}")
 
     ratios, own = [], []
     rows = []
