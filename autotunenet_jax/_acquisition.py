@@ -33,7 +33,7 @@ def log_h(z: Float[Array, "..."]) -> Float[Array, "..."]:
     Source:
       Ament et al., "Unexpected improvements to expected improvement" (NeurIPS 2023), eq. 9; theirs has three regimes.
     """
-    t = jnp.minimum(jnp.abs(z), 1e18)
+    t = jnp.minimum(jnp.where(z > 0.0, z, -z), 1e18)
     u = 2.0 / (2.0 + t)
     v = 2.0 * u - 1.0
     series = jnp.full_like(v, _LOG_H[-1])
@@ -88,7 +88,7 @@ def log_improvement(
     mean = jnp.where(reference_mask, level(posterior, reference) + white @ posterior.white, jnp.inf)
     lowest, index = jax.lax.top_k(-mean, compared)
     is_live = jnp.isfinite(lowest)
-    live, white = reference[index], white[index]
+    live, white = reference[index], jnp.where(is_live[:, None], white[index], 0.0)
     mean = jnp.where(is_live, -lowest, 0.0)
 
     # Conditioning on f at those references extends the whitening by one block; masked ones are rows of the identity.
