@@ -4,14 +4,14 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
 from ._batches import BatchSource, EndOfDataError
-from ._checks import check_train_step
+from ._checks import check_eval_step, check_train_step
 from ._controller import AutoTuneNet, hyperparams_jit
 from ._history import History
 from ._progress import Progress
@@ -89,6 +89,7 @@ def fit(
     steps are spent. They count: exactly ``tuner.total_steps`` training steps are run in all.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> def train_step(w, batch, hp):
         ...     loss, grad = jax.value_and_grad(lambda w: jnp.mean((w - batch) ** 2))(w)
         ...     return w - hp["learning_rate"] * grad, loss
@@ -124,8 +125,8 @@ def fit(
 
     Raises:
       TypeError: ``train_step`` returns no pair, ``batches`` is of no known kind, or ``tuner`` is no `AutoTuneNet`.
-      ValueError: The loss is not a real scalar, the state changes shape, a hyperparameter is never used, or there is
-        no budget. All before the first step.
+      ValueError: The loss or the validation metric is not a real scalar, the state changes shape, a hyperparameter is
+        never used, or there is no budget. All before the first step.
       SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
@@ -139,6 +140,8 @@ def fit(
     used_by_batches = _Reads(first_hp)
     first_batch = source.get(0, used_by_batches)
     check_train_step(train_step, state, first_batch, first_hp, used_by_batches.names)
+    if eval_step is not None:
+        check_eval_step(eval_step, state)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
 
     if eval_step is None and "slow" in tuner.space.roles:
@@ -222,6 +225,26 @@ class _Reads(dict):
         self.names.add(name)
         return super().__getitem__(name)
 
+    def __iter__(self) -> Iterator[str]:
+        self.names.update(self.keys())
+        return super().__iter__()
+
     def get(self, name: str, default: Any = None) -> Any:
         self.names.add(name)
         return super().get(name, default)
+
+    def items(self) -> Any:
+        self.names.update(self.keys())
+        return super().items()
+
+    def values(self) -> Any:
+        self.names.update(self.keys())
+        return super().values()
+
+
+def _flatten_reads(reads: _Reads) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    names = tuple(sorted(reads))
+    return tuple(reads[name] for name in names), names
+
+
+jax.tree_util.register_pytree_node(_Reads, _flatten_reads, lambda names, leaves: dict(zip(names, leaves, strict=True)))
