@@ -1,4 +1,4 @@
-"""The tuner inside an optax optimizer: it learns from the losses it is given and obeys itself, all in the compiled step."""
+"""The tuner inside an optax optimizer: it learns from the losses given and obeys itself, all in the compiled step."""
 
 import difflib
 import functools
@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from . import _drift, _hyperparams, _tuned_trees as _trees
+from . import _drift, _hyperparams
+from . import _tuned_trees as _trees
 from ._controller import AutoTuneNet, Decay
 from ._guard import Guard
 from ._tuned_state import (

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from . import _plan
 from ._decide import directions
 from ._plan import FAST, MAX_ROUNDS, NEVER, SLOW, Plan
 from ._space import SearchSpace

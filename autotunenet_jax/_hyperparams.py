@@ -246,7 +246,8 @@ def injected_hyperparams(opt_state: Any) -> dict[str, Array]:
 
 _NOT_INJECTED = (
     "this optimizer state has no injected hyperparameters. "
-    "Build the optimizer with optax.inject_hyperparams, as in optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)."
+    "Build the optimizer with optax.inject_hyperparams, as in "
+    "optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)."
 )
 
 

@@ -51,8 +51,7 @@ class SurrogateConfig:
       standardise: Whether scores come in an arbitrary unit and are shifted and scaled; otherwise only differences
         matter, in a unit that means something, such as log-ratios of losses.
       lengthscale_loc: Location of the log-normal prior of each lengthscale, in the unit of the cube. By default
-        ``sqrt(2) + log(d) / 2``, so that the typical distance of two points means the same in every dimension, and
-        ``log(d) / 2`` where options have no order: one says less about another.
+        ``sqrt(2) + log(d) / 2``, so that the typical distance of two points means the same in every dimension.
       lengthscale_scale: Scale of that prior.
       signal_loc: Location of the log-normal prior of ``a``, in the (standardised) unit of the score.
       signal_scale: Scale of that prior.
@@ -97,11 +96,9 @@ class SurrogateConfig:
     def __post_init__(self):
         if self.dims < 1:
             raise ValueError(f"dims must be at least 1; got {self.dims!r}.")
-        spread = math.log(self.dims) / 2.0
-        flags = tuple(self.is_categorical) or (False,) * self.dims
         defaults = {
-            "is_categorical": flags,
-            "lengthscale_loc": tuple(spread if flag else spread + math.sqrt(2.0) for flag in flags),
+            "is_categorical": (False,) * self.dims,
+            "lengthscale_loc": (math.sqrt(2.0) + math.log(self.dims) / 2.0,) * self.dims,
         }
         for name, default in defaults.items():
             given = tuple(getattr(self, name)) or default

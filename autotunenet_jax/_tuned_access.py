@@ -1,4 +1,4 @@
-"""Reading and telling a tuned optimizer's state from outside, wherever other transformations and libraries have put it."""
+"""Reading and telling a tuned optimizer's state from outside, wherever other libraries have put it."""
 
 import dataclasses
 import warnings
