@@ -1,0 +1,387 @@
+"""`autotune` among other transformations, libraries and kinds of parameters."""
+
+import functools
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import autotunenet_jax as atn
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            assert bool(jnp.all(jnp.isfinite(leaf)))
+
+
+def test_chain_with_clipping_before(toy):
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), toy.wrapped())
+    params, opt_state, _ = toy.run(optimizer)
+    assert toy.find(opt_state).tuner.rounds_held >= 1
+    assert toy.quality(params) < 0.5 * toy.quality(toy.make_params())
+    assert set(atn.hyperparams(opt_state)) == {"learning_rate"}
+
+
+def test_clipping_after_only_lengthens_the_way_back(toy):
+    """Clipped updates cannot go back at once; nothing is learned until the run is where the tuner thinks it is."""
+    optimizer = optax.chain(toy.wrapped(space={"learning_rate": (1e-4, 3.0)}), optax.clip(0.05))
+    step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
+    trips, longest, here = 0, 0, 0
+    for key in toy.keys():
+        before = toy.find(carry[1])
+        carry, _ = step(carry, key)
+        state = toy.find(carry[1])
+        here = here + 1 if int(state.home) and int(before.home) else 0
+        longest = max(longest, here)
+        if int(before.home) and not int(state.home):
+            trips += 1
+            # Home at last: the next update started from the snapshot.
+            target = (before.saved, before.kept)[int(before.home) - 1].params
+            jax.tree.map(lambda p, t: np.testing.assert_allclose(p, t, atol=0.06), carry[0], target)
+    assert trips >= 2
+    assert longest >= 3
+    assert int(toy.find(carry[1]).tuner.step) == toy.TOTAL
+    assert_finite(carry[0])
+
+
+def test_accumulation_around_it(toy):
+    optimizer = optax.MultiSteps(toy.wrapped(total_steps=64), every_k_schedule=2)
+    params, opt_state, _ = toy.run(optimizer, 128)
+    assert int(toy.find(opt_state).tuner.step) == 64
+    assert toy.find(opt_state).tuner.rounds_held >= 1
+    assert toy.quality(params) < 0.5 * toy.quality(toy.make_params())
+
+
+def test_batch_size_inside_it_changes_between_batches_only(toy):
+    def factory(learning_rate, accumulation):
+        steps = optax.MultiSteps(optax.adam(learning_rate), every_k_schedule=lambda step: accumulation)
+        return steps.gradient_transformation()
+
+    optimizer = toy.wrapped(
+        optax.inject_hyperparams(factory)(learning_rate=1e-2, accumulation=4),
+        {"learning_rate": (1e-4, 1.0), "accumulation": atn.Int(1, 6)},
+    )
+    step, carry, seen, emitted = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), set(), 0
+    for key in toy.keys():
+        accumulated = int(carry[1].inner.inner_state.mini_step)
+        in_force = int(atn.hyperparams(carry[1])["accumulation"])
+        carry, _ = step(carry, key)
+        inner = carry[1].inner
+        seen.add(in_force)
+        if int(carry[1].home) == 0:
+            assert int(inner.hyperparams["accumulation"]) == in_force
+            # Every batch is finished at the length it was begun with.
+            assert int(inner.inner_state.mini_step) == (accumulated + 1) % in_force
+            emitted += accumulated + 1 == in_force
+    assert len(seen) >= 2
+    assert emitted > 10
+
+
+def groups(rates):
+    return optax.partition(
+        {name: optax.inject_hyperparams(optax.adam)(learning_rate=rate) for name, rate in rates.items()},
+        {"hidden": "encoder", "out": "head"},
+    )
+
+
+def test_groups_are_addressed_by_path(toy):
+    space = {"encoder/learning_rate": (1e-4, 1.0), "head/learning_rate": (1e-4, 1.0)}
+    optimizer = toy.wrapped(groups({"encoder": 1e-3, "head": 1e-2}), space)
+    opt_state = optimizer.init(toy.make_params())
+    starts = {name: float(value) for name, value in zip(space, opt_state.start, strict=True)}
+    assert starts == pytest.approx({"encoder/learning_rate": 1e-3, "head/learning_rate": 1e-2})
+    step, carry, seen = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), []
+    for key in toy.keys(40):
+        values = atn.hyperparams(carry[1])
+        assert set(values) == set(space)
+        before = carry[1]
+        carry, _ = step(carry, key)
+        for label in ("encoder", "head"):
+            injected = carry[1].inner.inner_states[label].inner_state.hyperparams["learning_rate"]
+            if int(carry[1].home) == 0 == int(before.home):
+                assert float(injected) == pytest.approx(float(values[f"{label}/learning_rate"]), rel=1e-5)
+        seen.append(tuple(float(value) for value in values.values()))
+    assert any(encoder != head for encoder, head in seen)
+
+
+def test_ambiguous_and_unknown_names_list_the_candidates(toy):
+    both = groups({"encoder": 1e-3, "head": 1e-2})
+    with pytest.raises(ValueError, match="ambiguous.*encoder/learning_rate.*head/learning_rate"):
+        toy.wrapped(both).init(toy.make_params())
+    with pytest.raises(
+        ValueError, match=r"no hyperparameter 'neck/learning_rate'; it has encoder/b1, .*head/learning_rate"
+    ):
+        toy.wrapped(both, {"neck/learning_rate": (1e-4, 1.0)}).init(toy.make_params())
+    with pytest.raises(ValueError, match="ambiguous"):
+        atn.set_hyperparams(both.init(toy.make_params()), {"learning_rate": 0.1})
+    written = atn.set_hyperparams(both.init(toy.make_params()), {"head/learning_rate": 0.1})
+    assert float(atn.hyperparams(written)["head/learning_rate"]) == np.float32(0.1)
+    assert float(atn.hyperparams(written)["encoder/learning_rate"]) == np.float32(1e-3)
+
+
+def test_apply_if_finite_around_it(toy):
+    optimizer = optax.apply_if_finite(toy.wrapped(), max_consecutive_errors=3)
+
+    def poison(i, value, grads):
+        return value, jax.tree.map(lambda g: jnp.where(i % 7 == 3, jnp.nan, g), grads)
+
+    params, opt_state, _ = toy.run(optimizer, poison=poison)
+    assert_finite(params)
+    assert int(opt_state.total_notfinite) > 5
+    assert toy.find(opt_state).tuner.rounds_held >= 1
+
+
+def test_reduced_precision(toy):
+    params = toy.make_params(jnp.bfloat16)
+    for optimizer in (
+        toy.wrapped(optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)),
+        toy.wrapped(optax.adamw),
+    ):
+        after, opt_state, _ = toy.run(optimizer, params=params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
+        injected = opt_state.inner.hyperparams
+        assert {value.dtype for value in injected.values()} == {jnp.dtype(jnp.float32)}
+        if "b2" in injected:
+            assert float(injected["b2"]) == np.float32(0.999)
+        assert_finite(after)
+        assert opt_state.tuner.rounds_held >= 1
+        assert toy.quality(after) < 0.5 * toy.quality(params)
+
+
+def test_frozen_and_empty_subtrees(toy):
+    labels = {"model": {"hidden": "free", "out": "free"}, "frozen": "still", "nothing": {}, "none": None}
+    inner = optax.partition(
+        {"free": optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), "still": optax.set_to_zero()}, labels
+    )
+    frozen = jnp.arange(3.0)
+    params = {"model": toy.make_params(), "frozen": frozen, "nothing": {}, "none": None}
+
+    def loss(params, key):
+        return toy.loss_fn(params["model"], key) + jnp.sum(params["frozen"])
+
+    after, opt_state, _ = toy.run(toy.wrapped(inner), params=params, loss=loss)
+    np.testing.assert_array_equal(after["frozen"], frozen)
+    assert after["nothing"] == {}
+    assert after["none"] is None
+    assert opt_state.tuner.rounds_held >= 1
+    assert toy.quality(after["model"]) < 0.5 * toy.quality(toy.make_params())
+
+
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
+def test_keys_of_both_kinds(toy, key):
+    # The optimizer's own state holds a typed key as well.
+    noisy = optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(0)), optax.sgd(learning_rate))
+    )(learning_rate=1e-2)
+    params, opt_state, _ = toy.run(toy.wrapped(noisy, key=key))
+    assert jnp.issubdtype(opt_state.tuner.key.dtype, jax.dtypes.prng_key)
+    assert opt_state.tuner.rounds_held >= 1
+    assert toy.quality(params) < toy.quality(toy.make_params())
+
+
+def test_nnx_optimizer(toy):
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self):
+            start = toy.make_params()
+            self.hidden, self.out = nnx.Param(start["hidden"]), nnx.Param(start["out"])
+
+    model = Model()
+    optimizer = nnx.Optimizer(model, toy.wrapped(), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        traces.append(None)
+        rate = atn.hyperparams(optimizer)["learning_rate"]
+        loss, grads = nnx.value_and_grad(lambda m: toy.loss_fn({"hidden": m.hidden[...], "out": m.out[...]}, key))(
+            model
+        )
+        optimizer.update(model, grads, value=loss)
+        return loss, rate
+
+    rates = [float(step(model, optimizer, key)[1]) for key in toy.keys()]
+    assert len(traces) == 1
+    assert len(set(rates)) > 20
+    after = {"hidden": model.hidden[...], "out": model.out[...]}
+    assert toy.quality(after) < 0.5 * toy.quality(toy.make_params())
+    assert float(atn.hyperparams(optimizer)["learning_rate"]) >= 0.0
+    seen = toy.find(optimizer.opt_state).tuner.step
+    atn.observe(optimizer, jnp.float32(0.5))
+    assert int(toy.find(optimizer.opt_state).tuner.step[...]) == int(seen[...]) + 1
+
+
+def test_train_state_and_observe(toy):
+    from flax.training.train_state import TrainState
+
+    state = TrainState.create(apply_fn=None, params=toy.make_params(), tx=toy.wrapped())
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, key):
+        loss, grads = jax.value_and_grad(toy.loss_fn)(state.params, key)
+        return atn.observe(state.apply_gradients(grads=grads), loss)
+
+    phases = set()
+    for key in toy.keys():
+        state = step(state, key)
+        phases.add(int(toy.find(state).tuner.phase))
+    assert phases == {0, 1, 2}
+    assert int(toy.find(state).tuner.step) == toy.TOTAL
+    assert toy.quality(state.params) < 0.5 * toy.quality(toy.make_params())
+
+
+def silent_run(toy, optimizer, steps):
+    params = toy.make_params()
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, opt_state, key):
+        updates, opt_state = optimizer.update(jax.grad(toy.loss_fn)(params, key), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for key in toy.keys(steps):
+        params, opt_state = step(params, opt_state, key)
+    return params, opt_state
+
+
+def test_without_any_loss_it_trains_on_its_schedule_and_says_so(toy):
+    optimizer = toy.wrapped(total_steps=100)
+    _, opt_state = silent_run(toy, optimizer, 50)
+    jax.block_until_ready(opt_state)
+    with pytest.warns(UserWarning, match="not been told a single loss in 50 updates"):
+        rate = atn.hyperparams(opt_state)["learning_rate"]
+    assert float(rate) == pytest.approx(0.5e-3, rel=1e-5)
+
+
+def test_silent_without_a_decay_it_is_the_plain_optimizer(toy):
+    params, _ = silent_run(toy, toy.wrapped(optax.adam, decay="none", initial={"learning_rate": 3e-3}), 40)
+    expected, _ = silent_run(toy, optax.with_extra_args_support(optax.adam(3e-3)), 40)
+    # The same arithmetic in another program: equal up to the last rounding.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, expected)
+
+
+def test_losses_reported_now_and_then(toy):
+    """Unreported updates count in the budget; the run goes on tuning with the losses it gets."""
+    optimizer = toy.wrapped(total_steps=192)
+    params = toy.make_params()
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, opt_state, key):
+        loss, grads = jax.value_and_grad(toy.loss_fn)(params, key)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    for i, key in enumerate(toy.keys(192)):
+        params, opt_state, loss = step(params, opt_state, key)
+        if i % 2:
+            opt_state = atn.observe(opt_state, loss)
+    assert int(opt_state.tuner.step) == 192
+    assert int(opt_state.tuner.rounds_held) >= 1
+    assert toy.quality(params) < toy.quality(toy.make_params())
+
+
+def test_slow_hyperparameters_by_validation_metric(toy):
+    """A mode="max" metric, reported whenever the tuner asks, moves a weight decay."""
+    inner = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2, weight_decay=1e-3)
+    optimizer = toy.wrapped(inner, {"weight_decay": (1e-4, 1.0)}, mode="max")
+    step, carry, asked, held = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), 0, set()
+    for key in toy.keys():
+        carry, _ = step(carry, key)
+        if atn.wants_eval(carry[1]):
+            asked += 1
+            metric = -toy.quality(carry[0])
+            carry = (carry[0], atn.observe_eval(carry[1], jnp.float32(metric)), carry[2])
+        held.add(float(carry[1].inner.hyperparams["weight_decay"]))
+    assert asked >= 4
+    assert len(held) >= 3
+    assert int(carry[1].tuner.rounds_held) >= 1
+
+
+def test_orbax_round_trip_in_mid_round_continues_identically(toy, tmp_path):
+    import orbax.checkpoint as ocp
+
+    optimizer = toy.wrapped()
+    step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
+    keys = list(toy.keys())
+    while not (int(carry[1].tuner.phase) == 2 and int(carry[1].tuner.round.fork) == 1):  # until the second fork runs
+        carry, _ = step(carry, keys.pop(0))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", carry)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, carry))
+    for key in keys:
+        carry, _ = step(carry, key)
+        restored, _ = step(restored, key)
+    jax.tree.map(np.testing.assert_array_equal, carry[0], restored[0])
+    assert int(restored[1].tuner.rounds_held) >= 1
+
+
+def test_own_snapshots_hold_it_too(toy, tmp_path):
+    optimizer = toy.wrapped()
+    step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
+    for key in toy.keys(20):
+        carry, _ = step(carry, key)
+    with atn.Snapshots(tmp_path / "run") as store:
+        store.save(20, carry)
+        store.wait()
+        at, restored = store.restore(like=carry)
+    assert at == 20
+    jax.tree.map(np.testing.assert_array_equal, carry[1].saved.params, restored[1].saved.params)
+    step(restored, toy.keys(1)[0])
+
+
+MESH = """
+import json, sys
+import conftest as toy
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from autotunenet_jax import _acquisition, _surrogate
+_surrogate.fit, _surrogate.predict, _acquisition.propose = toy.light_fit, toy.light_predict, toy.light_propose
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+optimizer = toy.wrapped()
+params = jax.device_put(toy.make_params(), NamedSharding(mesh, P()))
+params["hidden"] = jax.device_put(params["hidden"], NamedSharding(mesh, P(None, "data")))
+opt_state = jax.jit(optimizer.init)(params)
+opt_state = optimizer.init(params)
+traces = []
+def counted(carry, key):
+    traces.append(None)
+    return toy.make_step(optimizer)(carry, key)
+step = jax.jit(counted, donate_argnums=0)
+carry = (params, opt_state, jnp.int32(0))
+for key in toy.keys(60):
+    carry, loss = step(carry, key)
+print(json.dumps({
+    "devices": len(jax.devices()),
+    "traces": len(traces),
+    "sharded": "data" in str(carry[0]["hidden"].sharding.spec),
+    "saved": "data" in str(carry[1].saved.params["hidden"].sharding.spec),
+    "rounds": int(carry[1].tuner.rounds_held),
+    "quality": toy.quality(carry[0]),
+}))
+"""
+
+
+def test_a_mesh_of_eight_devices(toy):
+    import os
+    import pathlib
+
+    here = pathlib.Path(__file__).parent
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(here), env.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, env=env, cwd=here.parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = types.SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
+    assert (out.devices, out.sharded, out.saved) == (8, True, True)
+    assert out.traces <= 2  # the first step's output may be laid out otherwise than the arrays it began with
+    assert out.rounds >= 1
+    assert out.quality < 0.5 * toy.quality(toy.make_params())

@@ -1,0 +1,187 @@
+"""`autotune` under the transformations of JAX, and in every memory mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import autotunenet_jax as atn
+
+MEMORIES = ("keep-winner", "rewind", "drift")
+
+
+def assert_same(a, b, rtol=1e-4, atol=1e-6):
+    def check(x, y):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+        else:
+            np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(check, a, b)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_one_trace_with_rounds_and_donation(toy, memory):
+    optimizer = toy.wrapped(memory=memory)
+    traces = []
+    pure = toy.make_step(optimizer)
+
+    def counted(carry, key):
+        traces.append(None)
+        return pure(carry, key)
+
+    step = jax.jit(counted, donate_argnums=0)
+    carry, phases, values = toy.start(optimizer), set(), set()
+    for key in toy.keys():
+        before = carry
+        carry, _ = step(carry, key)
+        opt_state = before[1]
+        large = (before[0], opt_state.inner.inner_state, opt_state.saved, opt_state.kept)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(large))
+        phases.add(int(carry[1].tuner.phase))
+        values.add(float(atn.hyperparams(carry[1])["learning_rate"]))
+    assert len(traces) == 1
+    assert phases == ({0, 2} if memory == "drift" else {0, 1, 2})
+    assert len(values) > 20
+    assert int(carry[1].tuner.rounds_held) >= 1
+    assert int(carry[1].tuner.step) == toy.TOTAL
+    assert toy.quality(carry[0]) < 0.7 * toy.quality(toy.make_params())
+
+
+def test_scan_is_the_loop(toy):
+    optimizer = toy.wrapped()
+    params, opt_state, losses = toy.run(optimizer)
+    step, carry, looped = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), []
+    for key in toy.keys():
+        carry, loss = step(carry, key)
+        looped.append(loss)
+    np.testing.assert_allclose(losses, jnp.stack(looped), rtol=1e-4, atol=1e-6)
+    assert_same((params, opt_state), carry[:2])
+
+
+def test_vmap_of_three_is_three_runs(toy):
+    optimizer = toy.wrapped()
+    starts = [jax.tree.map(lambda p, k=k: p * k, toy.make_params()) for k in (0.5, 1.0, 1.5)]
+    singles = [toy.run(optimizer, params=params)[:2] for params in starts]
+    carries = [toy.start(optimizer, params) for params in starts]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *carries)
+    step = jax.vmap(toy.make_step(optimizer), in_axes=(0, None))
+    (params, opt_state, _), _ = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))(stacked, toy.keys())
+    for i, single in enumerate(singles):
+        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], (params, opt_state)), single, rtol=2e-3, atol=1e-4)
+
+
+def test_initialised_and_stepped_inside_jit(toy):
+    optimizer = toy.wrapped()
+
+    @jax.jit
+    def whole(params, keys):
+        carry = (params, optimizer.init(params), jnp.int32(0))
+        return jax.lax.scan(toy.make_step(optimizer), carry, keys)
+
+    (params, opt_state, _), _ = whole(toy.make_params(), toy.keys())
+    expected = toy.run(optimizer)
+    assert_same((params, opt_state), expected[:2])
+
+
+def test_obeys_as_a_loop_of_ones_own_would(toy):
+    """The wrapper makes exactly the copies that the directives of the pure tuner ask for."""
+    inner = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+    optimizer = toy.wrapped(inner)
+    final, opt_state, losses = toy.run(optimizer)
+
+    tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, toy.TOTAL, initial={"learning_rate": 1e-3}, capacity=33)
+
+    @jax.jit
+    def step(state, ts, key):
+        params, inner_state = state
+        loss, grads = jax.value_and_grad(toy.loss_fn)(params, key)
+        inner_state = atn.set_hyperparams(inner_state, tuner.hyperparams(ts))
+        updates, inner_state = inner.update(grads, inner_state, params)
+        return (optax.apply_updates(params, updates), inner_state), *tuner.update(ts, loss), loss
+
+    params = toy.make_params()
+    state, ts = (params, inner.init(params)), tuner.init(jax.random.key(0))
+    saved = kept = state
+    asked = set()
+    for key, seen in zip(toy.keys(), losses, strict=True):
+        state, ts, directive, loss = step(state, ts, key)
+        np.testing.assert_allclose(loss, seen, rtol=1e-3, atol=1e-5)
+        if directive.save:
+            saved = state
+        if directive.keep:
+            kept = state
+        if directive.restore:
+            state = saved
+        if directive.adopt:
+            state = kept
+        asked |= {name for name in ("save", "keep", "restore", "adopt") if getattr(directive, name)}
+    assert {"keep", "restore", "adopt"} <= asked
+    assert_same(final, state[0], rtol=1e-3, atol=1e-5)
+    assert int(ts.step) == int(opt_state.tuner.step) == toy.TOTAL
+
+
+def test_memory_is_as_documented(toy):
+    plain = optax.adam(1e-3).init(toy.make_params())
+
+    def size(tree):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    one = size(toy.make_params()) + size(plain)
+    for memory, copies in (("keep-winner", 2), ("rewind", 1), ("drift", 0)):
+        state = toy.wrapped(memory=memory).init(toy.make_params())
+        stored = size(state.saved) + size(state.kept)
+        # An injected state has a counter more.
+        assert abs(stored - copies * one) <= 8 * copies
+
+
+def test_rewind_goes_back_to_where_the_round_began(toy):
+    optimizer = toy.wrapped(memory="rewind")
+    step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
+    returns = 0
+    for key in toy.keys(40):
+        before = carry[1]
+        carry, _ = step(carry, key)
+        if int(carry[1].home) == 1:
+            returns += 1
+            jax.tree.map(lambda p, s: np.testing.assert_allclose(p, s, rtol=1e-5, atol=1e-6), carry[0],
+                         before.saved.params)  # fmt: skip
+    assert returns >= 3
+    # The steps of a winner that could not be kept are counted as lost.
+    assert int(carry[1].tuner.discarded) > 0
+
+
+def test_drift_never_undoes_and_moves_in_small_steps(toy):
+    optimizer = toy.wrapped(memory="drift", decay="none")
+    step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
+    incumbents, trials = [], set()
+    for key in toy.keys():
+        carry, _ = step(carry, key)
+        incumbents.append(float(carry[1].tuner.incumbent[0]))
+        assert int(carry[1].home) == 0
+        if int(carry[1].tuner.phase) == 2:
+            trials.add(float(carry[1].tuner.trial[0]))
+            assert abs(max(trials, key=lambda u: abs(u - incumbents[-1])) - incumbents[-1]) <= 0.6 / 4 + 1e-5
+    assert int(carry[1].tuner.discarded) == 0
+    assert np.max(np.abs(np.diff(incumbents))) <= 0.3 / 4 + 1e-5
+    assert len(trials) > 2
+
+
+def test_disabled_is_bit_identical_to_the_plain_optimizer(toy):
+    plain = optax.adamw(3e-3, weight_decay=1e-2)
+    off = atn.autotune(optax.adamw, {"learning_rate": (1e-4, 1.0)}, toy.TOTAL, learning_rate=3e-3, weight_decay=1e-2,
+                       enabled=False)  # fmt: skip
+
+    def step_plain(carry, key):
+        params, opt_state = carry
+        updates, opt_state = plain.update(jax.grad(toy.loss_fn)(params, key), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    params = toy.make_params()
+    (expected, _), _ = jax.lax.scan(step_plain, (params, plain.init(params)), toy.keys())
+    got, opt_state, _ = toy.run(off)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert float(atn.hyperparams(opt_state)["learning_rate"]) == np.float32(3e-3)
