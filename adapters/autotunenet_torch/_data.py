@@ -148,8 +148,9 @@ class ReplayBuffer:
         self._epoch += 1
         self._starts.append((self._read, self._epoch))
         sampler = getattr(self._loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(self._epoch)
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(self._epoch)
 
     def _fetch(self) -> Any:
         assert self._iterator is not None

@@ -10,12 +10,7 @@ import torch
 
 import autotunenet_jax as atn
 
-_DTYPES = {
-    str(dtype): dtype
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
-    and not str(dtype).startswith(("torch.q", "torch.bits", "torch.uint1", "torch.int1"))
-}
+_DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
 class _Writer:

@@ -39,7 +39,7 @@ def untouched(*, seed: int | None = None) -> Iterator[None]:
         "python": random.getstate(),
     }
     if seed is not None:
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
     try:

@@ -55,9 +55,9 @@ def _refuse(scheduler: Any) -> None:
     name = type(scheduler).__name__
     if isinstance(scheduler, lr_scheduler.OneCycleLR):
         raise ValueError(
-            "OneCycleLR cannot be tuned: it moves the rate between absolute values planned at its construction, and the "
-            "momentum with it, so the rate found by the tuner would not be in force. Leave the scheduler out (the tuner "
-            "warms up and decays on its own), or use CosineAnnealingLR or LambdaLR."
+            "OneCycleLR cannot be tuned: it moves the rate between absolute values planned at its construction, and "
+            "the momentum with it, so the rate found by the tuner would not be in force. Leave the scheduler out (the "
+            "tuner warms up and decays on its own), or use CosineAnnealingLR or LambdaLR."
         )
     if isinstance(scheduler, torch.optim.swa_utils.SWALR):
         raise ValueError(

@@ -154,7 +154,7 @@ class TrainingState:
                 if path not in saved["model"]:
                     continue
                 value = saved["model"][path]
-                if value is not None and _fits(tensor, value):
+                if tensor is not None and value is not None and _fits(tensor, value):
                     tensor.detach().copy_(value)
                 elif name in module._buffers:
                     # A buffer that was None, or of another size: the forward pass replaced it.

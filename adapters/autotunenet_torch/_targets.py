@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from . import _schedulers
+from ._dropout import DropoutTarget
 
 _RATES = ("learning_rate", "lr")
 _BETAS = {"beta1": 0, "b1": 0, "beta2": 1, "b2": 1}
@@ -100,24 +101,6 @@ class RateTarget:
         factors = [factor if index in self._indices else 1.0 for index in range(len(groups))]
         _schedulers.scale(self._schedulers, groups, factors)
         self.applied = value
-
-
-class DropoutTarget:
-    """The probability of dropout modules.
-
-    Args:
-      modules: Which.
-    """
-
-    def __init__(self, modules: list[_DropoutNd]):
-        self._modules = modules
-
-    def read(self) -> float:
-        return max(module.p for module in self._modules)
-
-    def write(self, value: float) -> None:
-        for module in self._modules:
-            module.p = value
 
 
 class AttributeTarget:
@@ -260,7 +243,7 @@ def _find(
             for path, module in model.named_modules()
             if isinstance(module, _DropoutNd) and (scope is None or path == scope or path.startswith(f"{scope}."))
         ]
-        return DropoutTarget(modules) if modules else None
+        return DropoutTarget(modules, model) if modules else None
     if leaf in _BETAS and groups and all(len(group.get("betas", ())) == 2 for group in groups):
         return GroupTarget(optimizer, "betas", indices, position=_BETAS[leaf])
     if groups and all(leaf in _numbers(group) for group in groups):

@@ -3,7 +3,6 @@
 import inspect
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 import autotunenet_jax as atn
 
-from . import _durable, _reduce, _rng
+from . import _durable, _parts, _reduce, _rng
 from ._data import ReplayBuffer, map_tensors, rows
 from ._engine import TRAIN
 from ._snapshot import clone
@@ -23,11 +22,6 @@ from ._tuner import AutoTuneNet
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def accuracy(outputs: Any, targets: Any) -> torch.Tensor:
-    """Share of rows whose highest output is the target's class."""
-    return (outputs.argmax(dim=1) == targets).float().mean()
 
 
 class Trainer:
@@ -111,7 +105,7 @@ class Trainer:
         self.clip_norm, self.accumulate, self.precision = clip_norm, accumulate, precision
         self.monitor, self.eval_every, self.restore_best = monitor, eval_every, restore_best
         self._make_optimizer, self._optimizer_options = optimizer, dict(optimizer_options or {})
-        self._make_scheduler, self._forward = scheduler, forward or _split
+        self._make_scheduler, self._forward = scheduler, forward or _parts.split
         self._metrics = None if metrics is None else dict(metrics)
         self._progress, self._callbacks = progress, tuple(callbacks)
         self._loss_options: dict[str, Any] = {}
@@ -156,8 +150,8 @@ class Trainer:
             raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        total = self._budget(train_loader)
-        _check_slow(tuner, has_validation=val_loader is not None)
+        total = self.steps or _parts.budget(train_loader, self.epochs or 1, self.accumulate)
+        _parts.check_slow(tuner.space, has_validation=val_loader is not None)
         self.model = model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
         self.best_state = self.best_value = None
@@ -167,7 +161,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         source = ReplayBuffer(train_loader)
         shown = atn.Progress(total, is_on=self._progress and _reduce.rank() == 0)
-        store, is_owned = self._open(snapshots, tuner)
+        store, is_owned = _parts.open_store(snapshots, tuner)
         interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         try:
             self.model.train()
@@ -180,7 +174,7 @@ class Trainer:
                 total_steps=total,
                 loss_fn=self.loss_fn,
                 validate=self._report if val_loader is not None else None,
-                targets=self._own_targets(tuner, train_loader),
+                targets=self._own_targets(train_loader),
                 callbacks=self._callbacks,
                 progress=shown,
             )
@@ -259,10 +253,10 @@ class Trainer:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             shown = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn must return a scalar tensor; got {shown}. Average it over the batch.")
-        if torch.is_grad_enabled() and not loss.requires_grad:
+        if not loss.requires_grad:
             raise ValueError(
-                "the loss has no gradient: it does not depend on a parameter with requires_grad, or was detached on the "
-                "way. Unfreeze something, and compute the loss from the model's outputs."
+                "the loss has no gradient: it does not depend on a parameter with requires_grad, or was detached on "
+                "the way. Unfreeze something, and compute the loss from the model's outputs."
             )
         return loss
 
@@ -281,7 +275,7 @@ class Trainer:
                 with self._autocast():
                     outputs, targets = self._forward(self.model, batch)
                     values = {"loss": self.loss_fn(outputs, targets, **self._loss_options)}
-                for name, metric in self._metrics_for(outputs, targets).items():
+                for name, metric in _parts.metrics_for(self._metrics, outputs, targets).items():
                     values[name] = metric(outputs, targets)
                 size = rows(targets)
                 count += size
@@ -302,27 +296,18 @@ class Trainer:
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
-                    found = (
-                        self.model(batch) if isinstance(batch, torch.Tensor) else self._forward(self.model, batch)[0]
-                    )
+                    is_input = isinstance(batch, torch.Tensor)
+                    found = self.model(batch) if is_input else self._forward(self.model, batch)[0]
                 outputs.append(map_tensors(lambda tensor: tensor.cpu(), found))
         self.model.train(was_training)
         return torch.cat(outputs) if isinstance(outputs[0], torch.Tensor) else outputs
-
-    def _metrics_for(self, outputs: Any, targets: Any) -> dict[str, Callable[[Any, Any], Any]]:
-        if self._metrics is not None:
-            return self._metrics
-        is_tensor = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
-        is_classes = is_tensor and not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
-        return {"accuracy": accuracy} if is_classes else {}
 
     def _report(self, *, force: bool = False) -> float:
         """Validates, keeps the best state, and tells the tuner; returns the monitored metric."""
         engine = self._tuner._attached()
         values = self.validate()
-        name = self.monitor or (
-            "loss" if self._tuner.mode == "min" else next((n for n in values if n != "loss"), "loss")
-        )
+        first = next((name for name in values if name != "loss"), "loss")
+        name = self.monitor or ("loss" if self._tuner.mode == "min" else first)
         if name not in values:
             raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
         value = _reduce.mean(values[name])
@@ -337,19 +322,6 @@ class Trainer:
 
     # Preparation.
 
-    def _budget(self, loader: Iterable[Any]) -> int:
-        if self.steps is not None:
-            return self.steps
-        try:
-            batches = len(loader)  # type: ignore[arg-type]
-        except TypeError:
-            raise ValueError(
-                "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) instead: the "
-                "number of optimizer steps of the whole run (the tuner's total_steps)."
-            ) from None
-        assert self.epochs is not None
-        return self.epochs * batches // self.accumulate
-
     def _optimizer(self, tuner: AutoTuneNet) -> torch.optim.Optimizer:
         if isinstance(self._make_optimizer, torch.optim.Optimizer):
             return self._make_optimizer
@@ -361,19 +333,17 @@ class Trainer:
             options["lr"] = float(next(iter(initial.values())))
         return self._make_optimizer(self.model.parameters(), **options)
 
-    def _own_targets(self, tuner: AutoTuneNet, loader: Iterable[Any]) -> dict[str, Any]:
+    def _own_targets(self, loader: Iterable[Any]) -> dict[str, Any]:
         """What can be tuned because this loop does it."""
-        targets: dict[str, Any] = {}
         self._batch_size, self._loss_options = None, {}
-        if "batch_size" in tuner.space:
+        space, targets = self._tuner.space, {}
+        if "batch_size" in space:
             start = getattr(loader, "batch_size", None) or rows(next(iter(loader)))
-            targets["batch_size"] = _Field(self, "_batch_size", start)
-        if "clip_norm" in tuner.space:
-            targets["clip_norm"] = _Field(self, "clip_norm", self.clip_norm)
-        if "label_smoothing" in tuner.space and not hasattr(self.loss_fn, "label_smoothing"):
-            known = inspect.signature(self.loss_fn).parameters
-            if "label_smoothing" in known:
-                targets["label_smoothing"] = _Entry(self._loss_options, "label_smoothing")
+            targets["batch_size"] = _parts.Field(self, "_batch_size", start)
+        if "clip_norm" in space:
+            targets["clip_norm"] = _parts.Field(self, "clip_norm", self.clip_norm)
+        if "label_smoothing" in space and _parts.takes(self.loss_fn, "label_smoothing"):
+            targets["label_smoothing"] = _parts.Entry(self._loss_options, "label_smoothing")
         return targets
 
     def _prepare_lazy(self, loader: Iterable[Any]) -> None:
@@ -390,14 +360,6 @@ class Trainer:
         return map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch)
 
     # Durable snapshots.
-
-    def _open(self, snapshots: Any, tuner: AutoTuneNet) -> tuple[atn.Snapshots | None, bool]:
-        if snapshots is None or isinstance(snapshots, atn.Snapshots):
-            return snapshots, False
-        folder = os.fspath(snapshots)
-        if _reduce.is_distributed():
-            folder = os.path.join(folder, f"rank{_reduce.rank()}")
-        return atn.Snapshots(folder, mode=tuner.mode, space=tuner.space), True
 
     def _save(self, store: atn.Snapshots, source: ReplayBuffer) -> None:
         tuner = self._tuner
@@ -418,55 +380,3 @@ class Trainer:
         self._tuner._resume(tree)
         self.best_value, self.best_state = tree["best"]["value"], tree["best"]["state"]
         self._tuner._recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")
-
-
-class _Field:
-    """A tuned attribute of the loop."""
-
-    def __init__(self, owner: Any, name: str, start: Any):
-        self._owner, self._name, self._start = owner, name, start
-
-    def read(self) -> Any:
-        return self._start
-
-    def write(self, value: Any) -> None:
-        setattr(self._owner, self._name, value)
-
-
-class _Entry:
-    """A tuned keyword argument of the loss."""
-
-    def __init__(self, options: dict[str, Any], name: str):
-        self._options, self._name = options, name
-
-    def read(self) -> None:
-        return None
-
-    def write(self, value: Any) -> None:
-        self._options[self._name] = value
-
-
-def _split(model: Any, batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, list | tuple) or len(batch) < 2:
-        raise TypeError(
-            f"a batch must be (inputs, targets) or (inputs, ..., targets); got {type(batch).__name__}. For other batches "
-            "give Trainer(forward=lambda model, batch: (outputs, targets))."
-        )
-    return model(*batch[:-1]), batch[-1]
-
-
-def _check_slow(tuner: AutoTuneNet, *, has_validation: bool) -> None:
-    slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
-    if has_validation or not slow:
-        return
-    names = ", ".join(slow)
-    if len(slow) == len(tuner.space.names):
-        raise ValueError(
-            f"{names} can be tuned on validation data only, and nothing else is in param_space. Give fit a val_loader: "
-            "the training loss would always ask for less regularisation."
-        )
-    warnings.warn(
-        f"{names} stay at their initial values: without a val_loader there is nothing to tune them by, since the "
-        "training loss always asks for less regularisation. Give fit a val_loader to tune them.",
-        stacklevel=3,
-    )

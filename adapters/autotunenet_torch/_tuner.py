@@ -9,7 +9,7 @@ from torch import nn
 
 import autotunenet_jax as atn
 
-from . import _reduce, _rng, _schedulers, _targets
+from . import _plain, _reduce, _schedulers, _targets
 from ._engine import FORK, TRAIN, Engine, Tick
 from ._snapshot import TrainingState
 
@@ -89,7 +89,8 @@ class AutoTuneNet:
             **options,
         }
         self.space = atn.SearchSpace(param_space)
-        self.mode, self.total_steps = mode, total_steps
+        self.mode: Literal["min", "max"] = mode
+        self.total_steps = total_steps
         self._initial = dict(initial or {})
         self._setters = dict(targets or {})
         for name, setter in self._setters.items():
@@ -274,14 +275,14 @@ class AutoTuneNet:
         if total is not None and said.step > total and not self._told_end:
             self._told_end = True
             warnings.warn(
-                f"step was called more than total_steps={total} times: the budget is spent, and a decayed rate is zero. "
-                "Give attach the number of steps that the loop runs.",
+                f"step was called more than total_steps={total} times: the budget is spent, and a decayed rate is "
+                "zero. Give attach the number of steps that the loop runs.",
                 stacklevel=4,
             )
 
     def _explain_skip(self, kind: int) -> None:
         """Says once why slow hyperparameters stay where they are."""
-        slow = [name for name, role in zip(self.space.names, self.space.roles, strict=True) if role == "slow"]
+        slow = slow_names(self.space)
         if kind == 0 or not slow or self._told_slow or self._eval_step == self._attached().step - 1:
             return
         self._told_slow = True
@@ -309,11 +310,11 @@ class AutoTuneNet:
 
     def _copy_back(self, slot: dict[str, Any]) -> None:
         self._state.copy_back(slot["training"])
-        # What is in force is what was in force when the copy was made: state first, hyperparameters after.
-        self._values = dict(slot["values"])
         for name, target in self._targets.items():
             if isinstance(target, _targets.RateTarget):
-                target.applied = self._values[name]
+                target.applied = slot["values"][name]
+        # State first, hyperparameters after: all of them are written again.
+        self._values = {}
 
     def _apply(self) -> None:
         values = self._attached().hyperparams()
@@ -400,17 +401,15 @@ class AutoTuneNet:
         training state it finds for both.
         """
         engine = self._attached()
-        arrays = {name: torch.from_numpy(array) for name, array in engine.arrays().items()}
         in_round = engine.phase != TRAIN
         self._recorder.flush()
         return {
             "format": _FORMAT,
             "space": self.space.fingerprint(),
             "total_steps": self.total_steps,
-            "engine": arrays,
-            "values": dict(self._values),
-            "saved": _to_plain(self._saved) if in_round else None,
-            "kept": _to_plain(self._kept) if in_round else None,
+            "engine": {name: torch.from_numpy(array) for name, array in engine.arrays().items()},
+            "saved": _plain.to_plain(self._saved) if in_round else None,
+            "kept": _plain.to_plain(self._kept) if in_round else None,
             "recorder": self._recorder.to_dict(),
         }
 
@@ -421,69 +420,48 @@ class AutoTuneNet:
           ValueError: It is of another search space or budget.
         """
         engine = self._attached()
-        if state["format"] != _FORMAT:
-            raise ValueError(f"the state has format {state['format']}; this version of the library reads {_FORMAT}.")
-        if state["space"] != self.space.fingerprint():
-            raise ValueError(
-                "the state is of another search space. Make the AutoTuneNet with the param_space, bounds included, "
-                "that it had when the state was saved."
-            )
-        if state["total_steps"] != self.total_steps:
-            raise ValueError(
-                f"the state is of a run of {state['total_steps']} steps, and this one has {self.total_steps}. "
-                "Attach with the same total_steps."
-            )
+        _plain.check(state, _FORMAT, space=self.space.fingerprint(), total_steps=self.total_steps)
         engine.load_arrays({name: tensor.numpy() for name, tensor in state["engine"].items()})
         self._recorder.load(state["recorder"])
+        self._wants_validation = False
         self._values = {}
         self._apply()
         if state["saved"] is not None:
-            self._saved, self._kept = _from_plain(state["saved"]), _from_plain(state["kept"])
+            self._saved, self._kept = _plain.from_plain(state["saved"]), _plain.from_plain(state["kept"])
         else:
             self._saved, self._kept = self._copy_out(), self._copy_out()
 
-    # For a loop that writes whole trainings to disk.
-
     def _snapshot(self) -> dict[str, Any]:
+        """The whole training with the tuner, for a loop that writes it to disk."""
         self._recorder.flush()
-        now = self._copy_out()
         return {
-            "now": _to_plain(now),
-            "saved": _to_plain(self._saved),
-            "kept": _to_plain(self._kept),
+            "format": _FORMAT,
+            "space": self.space.fingerprint(),
+            "total_steps": self.total_steps,
+            "now": _plain.to_plain(self._copy_out()),
+            "saved": _plain.to_plain(self._saved),
+            "kept": _plain.to_plain(self._kept),
             "engine": self._attached().arrays(),
             "recorder": self._recorder.to_dict(),
             "evals": [self._eval_step, self._last_eval, self._wants_validation],
-            "total_steps": self.total_steps,
         }
 
     def _resume(self, tree: Mapping[str, Any]) -> None:
-        if tree["total_steps"] != self.total_steps:
-            raise ValueError(
-                f"the snapshot is of a run of {tree['total_steps']} steps, and this one has {self.total_steps}. Train "
-                "with the same budget, or into another folder."
-            )
-        now = _from_plain(tree["now"])
+        """Goes on from what `_snapshot` gave."""
+        _plain.check(tree, _FORMAT, space=self.space.fingerprint(), total_steps=self.total_steps)
+        now = _plain.from_plain(tree["now"])
         self._state.check(now["training"])
-        self._saved, self._kept = _from_plain(tree["saved"]), _from_plain(tree["kept"])
+        self._saved, self._kept = _plain.from_plain(tree["saved"]), _plain.from_plain(tree["kept"])
         self._attached().load_arrays(tree["engine"])
         self._recorder.load(tree["recorder"])
         self._eval_step, self._last_eval, self._wants_validation = tree["evals"]
         self._copy_back(now)
-        # Values that live outside of the training state, such as dropout, are written anew.
-        rates = {name for name, target in self._targets.items() if isinstance(target, _targets.RateTarget)}
-        self._values = {name: value for name, value in self._values.items() if name in rates}
         self._apply()
 
 
-def _to_plain(slot: dict[str, Any]) -> dict[str, Any]:
-    training = slot["training"]
-    return {**slot, "training": {**training, "rng": _rng.to_plain(training["rng"])}}
-
-
-def _from_plain(slot: Mapping[str, Any]) -> dict[str, Any]:
-    training = slot["training"]
-    return {**slot, "training": {**training, "rng": _rng.from_plain(training["rng"])}}
+def slow_names(space: atn.SearchSpace) -> list[str]:
+    """The hyperparameters that only long forks, compared on validation data, can tell apart."""
+    return [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
 
 
 def _listed(space: atn.SearchSpace) -> str:

@@ -1,0 +1,122 @@
+"""Small parts of the training loop: budget, default batches and metrics, what it lets be tuned."""
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+import autotunenet_jax as atn
+
+from . import _reduce
+from ._tuner import AutoTuneNet, slow_names
+
+
+def budget(loader: Iterable[Any], epochs: int, accumulate: int) -> int:
+    """Optimizer steps in so many passes over a loader.
+
+    Raises:
+      ValueError: The loader's length is unknown.
+    """
+    try:
+        batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(
+            "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) instead: the "
+            "number of optimizer steps of the whole run (the tuner's total_steps)."
+        ) from None
+    return epochs * batches // accumulate
+
+
+def accuracy(outputs: Any, targets: Any) -> torch.Tensor:
+    """Share of rows whose highest output is the target's class."""
+    return (outputs.argmax(dim=1) == targets).float().mean()
+
+
+def metrics_for(given: Mapping[str, Any] | None, outputs: Any, targets: Any) -> Mapping[str, Callable[[Any, Any], Any]]:
+    """The metrics given, or by default the accuracy where the targets are classes."""
+    if given is not None:
+        return given
+    is_tensor = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
+    is_classes = is_tensor and not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
+    return {"accuracy": accuracy} if is_classes else {}
+
+
+def takes(function: Any, argument: str) -> bool:
+    """Whether a function has an argument of that name; an object with an attribute of it has its own way."""
+    if hasattr(function, argument):
+        return False
+    try:
+        return argument in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def open_store(snapshots: Any, tuner: AutoTuneNet) -> tuple[atn.Snapshots | None, bool]:
+    """The folder of snapshots, one per process, and whether it was opened here."""
+    if snapshots is None or isinstance(snapshots, atn.Snapshots):
+        return snapshots, False
+    folder = os.fspath(snapshots)
+    if _reduce.is_distributed():
+        folder = os.path.join(folder, f"rank{_reduce.rank()}")
+    return atn.Snapshots(folder, mode=tuner.mode, space=tuner.space), True
+
+
+class Field:
+    """A tuned attribute of the loop."""
+
+    def __init__(self, owner: Any, name: str, start: Any):
+        self._owner, self._name, self._start = owner, name, start
+
+    def read(self) -> Any:
+        return self._start
+
+    def write(self, value: Any) -> None:
+        setattr(self._owner, self._name, value)
+
+
+class Entry:
+    """A tuned keyword argument of the loss."""
+
+    def __init__(self, options: dict[str, Any], name: str):
+        self._options, self._name = options, name
+
+    def read(self) -> None:
+        return None
+
+    def write(self, value: Any) -> None:
+        self._options[self._name] = value
+
+
+def split(model: Any, batch: Any) -> tuple[Any, Any]:
+    """Outputs and targets of a batch whose last entry is the targets."""
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        raise TypeError(
+            f"a batch must be (inputs, targets) or (inputs, ..., targets); got {type(batch).__name__}. For other "
+            "batches give Trainer(forward=lambda model, batch: (outputs, targets))."
+        )
+    return model(*batch[:-1]), batch[-1]
+
+
+def check_slow(space: atn.SearchSpace, *, has_validation: bool) -> None:
+    """Says before training when slow hyperparameters cannot be tuned.
+
+    Raises:
+      ValueError: Nothing else is tuned.
+    """
+    slow = slow_names(space)
+    if has_validation or not slow:
+        return
+    names = ", ".join(slow)
+    if len(slow) == len(space.names):
+        raise ValueError(
+            f"{names} can be tuned on validation data only, and nothing else is in param_space. Give fit a val_loader: "
+            "the training loss would always ask for less regularisation."
+        )
+    warnings.warn(
+        f"{names} stay at their initial values: without a val_loader there is nothing to tune them by, since the "
+        "training loss always asks for less regularisation. Give fit a val_loader to tune them.",
+        stacklevel=3,
+    )
