@@ -5,6 +5,7 @@ from ._controller import AutoTuneNet as AutoTuneNet
 from ._copies import HostCopy as HostCopy
 from ._copies import copy_tree as copy_tree
 from ._copies import copy_tree_to_host as copy_tree_to_host
+from ._dropout import traced_dropout as traced_dropout
 from ._engine import BayesianOptimizer as BayesianOptimizer
 from ._guard import Guard as Guard
 from ._history import History as History

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray
 
 from . import _drift, _hyperparams
@@ -130,10 +131,10 @@ def autotune(
     else:
         inner = _build(optimizer, tuner, arguments)
     settings = Settings(core=tuner.core, memory=memory, is_max=mode == "max", is_on=bool(enabled))
-    return optax.GradientTransformationExtraArgs(
-        functools.partial(_init, inner, tuner, settings, key, _trees.as_seen if is_given else _as_is),
-        functools.partial(_update, inner, _trees.as_seen if is_given else _as_is),
-    )
+    # The protocols of optax name their arguments; a partial hides them from the type checker.
+    init: Any = functools.partial(_init, inner, tuner, settings, key, _trees.as_seen if is_given else _as_is)
+    update: Any = functools.partial(_update, inner, _trees.as_seen if is_given else _as_is)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _as_is(params: Any) -> Any:
@@ -170,7 +171,8 @@ def _build(factory: Any, tuner: AutoTuneNet, arguments: dict[str, Any]) -> optax
     bound = signature.bind(**arguments)
     bound.apply_defaults()
     static = [name for name in bound.arguments if name not in tuned]
-    return optax.inject_hyperparams(factory, static_args=static, hyperparam_dtype=jnp.float32)(**arguments)
+    make: Any = factory
+    return optax.inject_hyperparams(make, static_args=static, hyperparam_dtype=jnp.float32)(**arguments)
 
 
 def _starting_values(tuner: AutoTuneNet, inner: Any) -> dict[str, Array]:
@@ -192,7 +194,7 @@ def _starting_values(tuner: AutoTuneNet, inner: Any) -> dict[str, Array]:
         if name in tuner.initial:
             continue
         # Under jit the value is not known yet; it is moved into its range there.
-        if not isinstance(value, jax.core.Tracer):
+        if not isinstance(value, Tracer):
             _check_start(tuner, name, value)
         values[name] = value
     return {name: jnp.asarray(value).astype(tuner.space[name].clip(value).dtype) for name, value in values.items()}

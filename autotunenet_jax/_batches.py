@@ -38,6 +38,7 @@ class BatchSource:
         self._buffer: collections.deque[Any] = collections.deque()
         self._first = 0
         self._is_held = False
+        self._has_begun = False
 
     @property
     def is_callable(self) -> bool:
@@ -62,15 +63,20 @@ class BatchSource:
 
     def _next(self) -> Any:
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except StopIteration:
-            if not self._can_restart:
+            if self._has_begun and not self._can_restart:
                 raise EndOfDataError from None
-        self._iterator = iter(self._iterable)
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            raise ValueError("batches is an empty iterable; give at least one batch.") from None
+            try:
+                self._iterator = iter(self._iterable)
+                batch = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    "batches must hold at least one batch; got an empty or used-up "
+                    f"{type(self._iterable).__name__}. Give a fresh one."
+                ) from None
+        self._has_begun = True
+        return batch
 
     def get(self, position: int, hyperparams: Any) -> Any:
         """The batch at ``position``.

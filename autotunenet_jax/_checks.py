@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._hyperparams import places
+
 
 def _describe(leaf: Any) -> str:
     return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
@@ -73,6 +75,26 @@ def check_train_step(
     if unused:
         raise ValueError(
             f"train_step never uses {', '.join(map(repr, unused))} of the search space, so tuning it would change "
-            "nothing. Check the spelling against the optimizer's injected hyperparameters, or read it from hp in "
-            "train_step (or in batches)."
+            f"nothing. {_known_names(state)}or read it from hp in train_step (or in batches)."
+        )
+
+
+def _known_names(state: Any) -> str:
+    names = sorted({place.name for place in places(state)})
+    return f"Use a name that the optimizer has ({', '.join(names)}), " if names else "Pass it to set_hyperparams, "
+
+
+def check_eval_step(eval_step: Callable[..., Any], state: Any) -> None:
+    """Traces the validation once, abstractly.
+
+    Raises:
+      ValueError: It does not return a real scalar.
+    """
+    metric = jax.eval_shape(eval_step, state)
+    is_array = isinstance(metric, jax.ShapeDtypeStruct)
+    if not is_array or metric.shape != () or not jnp.issubdtype(metric.dtype, jnp.floating):
+        shown = f"{metric.dtype}{list(metric.shape)}" if is_array else type(metric).__name__
+        raise ValueError(
+            f"eval_step must return one real scalar, the validation metric; it returned {shown}. "
+            "Average it over the validation data, and return nothing else beside it."
         )

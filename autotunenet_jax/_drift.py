@@ -4,7 +4,7 @@ The forks of a round follow one another in the one state there is, so a later fo
 judged as if it had started where the round did: the fall since is added back to its losses.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ def plan(space: SearchSpace, base: Plan) -> Plan:
         starts = np.concatenate([starts, (2 ** np.arange(1, 12) * total)])[:MAX_ROUNDS].astype(np.int32)
     count = len(starts)
 
-    def column(values: object, padding: int) -> np.ndarray:
+    def column(values: Any, padding: int) -> np.ndarray:
         out = np.full(MAX_ROUNDS, padding, np.int32)
         out[:count] = values
         return out

@@ -1,6 +1,7 @@
 """What happened, as data: tables, a plot, and schedules that replay a run without the tuner."""
 
 import bisect
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 _MAX_RECORDS = 4096
 
 
+def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _from_json(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {**row, name: math.nan if row[name] is None else row[name]}
+
+
 class History:
     """The record of one run.
 
@@ -26,6 +35,8 @@ class History:
         ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status``, ``steps`` and ``p_better``.
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
+      discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded
+        and ``end`` included, in order and apart.
       names: Tuned hyperparameters.
       summary: Totals of the run: steps, discarded steps, their share, rollbacks.
     """
@@ -37,6 +48,7 @@ class History:
         self.evals: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.discarded: list[tuple[int, int]] = []
         self._space = space
         self._stride = 1
 
@@ -49,7 +61,7 @@ class History:
 
     @property
     def stride(self) -> int:
-        """Training steps between two records outside rounds."""
+        """Training steps between two records."""
         return self._stride
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -60,7 +72,14 @@ class History:
             self.records = self.records[::2]
 
     def discard(self, start: int, end: int) -> None:
-        """Marks the records of budget steps ``start < step <= end`` as not part of the final state's past."""
+        """Marks budget steps ``start < step <= end`` as not part of the final state's past."""
+        apart: list[tuple[int, int]] = []
+        for first, last in sorted([*self.discarded, (start, end)]):
+            if apart and first <= apart[-1][1]:
+                apart[-1] = (apart[-1][0], max(apart[-1][1], last))
+            else:
+                apart.append((first, last))
+        self.discarded = apart
         for row in reversed(self.records):
             if row["step"] <= start:
                 break
@@ -72,20 +91,23 @@ class History:
         return [row for row in self.records if row["is_kept"]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain Python data that JSON can hold."""
+        """Everything, as plain Python data that JSON can hold; None stands for numbers that are not finite."""
         return {
             "names": list(self.names),
-            "records": [dict(row) for row in self.records],
-            "rounds": [{**row, "forks": [dict(fork) for fork in row["forks"]]} for row in self.rounds],
-            "evals": [dict(row) for row in self.evals],
+            "records": [_jsonable(row) for row in self.records],
+            "rounds": [{**row, "forks": [_jsonable(fork) for fork in row["forks"]]} for row in self.rounds],
+            "evals": [_jsonable(row) for row in self.evals],
             "events": [dict(row) for row in self.events],
+            "discarded": [list(span) for span in self.discarded],
             "summary": dict(self.summary),
         }
 
     def load(self, data: Mapping[str, Any], *, stride: int) -> None:
         """Takes over what `to_dict` gave, replacing what is here."""
-        self.records, self.rounds = list(data["records"]), list(data["rounds"])
-        self.evals, self.events = list(data["evals"]), list(data["events"])
+        self.records = [_from_json(row, "loss") for row in data["records"]]
+        self.evals = [_from_json(row, "value") for row in data["evals"]]
+        self.rounds, self.events = list(data["rounds"]), list(data["events"])
+        self.discarded = [(start, end) for start, end in data["discarded"]]
         self.summary, self._stride = dict(data["summary"]), stride
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -97,14 +119,15 @@ class History:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("History.to_pandas needs pandas; install autotunenet-jax[plot].") from error
+            raise ImportError("History.to_pandas needs pandas; install autotunenet-jax[pandas].") from error
         return pandas.DataFrame.from_records(self.records)
 
     def schedule(self) -> dict[str, Callable[[Any], Any]]:
         """An optax schedule per hyperparameter that replays the run without the tuner.
 
-        Steps count the kept training steps only, so the replay is shorter than the run by the discarded steps. Between
-        two records a schedule is linear; beyond the last it stays.
+        Steps count the kept training steps only, from 0 as optax counts, so the replay is shorter than the run by the
+        discarded steps. Between two records a schedule is linear, or stays where values are whole; beyond the last it
+        stays.
 
         Returns:
           ``{name: schedule}``; each maps a step count, traced or not, to a float32 scalar.
@@ -115,18 +138,25 @@ class History:
         rows = self.kept()
         if not rows:
             raise ValueError("nothing was recorded: run fit first, then ask its history for schedules.")
-        steps = np.array([row["data_step"] for row in rows], np.float32)
-        # A rollback skips data without undoing the count: positions are made dense again.
-        jumps = np.array([row.get("skipped", 0) for row in rows], np.float32)
-        positions = steps - jumps
+        steps = np.array([row["step"] for row in rows])
+        # Before each record, the discarded steps are left out of the count.
+        ends = np.array([end for _, end in self.discarded], int)
+        lost = np.cumsum([0, *(end - start for start, end in self.discarded)])
+        positions = (steps - 1 - lost[np.searchsorted(ends, steps)]).astype(np.float32)
 
-        def replay(values: np.ndarray) -> Callable[[Any], Any]:
+        def replay(column: list[Any]) -> Callable[[Any], Any]:
+            values, is_whole = np.array(column, np.float32), all(isinstance(value, int) for value in column)
+
             def schedule(count: Any) -> Any:
-                return jnp.interp(jnp.asarray(count, jnp.float32), jnp.asarray(positions), jnp.asarray(values))
+                count = jnp.asarray(count, jnp.float32)
+                if is_whole:
+                    index = jnp.searchsorted(jnp.asarray(positions), count, side="right") - 1
+                    return jnp.asarray(values)[jnp.maximum(index, 0)]
+                return jnp.interp(count, jnp.asarray(positions), jnp.asarray(values))
 
             return schedule
 
-        return {name: replay(np.array([row[name] for row in rows], np.float32)) for name in self.names}
+        return {name: replay([row[name] for row in rows]) for name in self.names}
 
     def value_at(self, name: str, step: int) -> Any:
         """The recorded value of a hyperparameter at a budget step, or just before it."""

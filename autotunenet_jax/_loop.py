@@ -247,4 +247,8 @@ def _flatten_reads(reads: _Reads) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     return tuple(reads[name] for name in names), names
 
 
-jax.tree_util.register_pytree_node(_Reads, _flatten_reads, lambda names, leaves: dict(zip(names, leaves, strict=True)))
+def _unflatten_reads(names: tuple[str, ...], leaves: Any) -> Any:
+    return dict(zip(names, leaves, strict=True))
+
+
+jax.tree_util.register_pytree_node(_Reads, _flatten_reads, _unflatten_reads)

@@ -31,6 +31,9 @@ MIN_TOTAL_STEPS = 64
 _REFERENCE_STEPS = 1000
 _LENGTH_EXPONENT = 0.75
 
+# Steps of the shortest fork that can be scored, and of the shortest sweep that shows a minimum.
+_LEAST_FORK, _LEAST_SWEEP = 2, 6
+
 
 class Plan(NamedTuple):
     """Rounds in order of their start; arrays over rounds, then scalars.
@@ -95,12 +98,19 @@ def _fast_round(recipe: Recipe, space: SearchSpace, total_steps: int, cap: float
     has_rate = "rate" in space.roles
     dims = sum(role != "slow" for role in space.roles)
     forks = min(recipe.fast_forks + dims - 1, MAX_FORKS)
-    sweep = min(max(round(_scaled(recipe.sweep, total_steps)), 8), 120) if has_rate else 0
+    # The cap comes first: a sweep leaves half of it to the forks, or at least one fork, or is not held.
+    sweep = min(max(round(_scaled(recipe.sweep, total_steps)), 8), 120, max(int(cap / 2), 8), int(cap) - _LEAST_FORK)
+    sweep = sweep if has_rate and sweep >= _LEAST_SWEEP else 0
     late = min(_scaled(recipe.late, total_steps), (cap - sweep) / (forks - 1))
     if late < 6 and forks > 2:
         forks = 2
         late = min(_scaled(recipe.late, total_steps), cap - sweep)
-    late = max(int(late), 2)
+    late = int(late)
+    if late < _LEAST_FORK:
+        raise ValueError(
+            f"discarded fork steps may take {cap:.1f} of {total_steps} steps, and a round of forks needs at least "
+            f"{_LEAST_FORK}. Raise max_share or total_steps."
+        )
     early = min(max(round(late * recipe.early / recipe.late), 6), late)
     return {"kind": FAST, "forks": forks, "early": early, "late": late, "sweep": sweep}
 
@@ -119,7 +129,7 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
       A `Plan` of NumPy arrays.
 
     Raises:
-      ValueError: ``total_steps`` leaves no room for a round.
+      ValueError: ``total_steps`` or ``share`` leaves no room for a round.
     """
     has_fast = any(role != "slow" for role in space.roles)
     has_slow = "slow" in space.roles
@@ -131,7 +141,7 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
         )
     rounds = []
     if total_steps is None:
-        first = _fast_round(recipe, space, _REFERENCE_STEPS, recipe.fast_share * _REFERENCE_STEPS)
+        first = _fast_round(recipe, space, _REFERENCE_STEPS, min(share, recipe.fast_share) * _REFERENCE_STEPS)
         slow = {"kind": SLOW, "forks": recipe.slow_forks, "sweep": 0}
         if has_fast:
             rounds.append({"start": 0, **first})
@@ -152,7 +162,8 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
             for start in recipe.slow_starts:
                 rounds.append({"start": math.ceil(start * total_steps), "kind": SLOW, "forks": recipe.slow_forks,
                                "early": length, "late": length, "sweep": 0})  # fmt: skip
-    rounds = rounds[:MAX_ROUNDS]
+    # The last row stays empty: a run that has held every round waits there.
+    rounds = rounds[: MAX_ROUNDS - 1]
     padding = [{"start": NEVER, "kind": FAST, "forks": 0, "early": 1, "late": 1, "sweep": 0}]
     rounds += padding * (MAX_ROUNDS - len(rounds))
     columns = {name: np.array([row[name] for row in rounds], np.int32) for name in Plan._fields[:6]}

@@ -27,6 +27,9 @@ from ._state import (
 # Device scalars waiting to be read are read together once this many have gathered.
 _PENDING_LIMIT = 256
 
+# A run that fails at every step has said so often enough by then; the totals go on counting.
+_MAX_EVENTS = 1000
+
 _KINDS = {_plan.FAST: "fast", _plan.SLOW: "slow"}
 
 
@@ -51,7 +54,6 @@ class Recorder:
         self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
         self._pending: list[tuple[Any, int, int, int]] = []
         self._steps_seen = 0
-        self._skipped = 0
         self._round_start = 0
         self._fork_start = 0
         self._sweep: tuple[int, int] | None = None
@@ -62,8 +64,9 @@ class Recorder:
     def log(self, entry: dict[str, Any], phase: int) -> None:
         """Takes the device scalars of one step; reads them later, many at once."""
         self._steps_seen += 1
-        if phase != TRAIN or self._steps_seen % self.history.stride == 0:
-            self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
+        if self._steps_seen % self.history.stride:
+            entry = {name: entry[name] for name in ("step", "rewound")}
+        self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
         if len(self._pending) >= _PENDING_LIMIT:
             self.flush()
 
@@ -73,28 +76,28 @@ class Recorder:
         rows = jax.device_get([entry for entry, *_ in pending])
         for row, (_, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
-            values = {name: np.asarray(value).item() for name, value in row["hyperparams"].items()}
-            self.history.add(
-                {
-                    "step": step,
-                    "data_step": int(row["data_step"]),
-                    "skipped": self._skipped,
-                    "loss": float(row["loss"]),
-                    "phase": PHASES[phase],
-                    "round": number,
-                    "fork": fork,
-                    **values,
-                }
-            )
+            if "loss" in row:
+                values = {name: np.asarray(value).item() for name, value in row["hyperparams"].items()}
+                self.history.add(
+                    {
+                        "step": step,
+                        "data_step": int(row["data_step"]),
+                        "loss": float(row["loss"]),
+                        "phase": PHASES[phase],
+                        "round": number,
+                        "fork": fork,
+                        **values,
+                    }
+                )
             if rewound >= 0:
                 self.history.discard(rewound, step)
-                self._skipped += step - rewound
                 self.note(step, "rollback", OUTCOMES[OUTCOME_ROLLBACK])
 
     def note(self, step: int, kind: str, message: str) -> None:
         """Records something the user should know of."""
-        self.history.events.append({"step": step, "kind": kind, "message": message})
-        self._progress.say(f"step {step}: {message}")
+        if len(self.history.events) < _MAX_EVENTS:
+            self.history.events.append({"step": step, "kind": kind, "message": message})
+            self._progress.say(f"step {step}: {message}")
 
     def add_eval(self, step: int, value: float, *, is_settled: bool) -> None:
         """Records a validation metric; ``is_settled`` where it is not a fork's."""
@@ -102,7 +105,7 @@ class Recorder:
 
     def show(self, step: int) -> None:
         """Refreshes the progress line with the newest step the device has finished."""
-        ready = [entry for entry, *_ in self._pending if entry["loss"].is_ready()]
+        ready = [entry for entry, *_ in self._pending if "loss" in entry and entry["loss"].is_ready()]
         if ready:
             newest = jax.device_get({"loss": ready[-1]["loss"], "hp": ready[-1]["hyperparams"]})
             loss = float(newest["loss"])
@@ -206,6 +209,14 @@ class Recorder:
         for callback in self._callbacks:
             callback(row)
 
+    def abandon(self, step: int, kept: int) -> None:
+        """The run ended inside a round; ``kept`` is the fork whose state is returned, -1 where all started from."""
+        if kept != len(self._forks):
+            self.discarded += step - self._fork_start
+        for number, (start, end) in enumerate([*self._forks, (self._fork_start, step)]):
+            if number != kept:
+                self.history.discard(start, end)
+
     # Across processes.
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,13 +227,13 @@ class Recorder:
             "sweep": self._sweep,
             "forks": self._forks,
         }
-        counts = {"steps_seen": self._steps_seen, "skipped": self._skipped, "stride": self.history.stride}
+        counts = {"steps_seen": self._steps_seen, "stride": self.history.stride}
         return {"history": self.history.to_dict(), "open_round": open_round, "counts": counts}
 
     def load(self, data: dict[str, Any]) -> None:
         """Goes on from what `to_dict` gave."""
         self.history.load(data["history"], stride=data["counts"]["stride"])
-        self._steps_seen, self._skipped = data["counts"]["steps_seen"], data["counts"]["skipped"]
+        self._steps_seen = data["counts"]["steps_seen"]
         held = data["open_round"]
         self._round_start, self._fork_start = held["round_start"], held["fork_start"]
         self._sweep = None if held["sweep"] is None else tuple(held["sweep"])

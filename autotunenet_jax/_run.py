@@ -16,7 +16,7 @@ from ._controller import AutoTuneNet, Core, decide_jit, hyperparams_jit, observe
 from ._copies import HostCopy, copy_tree, copy_tree_to_host
 from ._obey import Copies
 from ._recorder import Recorder
-from ._state import FORK, TRAIN, Directive, TunerState
+from ._state import FORK, SWEEP, TRAIN, Directive, TunerState
 from ._stop import Stop
 
 
@@ -193,8 +193,8 @@ class Run:
     def settle(self) -> None:
         """Leaves a usable state behind, wherever the run ended.
 
-        Inside a round that is the fork kept so far. If the very last step broke the state, which no later loss could
-        tell, it is the newest snapshot.
+        Inside a round that is the fork kept so far, inside a sweep the state before it. If the very last step broke the
+        state, which no later loss could tell, it is the newest snapshot.
         """
         self._settle_round()
         has_nan = [bool(_has_nan_jit(tree)) for tree in self.copies]
@@ -209,10 +209,14 @@ class Run:
             self.recorder.note(self.step, "rollback", f"The last state held NaN; that of step {step} was restored.")
 
     def _settle_round(self) -> None:
-        if self.phase != FORK:
+        if self.phase == TRAIN:
             return
-        is_kept, kept_step, saved_step = jax.device_get(
-            (self.ts.round.kept >= 0, self.ts.slots.kept_step, self.ts.slots.saved_step)
-        )
-        if is_kept and kept_step >= saved_step:
+        self.recorder.flush()
+        fork, kept = (int(value) for value in jax.device_get((self.ts.round.fork, self.ts.round.kept)))
+        if self.phase == SWEEP:
+            self.copies = self.copies._replace(state=copy_tree(self.copies.saved))
+            fork = -1
+        elif kept >= 0:
             self.copies = self.copies._replace(state=copy_tree(self.copies.kept))
+            fork = kept
+        self.recorder.abandon(self.step, fork)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from . import _hyperparams
@@ -34,7 +35,7 @@ _NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the op
 def _tree_of(holder: Any) -> Any:
     """The optimizer state of an object that holds one, such as a train state or a module library's optimizer."""
     is_state = hasattr(holder, "_fields") or isinstance(holder, dict)
-    return holder.opt_state if not is_state and hasattr(holder, "opt_state") else holder
+    return holder if is_state else getattr(holder, "opt_state", holder)
 
 
 def _find(holder: Any) -> AutotuneState | None:
@@ -88,8 +89,9 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
 
 def _warn_if_silent(state: AutotuneState) -> None:
     """Says once, on the host, that the tuner hears nothing; never waits for the device."""
-    heard, lag = state.tuner.step, state.lag
-    if not state.settings.is_on or isinstance(lag, jax.core.Tracer) or np.ndim(lag):
+    heard: Any = state.tuner.step
+    lag: Any = state.lag
+    if not state.settings.is_on or isinstance(lag, Tracer) or np.ndim(lag):
         return
     if hasattr(lag, "is_ready") and not (lag.is_ready() and heard.is_ready()):
         return

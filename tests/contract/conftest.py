@@ -4,6 +4,7 @@ These tests are about who is told what, what is copied and what compiles; the ph
 Gaussian process, the part whose compilation takes seconds in every new program, is replaced by a local average.
 """
 
+import functools
 import types
 from typing import Any, NamedTuple
 
@@ -96,19 +97,26 @@ def start(optimizer, params=None):
     return params, optimizer.init(params), jnp.int32(0)
 
 
-def keys(count=TOTAL, seed=5):
+def draws(count=TOTAL, seed=5):
     return jax.random.split(jax.random.key(seed), count)
 
 
 def run(optimizer, steps=TOTAL, *, params=None, seed=5, **options):
     """A whole run as one compiled scan. Returns parameters, optimizer state and losses."""
     scan = jax.jit(lambda carry, keys: jax.lax.scan(make_step(optimizer, **options), carry, keys))
-    (params, opt_state, _), losses = scan(start(optimizer, params), keys(steps, seed))
+    (params, opt_state, _), losses = scan(start(optimizer, params), draws(steps, seed))
     return params, opt_state, losses
 
 
+@functools.cache
+def usual():
+    """The usual optimizer, its compiled step and its whole run, which many tests hold against something else."""
+    optimizer = wrapped()
+    return types.SimpleNamespace(optimizer=optimizer, step=jax.jit(make_step(optimizer)), end=run(optimizer))
+
+
 def quality(params):
-    return float(jnp.mean(jax.vmap(lambda key: loss_fn(params, key))(keys(32, seed=9))))
+    return float(jnp.mean(jax.vmap(lambda key: loss_fn(params, key))(draws(32, seed=9))))
 
 
 def find(opt_state):
@@ -121,6 +129,7 @@ def find(opt_state):
 def toy():
     return types.SimpleNamespace(**{
         name: globals()[name]
-        for name in ("TOTAL", "data", "make_params", "loss_fn", "wrapped", "make_step", "start", "keys", "run",
+        for name in ("TOTAL", "data", "make_params", "loss_fn", "wrapped", "make_step", "start", "draws", "run",
+            "usual",
                      "quality", "find")
     })  # fmt: skip

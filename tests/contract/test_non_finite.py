@@ -48,7 +48,7 @@ def spoiled_run(request, toy):
 
         return jax.lax.scan(step, (params, optimizer.init(params)), (keys, kinds))
 
-    return functools.partial(whole, toy.make_params(), toy.keys(STEPS))
+    return functools.partial(whole, toy.make_params(), toy.draws(STEPS))
 
 
 def check(spoiled_run, kinds):
@@ -90,7 +90,7 @@ def test_a_spoiled_fork_is_a_failure_and_not_adopted(toy):
         return jnp.where((i >= 20) & (i < 23), jnp.nan, loss), grads
 
     step, carry, failures = jax.jit(toy.make_step(optimizer, poison=poison)), toy.start(optimizer), 0
-    for key in toy.keys():
+    for key in toy.draws():
         carry, _ = step(carry, key)
         failures = max(failures, int(jnp.sum(carry[1].tuner.observations.failed)))
     assert failures >= 1 or int(carry[1].tuner.rollbacks) >= 1

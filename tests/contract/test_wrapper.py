@@ -35,7 +35,7 @@ def test_one_trace_with_rounds_and_donation(toy, memory):
 
     step = jax.jit(counted, donate_argnums=0)
     carry, phases, values = toy.start(optimizer), set(), set()
-    for key in toy.keys():
+    for key in toy.draws():
         before = carry
         carry, _ = step(carry, key)
         opt_state = before[1]
@@ -52,10 +52,9 @@ def test_one_trace_with_rounds_and_donation(toy, memory):
 
 
 def test_scan_is_the_loop(toy):
-    optimizer = toy.wrapped()
-    params, opt_state, losses = toy.run(optimizer)
-    step, carry, looped = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), []
-    for key in toy.keys():
+    params, opt_state, losses = toy.usual().end
+    step, carry, looped = toy.usual().step, toy.start(toy.usual().optimizer), []
+    for key in toy.draws():
         carry, loss = step(carry, key)
         looped.append(loss)
     np.testing.assert_allclose(losses, jnp.stack(looped), rtol=1e-4, atol=1e-6)
@@ -65,11 +64,12 @@ def test_scan_is_the_loop(toy):
 def test_vmap_of_three_is_three_runs(toy):
     optimizer = toy.wrapped()
     starts = [jax.tree.map(lambda p, k=k: p * k, toy.make_params()) for k in (0.5, 1.0, 1.5)]
-    singles = [toy.run(optimizer, params=params)[:2] for params in starts]
     carries = [toy.start(optimizer, params) for params in starts]
+    single = jax.jit(lambda carry, keys: jax.lax.scan(toy.make_step(optimizer), carry, keys))
+    singles = [single(carry, toy.draws())[0][:2] for carry in carries]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *carries)
     step = jax.vmap(toy.make_step(optimizer), in_axes=(0, None))
-    (params, opt_state, _), _ = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))(stacked, toy.keys())
+    (params, opt_state, _), _ = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))(stacked, toy.draws())
     for i, single in enumerate(singles):
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], (params, opt_state)), single, rtol=2e-3, atol=1e-4)
 
@@ -82,16 +82,14 @@ def test_initialised_and_stepped_inside_jit(toy):
         carry = (params, optimizer.init(params), jnp.int32(0))
         return jax.lax.scan(toy.make_step(optimizer), carry, keys)
 
-    (params, opt_state, _), _ = whole(toy.make_params(), toy.keys())
-    expected = toy.run(optimizer)
-    assert_same((params, opt_state), expected[:2])
+    (params, opt_state, _), _ = whole(toy.make_params(), toy.draws())
+    assert_same((params, opt_state), toy.usual().end[:2])
 
 
 def test_obeys_as_a_loop_of_ones_own_would(toy):
     """The wrapper makes exactly the copies that the directives of the pure tuner ask for."""
     inner = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-    optimizer = toy.wrapped(inner)
-    final, opt_state, losses = toy.run(optimizer)
+    final, opt_state, losses = toy.usual().end
 
     tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, toy.TOTAL, initial={"learning_rate": 1e-3}, capacity=33)
 
@@ -107,7 +105,7 @@ def test_obeys_as_a_loop_of_ones_own_would(toy):
     state, ts = (params, inner.init(params)), tuner.init(jax.random.key(0))
     saved = kept = state
     asked = set()
-    for key, seen in zip(toy.keys(), losses, strict=True):
+    for key, seen in zip(toy.draws(), losses, strict=True):
         state, ts, directive, loss = step(state, ts, key)
         np.testing.assert_allclose(loss, seen, rtol=1e-3, atol=1e-5)
         if directive.save:
@@ -142,7 +140,7 @@ def test_rewind_goes_back_to_where_the_round_began(toy):
     optimizer = toy.wrapped(memory="rewind")
     step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
     returns = 0
-    for key in toy.keys(40):
+    for key in toy.draws(40):
         before = carry[1]
         carry, _ = step(carry, key)
         if int(carry[1].home) == 1:
@@ -158,7 +156,7 @@ def test_drift_never_undoes_and_moves_in_small_steps(toy):
     optimizer = toy.wrapped(memory="drift", decay="none")
     step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
     incumbents, trials = [], set()
-    for key in toy.keys():
+    for key in toy.draws():
         carry, _ = step(carry, key)
         incumbents.append(float(carry[1].tuner.incumbent[0]))
         assert int(carry[1].home) == 0
@@ -181,7 +179,7 @@ def test_disabled_is_bit_identical_to_the_plain_optimizer(toy):
         return (optax.apply_updates(params, updates), opt_state), None
 
     params = toy.make_params()
-    (expected, _), _ = jax.lax.scan(step_plain, (params, plain.init(params)), toy.keys())
+    (expected, _), _ = jax.lax.scan(step_plain, (params, plain.init(params)), toy.draws())
     got, opt_state, _ = toy.run(off)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert float(atn.hyperparams(opt_state)["learning_rate"]) == np.float32(3e-3)
