@@ -17,7 +17,8 @@ def traced_dropout(
     """Sets entries to zero with probability ``rate`` and scales the others up, so that the mean stays.
 
     The rate of Flax's own dropout modules is fixed when the program is compiled. In a linen module use
-    ``traced_dropout(self.make_rng("dropout"), x, rate)``, in an NNX one ``traced_dropout(self.rngs.dropout(), x, rate)``.
+    ``traced_dropout(self.make_rng("dropout"), x, rate)``, in an NNX one
+    ``traced_dropout(self.rngs.dropout(), x, rate)``.
 
     Example:
         >>> x = jnp.ones((1000,))

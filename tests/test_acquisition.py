@@ -129,9 +129,9 @@ def test_references_that_do_not_count_change_nothing():
     np.testing.assert_allclose(masked, elsewhere, rtol=1e-5)
     # Three references that count, among five compared, are worth as much as three alone.
     alone = jax.jit(lambda post, x: jax.vmap(_acquisition.log_improvement(
-        CONFIG, post, reference=obs.x[:3], reference_mask=keep[:3], samples=256)[0])(x))(post, x)  # fmt: skip
+        CONFIG, post, reference=obs.x[:3], reference_mask=keep[:3], samples=2048)[0])(x))(post, x)  # fmt: skip
     many = jax.jit(lambda post, x: jax.vmap(_acquisition.log_improvement(
-        CONFIG, post, reference=obs.x, reference_mask=keep, samples=256)[0])(x))(post, x)  # fmt: skip
+        CONFIG, post, reference=obs.x, reference_mask=keep, samples=2048)[0])(x))(post, x)  # fmt: skip
     likely = np.asarray(alone) > -8.0
     np.testing.assert_allclose(np.asarray(many)[likely], np.asarray(alone)[likely], atol=0.15)
 
