@@ -354,9 +354,16 @@ class AutoTuneNet:
         return self.core.observe_eval(ts, -metric if self.mode == "max" else metric)
 
     def anneal(self, ts: TunerState, steps: int) -> TunerState:
-        """Starts a decay of the rates to zero over the next ``steps`` steps, and holds no more rounds. Pure."""
+        """Starts a decay of the rates to zero over the next ``steps`` steps, and holds no more rounds. Pure.
+
+        Raises:
+          ValueError: ``steps`` is below 1.
+        """
+        if isinstance(steps, numbers.Integral) and int(steps) < 1:
+            raise ValueError(f"steps must be at least 1; got {steps!r}. Say over how many steps the rates decay.")
         return ts._replace(
-            anneal_start=ts.step,
+            # A copy: no two leaves of a state that is donated may share a buffer.
+            anneal_start=jnp.copy(ts.step),
             anneal_steps=jnp.asarray(steps, jnp.int32),
             plan=ts.plan._replace(start=jnp.full_like(ts.plan.start, NEVER)),
             segment_left=jnp.where(ts.phase == TRAIN, NEVER, ts.segment_left),

@@ -1,0 +1,424 @@
+"""The controller in plain Python: one `if` for every rule, one object that changes, no arrays where a number will do.
+
+It follows the prose of the design rather than the compiled code, and takes the surrogate's answers from a function, so
+that the two can be compared decision by decision.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# Only the numbers are shared with what is tested, so that they can be tuned.
+from autotunenet_jax import _guard, _tick
+
+F = np.float32
+ZERO = F(0)
+NEVER = 2**30
+FIRST = 4
+
+
+@dataclasses.dataclass
+class Watch:
+    """The guard's running statistics."""
+
+    level: Any = ZERO
+    spread: Any = ZERO
+    short: Any = ZERO
+    count: int = 0
+    strikes: int = 0
+
+    def see(self, guard: Any, loss: Any, ceiling: Any) -> str:
+        if not np.isfinite(loss):
+            self.strikes = max(self.strikes - 1, 0)
+            return "non-finite"
+        sigma = self.spread / F(math.sqrt(2 / math.pi))
+        slack = F(1e-5) * abs(self.level) + F(1e-12)
+        unusual = self.count >= guard.warmup and loss > self.level + F(guard.sigmas) * sigma + slack
+        clipped = min(loss, self.level + F(_guard._REACH_SIGMAS) * sigma + slack) if self.count >= FIRST else loss
+        self.short += max(F(0.2), F(1 / (self.count + 1))) * (clipped - self.short)
+        diverged = self.count >= FIRST and self.short > ceiling
+        if unusual:
+            self.strikes += 1
+        else:
+            self.strikes = max(self.strikes - 1, 0)
+            rate = max(F(1 / guard.window), F(1 / (self.count + 1)))
+            self.level += rate * (clipped - self.level)
+            if self.count > 0:
+                self.spread += rate * (abs(clipped - self.level) - self.spread)
+            self.count += 1
+        if diverged:
+            return "diverged"
+        if self.strikes >= guard.patience:
+            return "spike"
+        return "watching" if unusual else "healthy"
+
+
+@dataclasses.dataclass
+class Trial:
+    """One fork of the round being held."""
+
+    x: np.ndarray
+    scores: list[Any] = dataclasses.field(default_factory=list)
+    steps: int = 0
+    status: str = "running"
+
+
+@dataclasses.dataclass
+class Result:
+    """What one step came to; the fields of a directive."""
+
+    save: bool = False
+    restore: bool = False
+    keep: bool = False
+    adopt: bool = False
+    evaluate: bool = False
+    data_step: int = 0
+    outcome: str = "none"
+
+
+class PhaseMachine:
+    """Training, sweep and forks, with everything that is counted along the way.
+
+    Args:
+      plan: A plan of NumPy arrays.
+      guard: Thresholds of the watch.
+      policy: Constants of the decisions.
+      start: Where the run starts, unit cube.
+      is_rate: Which hyperparameters are rates.
+      is_slow: Which are slow.
+      decades: How many decades each spans.
+      surrogate: ``(observations, forks, lower, upper) -> (mean, variance, proposal)``: posterior means of the forks and
+        of the proposal, which comes last; their common, independent variance; and the proposal.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        *,
+        guard: Any,
+        policy: Any,
+        start: np.ndarray,
+        is_rate: Any,
+        is_slow: Any,
+        decades: Any,
+        surrogate: Callable[..., Any],
+    ):
+        self.plan, self.guard, self.policy, self.surrogate = plan, guard, policy, surrogate
+        self.is_rate, self.is_slow, self.decades = is_rate, is_slow, decades
+        self.incumbent, self.trial = start, start
+        self.prior_center = np.where(is_slow, F(policy.slow_center), start)
+        self.knows_rate = False
+        self.watch = Watch()
+        self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
+        self.since_rollback = NEVER
+        self.row = 0
+        self.initial_loss, self.best_level, self.eval_level = F(np.nan), F(np.inf), F(np.nan)
+        # For each of the two copies: (data step, budget step).
+        self.saved, self.kept_copy = (0, 0), (0, 0)
+        self.observations: list[tuple[np.ndarray, Any, int]] = []
+        self.group = 0
+        self.forks: list[Trial] = []
+        self.winner: int | None = None
+        self.scored_by_eval, self.reference = False, F(np.nan)
+        # First, smoothed and lowest loss of the sweep, and where the rate was at the lowest.
+        self.swept = (F(0), F(0), F(0), F(0))
+        starts_now = int(plan.start[0]) == 0
+        self.phase = "train" if not starts_now else "sweep" if plan.sweep[0] else "fork"
+        self._begin(int(plan.start[0] if not starts_now else plan.sweep[0] or plan.early[0]))
+        if self.phase == "fork":
+            self.forks = [Trial(start)]
+
+    def _begin(self, length: int) -> None:
+        self.length = self.left = length
+        self.scored: list[Any] = []
+        self.metrics: list[Any] = []
+
+    # Validation.
+
+    def observe_eval(self, metric: Any) -> None:
+        if self.phase == "fork" and self.left == 1:
+            self.metrics.append(metric)
+        if (self.phase == "train" or self.step == 0) and np.isfinite(metric):
+            self.eval_level = metric
+
+    # One step.
+
+    def update(self, loss: Any) -> Result:
+        result = Result()
+        position = self.length - self.left
+        ceiling = F(np.inf)
+        if self.step >= FIRST:
+            progress = max(self.initial_loss - self.best_level, F(0))
+            ceiling = self.initial_loss + F(0.5) * progress + F(6) * self.watch.spread
+        before = dataclasses.replace(self.watch)
+        verdict = self.watch.see(self.guard, loss, ceiling)
+        failed = verdict in ("non-finite", "spike", "diverged")
+        climbed = before.short > np.fmax(before.level, self.initial_loss) + F(_tick._CALM_SIGMAS) * before.spread
+
+        if np.isfinite(loss):
+            if np.isnan(self.initial_loss):
+                self.initial_loss = loss
+            elif self.step < FIRST:
+                self.initial_loss += (loss - self.initial_loss) / F(self.step + 1)
+            if self.watch.count >= FIRST:
+                self.best_level = min(self.best_level, self.watch.short)
+
+        due = fork_failed = False
+        if self.phase == "sweep":
+            blown = self._sweep(position, loss)
+            due = failed or blown
+        elif self.phase == "fork":
+            fork_failed = due = failed
+            if np.isfinite(loss):
+                opening = len(self.forks) == 1 and not self.forks[0].scores
+                if opening and position == 0:
+                    self.reference = loss
+                elif opening and position == 1:
+                    self.reference = F(0.5) * (self.reference + loss)
+                if position >= self.length - max(round(_tick._SCORED_SHARE * self.length), 2):
+                    self.scored.append(loss)
+        faulted = (
+            self.phase != "train" and verdict == "non-finite" and not climbed and self.retries < _tick._MAX_RETRIES
+        )
+
+        self.left -= 1
+        self.since_rollback = min(self.since_rollback + 1, NEVER)
+        ages = {"saved": self.step - self.saved[1], "kept": self.step - self.kept_copy[1]}
+        newer, older = ("saved", "kept") if ages["saved"] < ages["kept"] else ("kept", "saved")
+        self.step += 1
+        self.data_step += 1
+        if self.phase == "train" and failed:
+            self._train_failed(verdict, loss, ages, newer, older, result)
+        due = due or self.left <= 0
+        is_calm = self.phase == "train" and verdict == "healthy" and not due and self.watch.strikes == 0
+        if is_calm and min(ages.values()) >= self.plan.save_every:
+            here = (self.data_step, self.step)
+            if older == "saved":
+                self.saved, result.save = here, True
+            else:
+                self.kept_copy, result.keep = here, True
+        if self.left == 1:
+            has_round = self.plan.start[self.row] < NEVER
+            result.evaluate = self.phase == "fork" or (self.phase == "train" and bool(has_round))
+        if due:
+            result = self._decide(fork_failed, faulted)
+        result.data_step = self.data_step
+        return result
+
+    def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, result: Result) -> None:
+        if verdict != "non-finite" and self.rollbacks >= self.guard.max_rollbacks:
+            self.watch = dataclasses.replace(self.watch, level=loss, short=loss, count=0, strikes=0)
+            self.initial_loss = np.fmax(self.initial_loss, loss)
+            return
+        result.outcome = "rollback"
+        is_safe = min(ages.values()) >= _tick._MIN_SNAPSHOT_AGE
+        target = newer if is_safe else older
+        result.restore, result.adopt = target == "saved", target == "kept"
+        if not is_safe and newer == "saved":
+            self.saved = (self.saved[0], self.kept_copy[1] - 1)
+        elif not is_safe and ages["kept"] < ages["saved"]:
+            self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
+        if self.since_rollback <= _tick._RATE_RETREAT_WITHIN or verdict == "diverged":
+            lower = self.incumbent - F(_tick._RATE_RETREAT_DECADES) / self.decades
+            self.incumbent = np.where(self.is_rate, np.clip(lower, 0, 1), self.incumbent).astype(F)
+        self.watch.strikes, self.watch.short = 0, self.watch.level
+        self.rollbacks += 1
+        self.since_rollback = 0
+        self.left = max(self.left, 1)
+
+    def _sweep(self, position: int, loss: Any) -> bool:
+        """Follows the smoothed loss and says whether the rate has gone too far."""
+        if not np.isfinite(loss):
+            return True
+        value, spread = loss, self.watch.spread
+        first, smooth, lowest, where = self.swept
+        if position == 0:
+            first = smooth = lowest = value
+            where = F(0)
+        else:
+            if position >= 2:
+                value = min(value, smooth + max(first - lowest, F(0)) + F(4) * spread)
+            memory = F(_tick._SWEEP_MEMORY)
+            weight = memory * (1 - memory**position) / (1 - memory ** (position + 1))
+            smooth = F(weight) * smooth + F(1 - weight) * value
+            if smooth < lowest:
+                lowest, where = smooth, F(max(position - 1, 0) / max(self.length - 1, 1))
+        self.swept = (first, smooth, lowest, where)
+        return position >= 6 and smooth > lowest + F(0.5) * (first - lowest) + F(4) * spread
+
+    # The end of a stretch.
+
+    def _decide(self, fork_failed: bool, faulted: bool) -> Result:
+        plan, row = self.plan, self.row
+        late, early, is_fast = int(plan.late[row]), int(plan.early[row]), plan.kind[row] == 0
+        total, ran = int(plan.total), self.length - self.left
+        remaining = total - self.step if total else NEVER
+        budget = F((total or max(self.step, 1000)) * plan.share)
+        result = Result()
+
+        if faulted and remaining > late + plan.sweep[row]:
+            self.retries += 1
+            lost = ran
+            if self.phase == "fork":
+                lost += self.forks[-1].steps
+                self.forks[-1] = Trial(self.trial)
+            self.discarded += lost
+            self.saved = (self.data_step, self.saved[1])
+            self._begin(int(plan.sweep[row]) if self.phase == "sweep" else early)
+            self._fresh_watch()
+            result.restore, result.outcome = True, "retried"
+            return result
+
+        if self.phase == "train":
+            self._open(remaining, budget, result)
+        elif self.phase == "sweep":
+            self._learn_from_sweep()
+            self.discarded += ran
+            # Begun far from where the best rate is expected, the first fork starts there instead.
+            is_far = np.abs(self.incumbent - self.prior_center) * self.decades > F(self.policy.plausible_decades)
+            opening = np.where(self.is_rate & is_far, self.prior_center, self.incumbent).astype(F)
+            self.data_step = self.saved[0]
+            self._start_fork(opening, early)
+            result.restore, result.outcome = True, "fork started"
+        else:
+            self._end_of_stretch(fork_failed, ran, late, early, is_fast, remaining, budget, result)
+        return result
+
+    def _fresh_watch(self) -> None:
+        self.watch.count = self.watch.strikes = 0
+
+    def _open(self, remaining: int, budget: Any, result: Result) -> None:
+        row = self.row
+        affordable = self.discarded + int(self.plan.late[row]) <= budget
+        can_score = self.plan.kind[row] == 0 or np.isfinite(self.eval_level)
+        if not (remaining > self.plan.late[row] and affordable and can_score):
+            self.group += 2
+            self._to_next_round()
+            result.outcome = "skipped"
+            return
+        self.saved = (self.data_step, self.step)
+        self._new_round()
+        result.save, result.outcome = True, "round started"
+        if self.plan.sweep[row]:
+            self.phase = "sweep"
+            self._begin(int(self.plan.sweep[row]))
+        else:
+            self._start_fork(self.incumbent, int(self.plan.early[row]))
+
+    def _new_round(self) -> None:
+        self.forks, self.winner = [], None
+        self.scored_by_eval, self.reference = False, F(np.nan)
+
+    def _start_fork(self, x: np.ndarray, length: int) -> None:
+        self.phase, self.trial = "fork", x
+        self.forks.append(Trial(x))
+        self._begin(length)
+        self._fresh_watch()
+
+    def _to_next_round(self) -> None:
+        self.row += 1
+        self._new_round()
+        self.phase = "train"
+        start = int(self.plan.start[self.row])
+        self._begin(NEVER if start >= NEVER else max(start - self.step, 1))
+
+    def _learn_from_sweep(self) -> None:
+        is_cut = self.swept[3] >= F(1 - 2.5 / max(self.length - 1, 1))
+        offset = F(self.policy.cut_offset if is_cut else self.policy.sweep_offset) / self.decades
+        center = np.clip(self.swept[3] - offset, 0, 1)
+        self.prior_center = np.where(self.is_rate, center, self.prior_center).astype(F)
+        self.knows_rate = True
+
+    def _box(self, is_fast: bool) -> tuple[np.ndarray, np.ndarray]:
+        lower, upper = self.forks[0].x.copy(), self.forks[0].x.copy()
+        for i in range(len(lower)):
+            if bool(self.is_slow[i]) == is_fast:
+                continue
+            center, reach = self.incumbent[i], F(1)
+            if self.is_rate[i] and self.knows_rate:
+                reach = F(self.policy.later_reach)
+                if self.rounds_held == 0:
+                    center, reach = self.prior_center[i], F(self.policy.fast_reach_decades) / self.decades[i]
+            lower[i], upper[i] = max(center - reach, F(0)), min(center + reach, F(1))
+        return lower, upper
+
+    def _end_of_stretch(self, fork_failed: bool, ran: int, late: int, early: int, is_fast: bool, remaining: int,
+                        budget: Any, result: Result) -> None:  # fmt: skip
+        number, fork = len(self.forks) - 1, self.forks[-1]
+        rung = len(fork.scores)
+        if number == 0 and rung == 0:
+            self.scored_by_eval = bool(self.metrics)
+            if self.scored_by_eval:
+                self.reference = self.eval_level
+        column = self.metrics if self.scored_by_eval else self.scored
+        score = F(sum(column, F(0)) / F(len(column))) if column else F(np.nan)
+        if not np.isfinite(self.reference):
+            self.reference = score
+        fork.steps += ran
+        succeeded = not fork_failed and bool(np.isfinite(score))
+        fork.scores.append(score if succeeded else F(np.nan))
+        y = score - self.reference if succeeded else None
+        self.observations.append((self.trial, y, self.group + rung))
+
+        lower, upper = self._box(is_fast)
+        runs = [f.status != "failed" for f in self.forks]
+        mean, variance, proposal = self.surrogate(self.observations, self.forks, runs, lower, upper)
+        deviation = math.sqrt(2 * variance)
+
+        def better(gain: Any) -> float:
+            return 0.5 * math.erfc(-float(gain) / deviation / math.sqrt(2))
+
+        chance = 1.0 if self.winner is None else better(mean[self.winner] - mean[number])
+        is_late = rung == 1 or early >= late
+        if succeeded and not is_late and chance >= self.policy.drop_below:
+            self._begin(late - early)
+            self._fresh_watch()
+            result.outcome = "fork continues"
+            return
+        needed = self.policy.move_fast if is_fast else self.policy.move_slow
+        wins = succeeded and is_late and (self.winner is None or chance > needed)
+        fork.status = "failed" if not succeeded else "finished" if is_late else "dropped"
+        if wins:
+            self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
+            self.winner, result.keep = number, True
+            self.kept_copy = (self.data_step, self.step)
+        else:
+            self.discarded += fork.steps
+
+        if self.winner is None:
+            is_worth_it, has_room = True, number + 1 < 8
+        else:
+            gain = float(mean[self.winner] - mean[-1])
+            z = gain / deviation
+            density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+            improvement = gain * better(gain) + deviation * density
+            is_worth_it = improvement > self.policy.price or (is_fast and number == 0)
+            has_room = number + 1 < self.plan.forks[self.row]
+        if has_room and is_worth_it and self.discarded + late <= budget and remaining > late:
+            self.data_step = self.saved[0]
+            self._start_fork(proposal, early)
+            result.restore, result.outcome = True, "fork started"
+            return
+        self._finish_round(wins, proposal, result)
+
+    def _finish_round(self, wins: bool, proposal: np.ndarray, result: Result) -> None:
+        before = self.incumbent
+        if self.winner is None:
+            # The data goes on: what every fork failed on is not shown again.
+            self.incumbent = proposal
+            result.restore, result.outcome = True, "failed"
+        else:
+            self.incumbent = self.forks[self.winner].x
+            result.adopt = not wins
+            if result.adopt:
+                self.data_step = max(self.kept_copy[0], self.saved[0])
+            moved = np.any(np.abs(self.incumbent - before) > 1e-6)
+            result.outcome = "moved" if moved else "stayed"
+        self.rounds_held += 1
+        self.retries = 0
+        self.group += 2
+        self._to_next_round()
+        self._fresh_watch()
