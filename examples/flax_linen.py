@@ -1,0 +1,85 @@
+"""The tuner with Flax linen: `TrainState` does not pass the loss to the optimizer, so it is reported by hand.
+
+python examples/flax_linen.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from sklearn.datasets import load_digits
+
+import autotunenet_jax as atn
+
+TOTAL_STEPS = 600
+
+x, y = load_digits(return_X_y=True)
+order = np.random.default_rng(0).permutation(len(x))
+x, y = jnp.asarray(x[order] / 16.0, jnp.float32), jnp.asarray(y[order], jnp.int32)
+train_x, train_y, valid_x, valid_y = x[:1200], y[:1200], x[1200:], y[1200:]
+
+
+class TracedDropout(nn.Module):
+    """Dropout whose rate may change from step to step of one compiled program."""
+
+    @nn.compact
+    def __call__(self, x, rate):
+        return atn.traced_dropout(self.make_rng("dropout"), x, rate)
+
+
+class Classifier(nn.Module):
+    @nn.compact
+    def __call__(self, x, rate=None):
+        x = nn.relu(nn.Dense(64)(x))
+        if rate is not None:
+            x = TracedDropout()(x, rate)
+        return nn.Dense(10)(x)
+
+
+def loss_fn(logits, y):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(state, key):
+    rows_key, dropout_key = jax.random.split(key)
+    rows = jax.random.randint(rows_key, (64,), 0, len(train_x))
+    hp = atn.hyperparams(state)
+
+    def objective(params):
+        logits = state.apply_fn({"params": params}, train_x[rows], hp["dropout"], rngs={"dropout": dropout_key})
+        return loss_fn(logits, train_y[rows])
+
+    loss, grads = jax.value_and_grad(objective)(state.params)
+    state = atn.observe(state.apply_gradients(grads=grads), loss)
+    metric = jax.lax.cond(
+        atn.wants_eval(state),
+        lambda: loss_fn(state.apply_fn({"params": state.params}, valid_x), valid_y),
+        lambda: jnp.float32(jnp.nan),
+    )
+    return atn.observe_eval(state, metric), loss, hp
+
+
+def main():
+    model = Classifier()
+    params = model.init(jax.random.key(0), train_x[:1])["params"]
+    tuned = atn.autotune(
+        optax.adam, {"learning_rate": (1e-5, 1.0), "dropout": (0.0, 0.6)}, TOTAL_STEPS, learning_rate=1e-5
+    )
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tuned)
+    for step in range(TOTAL_STEPS):
+        state, loss, hp = train_step(state, jax.random.key(step))
+        if step % 100 == 0 or step == TOTAL_STEPS - 1:
+            shown = ", ".join(f"{name} {float(value):.2g}" for name, value in hp.items())
+            print(f"step {step:4d}  loss {float(loss):.4f}  {shown}")
+    valid = float(loss_fn(model.apply({"params": state.params}, valid_x), valid_y))
+    print(f"validation loss {valid:.4f}")
+    return {"valid": valid, "hyperparams": {name: float(value) for name, value in hp.items()}}
+
+
+if __name__ == "__main__":
+    main()
