@@ -1,5 +1,6 @@
 """AutoTuneNet for a training loop that the user owns."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -283,7 +284,7 @@ class AutoTuneNet:
     def _explain_skip(self, kind: int) -> None:
         """Says once why slow hyperparameters stay where they are."""
         slow = slow_names(self.space)
-        if kind == 0 or not slow or self._told_slow or self._eval_step == self._attached().step - 1:
+        if kind == 0 or not slow or self._told_slow or math.isfinite(self._attached().state.eval_level):
             return
         self._told_slow = True
         warnings.warn(

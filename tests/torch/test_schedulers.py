@@ -1,0 +1,145 @@
+"""Every scheduler of torch: the tuned rate is in force under the scheduler's shape, or there is a clear refusal."""
+
+import inspect
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.optim import lr_scheduler as lrs  # noqa: E402
+
+from autotunenet_torch import AutoTuneNet, TrainingState, _schedulers, _targets  # noqa: E402
+
+MAKE = {
+    "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: min(1.0, step / 4)),
+    "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lrs.StepLR(o, 3, gamma=0.5),
+    "MultiStepLR": lambda o: lrs.MultiStepLR(o, [2, 5, 5]),
+    "ConstantLR": lambda o: lrs.ConstantLR(o, factor=0.5, total_iters=4),
+    "LinearLR": lambda o: lrs.LinearLR(o, start_factor=0.25, total_iters=5),
+    "ExponentialLR": lambda o: lrs.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lrs.PolynomialLR(o, total_iters=9, power=2.0),
+    "CosineAnnealingLR": lambda o: lrs.CosineAnnealingLR(o, 5, eta_min=0.01),
+    "CosineAnnealingWarmRestarts": lambda o: lrs.CosineAnnealingWarmRestarts(o, 4, eta_min=0.01),
+    "CyclicLR": lambda o: lrs.CyclicLR(o, base_lr=0.02, max_lr=0.1, step_size_up=3),
+    "SequentialLR": lambda o: lrs.SequentialLR(
+        o, [lrs.LinearLR(o, 0.1, total_iters=3), lrs.CosineAnnealingLR(o, 6)], milestones=[3]
+    ),
+    "ChainedScheduler": lambda o: lrs.ChainedScheduler([lrs.ExponentialLR(o, 0.9), lrs.StepLR(o, 4)]),
+    "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=1, factor=0.5, min_lr=0.01),
+}
+REFUSED = {"OneCycleLR": lambda o: lrs.OneCycleLR(o, max_lr=0.1, total_steps=20)}
+ABSTRACT = {"LRScheduler", "_LRScheduler"}
+VALUES = [0.1, 0.1, 0.02, 0.02, 0.3, 0.3, 0.3, 0.05, 0.05, 0.05, 0.05, 0.05, 0.2, 0.2]
+
+
+def make_optimizer():
+    a, b = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    return torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.05}], lr=0.1, momentum=0.9)
+
+
+def advance(optimizer, scheduler):
+    optimizer.step()
+    if isinstance(scheduler, lrs.ReduceLROnPlateau):
+        scheduler.step(1.0)
+    else:
+        scheduler.step()
+
+
+def shape_of(make):
+    """Rates with nobody tuning, as shares of the rate tuned: 0.1 in all examples."""
+    optimizer = make_optimizer()
+    scheduler = make(optimizer)
+    rates = []
+    for _ in VALUES:
+        rates.append([group["lr"] / 0.1 for group in optimizer.param_groups])
+        advance(optimizer, scheduler)
+    return rates
+
+
+def test_the_table_is_complete():
+    here = {
+        name
+        for name, value in inspect.getmembers(lrs, inspect.isclass)
+        if issubclass(value, lrs.LRScheduler) and value.__module__ == lrs.__name__
+    }
+    assert here == set(MAKE) | set(REFUSED) | ABSTRACT
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_tuned_rate_is_in_force(name, side):
+    """Rate at each step = tuned value x the scheduler's own shape, on either side of the scheduler's step."""
+    optimizer = make_optimizer()
+    scheduler = MAKE[name](optimizer)
+    schedulers = _schedulers.as_list(scheduler)
+    target = _targets.RateTarget(optimizer, [0, 1], schedulers)
+    seen, expected = [], []
+    for step, (value, shape) in enumerate(zip(VALUES, shape_of(MAKE[name]), strict=True)):
+        if step == 0 or side == "after":
+            target.write(value)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        expected.append([share * value for share in shape])
+        optimizer.step()
+        if side == "before" and step + 1 < len(VALUES):
+            target.write(VALUES[step + 1])
+        if isinstance(scheduler, lrs.ReduceLROnPlateau):
+            scheduler.step(1.0)
+        else:
+            scheduler.step()
+    assert torch.tensor(seen).allclose(torch.tensor(expected), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize("name", MAKE)
+def test_restore_then_apply(name):
+    """A state put back brings the scheduler's place back, and the rate tuned since stays in force."""
+    optimizer = make_optimizer()
+    model = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
+    scheduler = MAKE[name](optimizer)
+    target = _targets.RateTarget(optimizer, [0, 1], _schedulers.as_list(scheduler))
+    state = TrainingState(model, optimizer, schedulers=[scheduler])
+    target.write(0.1)
+    for _ in range(3):
+        advance(optimizer, scheduler)
+    saved, applied = state.copy_out(), target.applied
+    rates = [group["lr"] for group in optimizer.param_groups]
+    advance(optimizer, scheduler)
+    target.write(0.02)
+    advance(optimizer, scheduler)
+    state.copy_back(saved)
+    target.applied = applied
+    target.write(0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2 * rate for rate in rates])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_gives_the_reason(name):
+    optimizer = make_optimizer()
+    with pytest.raises(ValueError, match=f"{name} cannot be tuned.*absolute"):
+        _schedulers.as_list(REFUSED[name](optimizer))
+
+
+def test_other_refusals():
+    optimizer = make_optimizer()
+    with pytest.raises(ValueError, match="SWALR cannot be tuned"):
+        _schedulers.as_list(torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05))
+    with pytest.raises(TypeError, match=r"torch\.optim\.lr_scheduler"):
+        _schedulers.as_list("cosine")
+    model = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
+    tuner = AutoTuneNet({"momentum": (0.5, 0.99)}, total_steps=100)
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        tuner.attach(model, optimizer, MAKE["CyclicLR"](optimizer))
+
+
+def test_two_decays_do_not_multiply():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
+    tuner.attach(model, optimizer, lrs.ConstantLR(optimizer, factor=0.5, total_iters=1000))
+    assert tuner._engine.core.decay == "none"
+    assert tuner.hyperparams["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner.attach(model, optimizer)
+    assert tuner._engine.core.decay == "linear"

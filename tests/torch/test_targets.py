@@ -1,0 +1,159 @@
+"""What can be tuned, and that it is really set."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from autotunenet_torch import AutoTuneNet, _targets  # noqa: E402
+
+
+def find(name, model, optimizer, **kwargs):
+    return _targets.find(name, model, optimizer, [], setters=kwargs.pop("setters", {}), **kwargs)
+
+
+def net():
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 4),
+        torch.nn.Dropout(0.1),
+        torch.nn.Sequential(torch.nn.Dropout2d(0.1), torch.nn.Linear(4, 2)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "key", "expected"),
+    [
+        ("learning_rate", torch.optim.SGD, "lr", 0.3),
+        ("lr", torch.optim.Adam, "lr", 0.3),
+        ("weight_decay", torch.optim.AdamW, "weight_decay", 0.3),
+        ("momentum", torch.optim.SGD, "momentum", 0.3),
+        ("eps", torch.optim.Adam, "eps", 0.3),
+        ("alpha", torch.optim.RMSprop, "alpha", 0.3),
+        ("beta1", torch.optim.AdamW, "betas", (0.3, 0.999)),
+        ("b2", torch.optim.AdamW, "betas", (0.9, 0.3)),
+    ],
+)
+def test_optimizer_numbers(name, optimizer, key, expected):
+    model = net()
+    made = optimizer(model.parameters(), lr=0.1)
+    find(name, model, made).write(0.3)
+    assert [group[key] for group in made.param_groups] == [expected]
+    made.load_state_dict(made.state_dict())  # makes new group dictionaries
+    find(name, model, made).write(0.3)
+    assert made.param_groups[0][key] == expected
+
+
+def test_groups_keep_their_proportions():
+    model = net()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model[0].parameters(), "lr": 1e-4, "weight_decay": 0.0, "name": "body"},
+            {"params": model[2].parameters(), "lr": 1e-3, "weight_decay": 0.1, "name": "head"},
+        ]
+    )
+    find("learning_rate", model, optimizer).write(1e-2)
+    find("weight_decay", model, optimizer).write(0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([1e-3, 1e-2])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.5]
+    find("head/learning_rate", model, optimizer).write(0.7)
+    find("0/lr", model, optimizer).write(0.2)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.7]
+
+
+def test_rate_in_a_tensor_is_written_in_place():
+    model = net()
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, capturable=False, foreach=False)
+    find("learning_rate", model, optimizer).write(0.25)
+    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
+
+
+def test_dropout_everywhere_or_by_path():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    find("dropout", model, optimizer).write(0.4)
+    assert (model[1].p, model[2][0].p) == (0.4, 0.4)
+    find("2/dropout", model, optimizer).write(0.3)
+    assert (model[1].p, model[2][0].p) == (0.4, 0.3)
+
+
+def test_label_smoothing_and_batch_size():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = torch.nn.CrossEntropyLoss()
+    find("label_smoothing", model, optimizer, loss_fn=loss).write(0.1)
+    assert loss.label_smoothing == 0.1
+    loader = torch.utils.data.DataLoader(torch.arange(20), batch_size=4)
+    find("batch_size", model, optimizer, loader=loader).write(10)
+    assert [len(batch) for batch in loader] == [10, 10]
+
+
+def test_unknown_name_lists_what_there_is():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"'beta1'.*learning_rate \(optimizer\).*momentum.*dropout.*2\.0/dropout"):
+        find("beta1", model, optimizer)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        find("label_smoothing", model, optimizer)
+    with pytest.raises(ValueError, match="batch_sampler"):
+        find("batch_size", model, optimizer, loader=[1, 2])
+
+
+def test_setter_of_the_users_own():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tuner = AutoTuneNet(
+        {"learning_rate": (1e-4, 1.0), "temperature": (0.5, 2.0)},
+        total_steps=100,
+        initial={"temperature": 1.5},
+        targets={"temperature": lambda model, value: setattr(model, "temperature", value)},
+    )
+    tuner.attach(model, optimizer)
+    assert model.temperature == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="not in param_space"):
+        AutoTuneNet({"learning_rate": (1e-4, 1.0)}, targets={"warmth": print})
+    with pytest.raises(TypeError, match="function"):
+        AutoTuneNet({"warmth": (1e-4, 1.0)}, targets={"warmth": 3})
+
+
+def test_training_starts_where_the_optimizer_is():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}, total_steps=100)
+    tuner.attach(model, optimizer)
+    assert tuner.best_hyperparams == pytest.approx({"learning_rate": 0.02, "dropout": 0.1})
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)  # outside: the tuner's own default
+    tuner.attach(model, optimizer)
+    assert 1e-4 <= optimizer.param_groups[0]["lr"] <= 1.0
+
+
+def test_compiled_dropout_is_not_compiled_again(monkeypatch):
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    target = find("dropout", compiled, torch.optim.SGD(model.parameters(), lr=0.1))
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    before = dynamo.utils.counters["stats"]["unique_graphs"]
+    model[2][0] = torch.nn.Identity()  # channel dropout has its own test below
+    compiled(torch.ones(2, 4))
+    for value in (0.2, 0.3, 0.4):
+        target.write(value)
+        compiled(torch.ones(2, 4))
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    target.write(0.5)
+    x = torch.ones(4000, 4)
+    share = (model[1](x) == 0).float().mean()
+    assert share == pytest.approx(0.5, abs=0.02)
+    assert model[1](x).mean() == pytest.approx(1.0, abs=0.04)
+    assert torch.equal(model[1].eval()(x), x)
+    assert "1.rate" not in model.state_dict()
+
+
+def test_compiled_channel_dropout_drops_channels():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Dropout2d(0.5))
+    compiled = torch.compile(model, backend="eager")
+    find("dropout", compiled, torch.optim.SGD(model.parameters(), lr=0.1)).write(0.5)
+    out = model[1](torch.ones(64, 8, 3, 3))
+    dropped = (out == 0).flatten(2)
+    assert (dropped.all(2) | ~dropped.any(2)).all()
+    assert dropped.all(2).float().mean() == pytest.approx(0.5, abs=0.1)

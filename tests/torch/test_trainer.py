@@ -1,0 +1,268 @@
+"""The loop that the adapter owns."""
+
+import signal
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import autotunenet_jax as atn  # noqa: E402
+from autotunenet_torch import AutoTuneNet, Trainer  # noqa: E402
+from autotunenet_torch._data import ReplayBuffer  # noqa: E402
+
+cross_entropy = torch.nn.functional.cross_entropy
+SPACE = {"learning_rate": (1e-4, 1.0)}
+
+
+def net(dropout=0.1):
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Dropout(dropout),
+        torch.nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def trainer(**kwargs):
+    return Trainer(cross_entropy, torch.optim.AdamW, **{"epochs": 10, "progress": False, **kwargs})
+
+
+def test_the_example(rows, loader):
+    tuner = AutoTuneNet(param_space={"learning_rate": (1e-5, 1e-2), "dropout": (0.1, 0.5)})
+    run = trainer()
+    model = net()
+    history = run.fit(model, loader, loader, tuner=tuner)
+    assert isinstance(history, atn.History) and history.summary["steps"] == 120
+    values = run.validate()
+    assert values["loss"] < 0.6 and values["accuracy"] > 0.8
+    assert run.best_value <= history.evals[0]["value"] and set(run.best_state) == set(model.state_dict())
+    assert history.evals[-1]["value"] == pytest.approx(values["loss"])
+    assert run.predict(loader).shape == (192, 3)
+    assert model.training
+
+
+class Marked(torch.utils.data.Dataset):
+    """Rows with a mark of their own and a random augmentation."""
+
+    def __len__(self):
+        return 192
+
+    def __getitem__(self, index):
+        return torch.full((6,), float(index)) + 0.1 * torch.rand(6), index % 3
+
+
+def test_forks_see_the_same_batches_and_the_same_noise():
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.nn.Linear(6, 3)
+
+        def forward(self, x):
+            if self.training:
+                seen.append((x.sum().item(), torch.rand(()).item()))
+            return self.line(x / 200.0)
+
+    loader = torch.utils.data.DataLoader(Marked(), batch_size=16, shuffle=True)
+    history = trainer().fit(Spy(), loader, tuner=AutoTuneNet(SPACE))
+    round_ = history.rounds[0]
+    stretches = [round_["sweep"], *([fork["start"], fork["end"]] for fork in round_["forks"])]
+    assert len(stretches) >= 3
+    longest = max((seen[a:b] for a, b in stretches), key=len)
+    for a, b in stretches:
+        assert seen[a:b] == longest[: b - a]
+    later = seen[round_["end"] :]
+    assert len(set(later)) == len(later)  # afterwards nothing repeats
+    assert not {x for x, _ in later} & {x for x, _ in longest}
+
+
+def test_stream_replays_and_finds_its_place(rows):
+    loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
+    stream = ReplayBuffer(loader, seed=5)
+    first = [stream.get()[1] for _ in range(10)]
+    assert len(stream._buffer) <= 1
+    stream.hold()
+    mark = stream.cursor
+    held = [stream.get()[1] for _ in range(9)]  # over the end of a pass
+    stream.cursor = mark
+    assert all(torch.equal(a, b) for a, b in zip(held, [stream.get()[1] for _ in range(9)], strict=True))
+    stream.release()
+    state, expected = stream.state(), [stream.get()[1] for _ in range(20)]
+    other = ReplayBuffer(loader)
+    other.load(state)
+    assert all(torch.equal(a, b) for a, b in zip(expected, [other.get()[1] for _ in range(20)], strict=True))
+    again = ReplayBuffer(loader, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(first, [again.get()[1] for _ in range(10)], strict=True))
+
+
+def test_stream_cuts_other_batch_sizes():
+    stream = ReplayBuffer(
+        [{"x": torch.arange(5), "y": [torch.arange(5)]}, {"x": torch.arange(5, 8), "y": [torch.ones(3)]}]
+    )
+    sizes = [4, 3, 9, 1]
+    got = [stream.get(size) for size in sizes]
+    assert [len(batch["x"]) for batch in got] == sizes and [len(batch["y"][0]) for batch in got] == sizes
+    rows = torch.cat([batch["x"] for batch in got]).tolist()
+    assert rows == (list(range(8)) * 3)[: sum(sizes)]
+
+
+def test_stream_refuses_what_it_cannot_read_again():
+    with pytest.raises(TypeError, match="read only once"):
+        ReplayBuffer(iter([1]))
+    with pytest.raises(TypeError, match="iterable"):
+        ReplayBuffer(3)
+    with pytest.raises(ValueError, match="empty"):
+        ReplayBuffer([]).get()
+
+
+class CrashError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("crash_at", [70, 101])
+def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, rows, crash_at, bits):
+    def run(folder, crash_at=None):
+        torch.manual_seed(0)
+        model, steps = net(), []
+
+        def loss_fn(outputs, targets):
+            steps.append(1)
+            if len(steps) == crash_at:
+                raise CrashError
+            return cross_entropy(outputs, targets)
+
+        loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
+        tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}, seed=1)
+        fitter = Trainer(
+            loss_fn, epochs=10, progress=False, scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)
+        )
+        try:
+            if folder is None:
+                history = fitter.fit(model, loader, loader, tuner=tuner)
+            else:
+                with atn.Snapshots(folder, interval_s=0.0, overhead=0.99, space=tuner.space) as store:
+                    history = fitter.fit(model, loader, loader, tuner=tuner, snapshots=store)
+        except CrashError:
+            return None
+        return bits(model.state_dict()), history.rounds, history.summary["steps"], history
+
+    expected = run(None)
+    # Validation calls the loss too: a count beyond the steps still falls into the run.
+    assert run(tmp_path / "run", crash_at=4 * crash_at) is None
+    resumed = run(tmp_path / "run")
+    assert resumed[:3] == expected[:3]
+    assert any(event["kind"] == "resume" for event in resumed[3].events)
+
+
+def test_snapshots_of_another_model_are_refused(tmp_path, loader):
+    trainer(epochs=6).fit(net(), loader, tuner=AutoTuneNet(SPACE), snapshots=tmp_path / "run")
+    with pytest.raises(atn.SnapshotMismatchError, match="another model"):
+        trainer(epochs=6).fit(torch.nn.Linear(6, 3), loader, tuner=AutoTuneNet(SPACE), snapshots=tmp_path / "run")
+    with pytest.raises(ValueError, match="run of 72 steps"):
+        trainer(epochs=7).fit(net(), loader, tuner=AutoTuneNet(SPACE), snapshots=tmp_path / "run")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_with_everything(precision, loader):
+    run = trainer(precision=precision, clip_norm=1.0, accumulate=2, epochs=20, eval_every=40)
+    history = run.fit(net(), loader, loader, tuner=AutoTuneNet(SPACE))
+    assert history.summary["steps"] == 120 and run.validate()["accuracy"] > 0.8
+    assert run.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_tunes_batch_size_label_smoothing_and_clipping(loader):
+    sizes = []
+
+    class Spy(torch.nn.Linear):
+        def forward(self, x):
+            if self.training:
+                sizes.append(len(x))
+            return super().forward(x)
+
+    space = {
+        "learning_rate": (1e-4, 1.0), "batch_size": [8, 16, 24],
+        "clip_norm": (0.1, 10.0), "label_smoothing": (0.0, 0.2),
+    }  # fmt: skip
+    tuner = AutoTuneNet(space, initial={"label_smoothing": 0.05})
+    run = trainer()
+    run.fit(Spy(6, 3), loader, loader, tuner=tuner)
+    assert set(sizes) <= {8, 16, 24} and len(set(sizes)) > 1 and sizes[0] == 16
+    assert run._loss_options["label_smoothing"] == tuner.hyperparams["label_smoothing"]
+    assert 0.1 <= run.clip_norm <= 10.0
+
+
+def test_metric_of_ones_own(loader):
+    metrics = {"hits": lambda outputs, targets: (outputs.argmax(1) == targets).float().mean()}
+    tuner = AutoTuneNet(SPACE, mode="max")
+    run = trainer(metrics=metrics, restore_best=True)
+    model = net()
+    history = run.fit(model, loader, loader, tuner=tuner)
+    assert run.best_value == pytest.approx(max(row["value"] for row in history.evals if row["is_settled"]), abs=0.01)
+    assert run.validate()["hits"] == pytest.approx(run.best_value)
+    with pytest.raises(ValueError, match=r"monitor='f1'.*loss, hits"):
+        trainer(metrics=metrics, monitor="f1").fit(net(), loader, loader, tuner=AutoTuneNet(SPACE))
+
+
+def test_lazy_model_without_a_pass_before(loader):
+    model = torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.ReLU(), torch.nn.LazyLinear(3))
+    history = trainer(epochs=6).fit(model, loader, tuner=AutoTuneNet(SPACE))
+    assert history.summary["steps"] == 72
+
+
+def test_first_ctrl_c_ends_after_the_step(loader):
+    steps = []
+
+    def loss_fn(outputs, targets):
+        steps.append(1)
+        if len(steps) == 30:
+            signal.raise_signal(signal.SIGINT)
+        return cross_entropy(outputs, targets)
+
+    run = Trainer(loss_fn, epochs=10, progress=False)
+    history = run.fit(net(), loader, tuner=AutoTuneNet(SPACE))
+    assert run.is_interrupted and history.summary["steps"] == 30
+
+
+def test_slow_hyperparameters_need_validation_data(loader):
+    with pytest.warns(UserWarning, match="dropout stay at their initial values.*val_loader"):
+        trainer(epochs=6).fit(net(0.3), loader, tuner=AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}))
+    with pytest.raises(ValueError, match="validation data only"):
+        trainer(epochs=6).fit(net(), loader, tuner=AutoTuneNet({"dropout": (0.0, 0.5)}))
+
+
+def test_bad_input(rows, loader):
+    fit = lambda run=None, model=None, data=loader, **kwargs: (run or trainer()).fit(  # noqa: E731
+        model or net(), data, **{"tuner": AutoTuneNet(SPACE), **kwargs}
+    )
+    with pytest.raises(ValueError, match="no parameters"):
+        fit(model=torch.nn.ReLU())
+    with pytest.raises(ValueError, match="no gradient"):
+        fit(Trainer(lambda outputs, targets: outputs.detach().mean(), epochs=10, progress=False))
+    with pytest.raises(TypeError, match="scalar"):
+        fit(Trainer(lambda outputs, targets: outputs, epochs=10, progress=False))
+    with pytest.raises(ValueError, match=r"unknown.*steps=.*total_steps"):
+        fit(data=Endless())
+    with pytest.raises(TypeError, match="AutoTuneNet"):
+        fit(tuner=atn.AutoTuneNet(SPACE))
+    with pytest.raises(TypeError, match="forward="):
+        fit(data=[torch.ones(2, 6)] * 64)
+    with pytest.raises(ValueError, match="one of them"):
+        Trainer(cross_entropy)
+    with pytest.raises(ValueError, match="precision"):
+        Trainer(cross_entropy, epochs=1, precision="int8")
+    with pytest.raises(ValueError, match="Found"):
+        fit(tuner=AutoTuneNet({"momentum": (0.5, 0.9)}))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Batches without an end or a length."""
+
+    def __iter__(self):
+        while True:
+            yield torch.ones(4, 6), torch.zeros(4, dtype=torch.long)
+
+
+def test_endless_data_with_steps():
+    history = Trainer(cross_entropy, steps=64, progress=False).fit(
+        net(), torch.utils.data.DataLoader(Endless(), batch_size=None), tuner=AutoTuneNet(SPACE)
+    )
+    assert history.summary["steps"] == 64

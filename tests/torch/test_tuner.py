@@ -1,0 +1,271 @@
+"""The tuner in a loop of the user's own."""
+
+import io
+import math
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import autotunenet_jax as atn  # noqa: E402
+from autotunenet_torch import AutoTuneNet  # noqa: E402
+
+SPACE = {"learning_rate": (1e-4, 1.0)}
+STEPS = 120
+
+
+def make(space=SPACE, **kwargs):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    return model, optimizer, AutoTuneNet(space, total_steps=STEPS, **kwargs)
+
+
+def loss_of(model, x):
+    return torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+
+
+def train_one(model, optimizer, tuner, *, spoil=False):
+    loss = loss_of(model, torch.randn(16, 6))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if spoil:
+        with torch.no_grad():
+            model[0].weight.fill_(math.nan)
+        loss = loss * math.nan
+    tuner.step(loss)
+    return float(loss.detach())
+
+
+def test_repairs_a_terrible_rate():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for _ in range(STEPS):
+        train_one(model, optimizer, tuner)
+    torch.manual_seed(5)
+    assert loss_of(model.eval(), torch.randn(512, 6)).item() < 0.6  # 1.1 at the start, and at 1e-4 throughout
+    assert tuner.best_hyperparams["learning_rate"] > 1e-2
+    history = tuner.history
+    assert history.summary["steps"] == STEPS and history.summary["share_discarded"] <= 0.16
+    assert history.rounds[0]["chosen"] == pytest.approx(tuner.best_hyperparams)
+    assert history.to_dict()["records"][0].keys() >= {"step", "loss", "phase", "fork", "is_kept", "learning_rate"}
+    assert len(history.to_pandas()) == len(history.records)
+    assert float(history.schedule()["learning_rate"](0)) > 0
+
+
+def test_same_decisions_as_the_core():
+    """One sequence of losses, bit-equal decisions: hyperparameters, directives and the final state."""
+    space = {"learning_rate": (1e-4, 1.0), "momentum": (0.5, 0.99)}
+    core = atn.AutoTuneNet(space, STEPS, initial={"learning_rate": 1e-3, "momentum": 0.9})
+    model, optimizer, tuner = make(space, initial={"learning_rate": 1e-3, "momentum": 0.9}, seed=3)
+    tuner.attach(model, optimizer)
+    rng = np.random.default_rng(0)
+    ts = core.init(jax.random.key(3))
+    update, hyperparams = jax.jit(core.update), jax.jit(core.hyperparams)
+    level = 2.0
+    for step in range(STEPS):
+        hp = {name: float(value) for name, value in hyperparams(ts).items()}
+        assert tuner.hyperparams == hp, step
+        level -= 0.02 * math.exp(-((math.log10(hp["learning_rate"]) + 1.5) ** 2))
+        loss = np.float32(math.nan if step == 70 else level + 0.01 * rng.standard_normal())
+        ts, directive = update(ts, loss)
+        said, _ = tuner._advance(float(loss))
+        want, got = jax.device_get(directive), said.directive
+        evaluates = {"evaluate"} if said.phase != 0 else set()  # asked for one call earlier, answered before deciding
+        for name in set(want._fields) - evaluates:
+            assert int(getattr(want, name)) == int(getattr(got, name)), (step, name)
+    mine = tuner._engine.state
+    for a, b in zip(jax.tree.leaves(ts._replace(key=0)), jax.tree.leaves(mine._replace(key=0)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_forks_start_bit_for_bit_alike(training_bits, bits):
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    obey, starts = tuner._obey, []
+
+    def spy(directive, *, rewinds):
+        out = obey(directive, rewinds=rewinds)
+        if directive.restore or directive.adopt:
+            slot = tuner._saved if directive.restore else tuner._kept
+            now = training_bits(model, optimizer)
+            assert now["model"] == bits({k: v for k, v in slot["training"]["model"].items() if k in now["model"]})
+            assert now["rng"] == bits(slot["training"]["rng"]["torch"])
+            momenta = {int(k): v for k, v in slot["training"]["optimizer"].items()}
+            assert now["optimizer"] == bits(momenta)
+            starts.append(directive)
+        return out
+
+    tuner._obey = spy
+    for _ in range(STEPS):
+        train_one(model, optimizer, tuner)
+    assert len(starts) >= 2
+
+
+def test_rolls_back_from_nan(bits):
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for step in range(STEPS):
+        train_one(model, optimizer, tuner, spoil=step == 90)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert tuner.history.summary["rollbacks"] == 1
+    assert any(event["kind"] == "rollback" for event in tuner.history.events)
+
+
+def test_nan_from_the_very_first_step():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(5):
+        train_one(model, optimizer, tuner, spoil=True)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for _ in range(STEPS - 5):
+        train_one(model, optimizer, tuner)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("stop_at", [9, 80])
+def test_a_checkpoint_goes_on_bit_for_bit(stop_at, training_bits):
+    """Inside a round of forks and outside; the checkpoint loads without unpickling code."""
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for _ in range(stop_at):
+        train_one(model, optimizer, tuner)
+    file = io.BytesIO()
+    checkpoint = {
+        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "tuner": tuner.state_dict(),
+        "rng": torch.get_rng_state(),
+    }  # fmt: skip
+    torch.save(checkpoint, file)
+    losses = [train_one(model, optimizer, tuner) for _ in range(stop_at, STEPS)]
+    end = training_bits(model, optimizer)
+
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=True)
+    model, optimizer, tuner = make()
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    tuner.attach(model, optimizer)
+    tuner.load_state_dict(checkpoint["tuner"])
+    torch.set_rng_state(checkpoint["rng"])
+    assert [train_one(model, optimizer, tuner) for _ in range(stop_at, STEPS)] == losses
+    assert training_bits(model, optimizer) == end
+    assert tuner.history.summary["steps"] == STEPS
+
+
+def test_state_of_another_space_or_budget_is_refused():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    state = tuner.state_dict()
+    other = AutoTuneNet({"learning_rate": (1e-4, 0.5)}, total_steps=STEPS)
+    other.attach(model, optimizer)
+    with pytest.raises(ValueError, match="another search space"):
+        other.load_state_dict(state)
+    other = AutoTuneNet(SPACE, total_steps=STEPS + 1)
+    other.attach(model, optimizer)
+    with pytest.raises(ValueError, match="run of 120 steps"):
+        other.load_state_dict(state)
+
+
+def test_validation_is_asked_for_and_used():
+    model, optimizer, tuner = make({"learning_rate": (1e-4, 1.0), "weight_decay": (1e-6, 1e-1)}, mode="max", max_share=0.6)
+    asked = []
+
+    def validate():
+        asked.append(len(asked))
+        return -float(loss_of(model, torch.ones(4, 6).cumsum(1)).detach())
+
+    tuner.attach(model, optimizer, validate=validate)
+    for _ in range(STEPS):
+        train_one(model, optimizer, tuner)
+    assert len(asked) == tuner.history.summary["evals"] > 4
+    assert {row["scored_by"] for row in tuner.history.rounds} == {"validation"}
+    assert tuner.history.rounds[-1]["kind"] == "slow"
+
+
+def test_validation_by_hand():
+    model, optimizer, tuner = make({"learning_rate": (1e-4, 1.0), "weight_decay": (1e-6, 1e-1)})
+    tuner.attach(model, optimizer)
+    tuner.validate(2.0)
+    for _ in range(STEPS):
+        train_one(model, optimizer, tuner)
+        if tuner.wants_validation:
+            tuner.validate(torch.tensor(1.5))
+            assert not tuner.wants_validation
+    assert {row["scored_by"] for row in tuner.history.rounds} == {"validation"}
+
+
+def test_slow_hyperparameters_without_validation_are_explained():
+    model, optimizer, tuner = make({"learning_rate": (1e-4, 1.0), "weight_decay": (1e-6, 1e-1)})
+    tuner.attach(model, optimizer)
+    with pytest.warns(UserWarning, match="weight_decay stay at their initial values.*wants_validation"):
+        for _ in range(STEPS):
+            train_one(model, optimizer, tuner)
+    assert {row["kind"] for row in tuner.history.rounds} == {"fast"}
+
+
+def test_ends_with_the_best_state_when_stopped_inside_a_round():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    while not (tuner._engine.phase == 2 and int(tuner._engine.state.round.kept) >= 0):
+        train_one(model, optimizer, tuner)
+    train_one(model, optimizer, tuner)
+    kept = tuner._kept["training"]["model"]["0.weight"].clone()
+    assert not torch.equal(kept, model[0].weight)
+    tuner.finish()
+    assert torch.equal(kept, model[0].weight)
+
+
+def test_bad_input():
+    model, optimizer, tuner = make()
+    with pytest.raises(RuntimeError, match="attach"):
+        tuner.step(1.0)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        tuner.attach(model.parameters(), optimizer)
+    with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
+        tuner.attach(model, "adam")
+    with pytest.raises(ValueError, match="at least 64"):
+        tuner.attach(model, optimizer, total_steps=10)
+    with pytest.raises(ValueError, match="outside"):
+        AutoTuneNet(SPACE, initial={"learning_rate": 7.0})
+    tuner.attach(model, optimizer)
+    with pytest.raises(TypeError, match="shape"):
+        tuner.step(torch.ones(2))
+    with pytest.raises(TypeError, match="number"):
+        tuner.step("low")
+
+
+def test_steps_beyond_the_budget_are_told_once():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for _ in range(STEPS):
+        train_one(model, optimizer, tuner)
+    with pytest.warns(UserWarning, match="budget is spent") as caught:
+        for _ in range(3):
+            train_one(model, optimizer, tuner)
+    assert len(caught) == 1
+
+
+def test_open_ended():
+    model, optimizer, _ = make()
+    tuner = AutoTuneNet(SPACE)
+    tuner.attach(model, optimizer)
+    for _ in range(330):
+        train_one(model, optimizer, tuner)
+    assert tuner.history.summary["rounds"] >= 1
+
+
+def test_gradient_scaler_skips_are_no_failures():
+    model, optimizer, tuner = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    tuner.attach(model, optimizer, scaler=scaler)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(model, torch.randn(16, 6))
+        scaler.scale(8.0 * loss).backward()  # overflows, so steps are skipped until the scale has come down
+        scaler.step(optimizer)
+        scaler.update()
+        tuner.step(loss)
+    assert tuner.history.summary["rollbacks"] == 0
