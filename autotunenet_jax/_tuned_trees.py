@@ -67,8 +67,8 @@ def way(params: Any, target: Any, updates: Any) -> Any:
         if not _is_real_array(p):
             return (t - p).astype(u.dtype)
         wide = jnp.promote_types(p.dtype, jnp.float32)
-        gap = jnp.nan_to_num(t.astype(wide) - p.astype(wide))
-        return gap.astype(u.dtype)
+        largest = float(jnp.finfo(u.dtype).max)
+        return jnp.clip(t.astype(wide) - p.astype(wide), -largest, largest).astype(u.dtype)
 
     return jax.tree.map(difference, params, target, updates)
 
@@ -82,7 +82,7 @@ def has_arrived(params: Any, target: Any) -> Bool[Array, ""]:
             tolerance = max(tolerance, 2.0 * float(jnp.finfo(p.dtype).eps))
             p, t = jnp.abs(p - t).astype(jnp.float32), jnp.abs(t).astype(jnp.float32)
             away, size = away + jnp.sum(p * p), size + jnp.sum(t * t)
-    return away <= tolerance**2 * size
+    return jnp.isfinite(away) & (away <= tolerance**2 * size)
 
 
 def select(condition: Array, new: Any, old: Any) -> Any:
