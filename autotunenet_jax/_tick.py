@@ -27,6 +27,9 @@ COOL_SHARE = 0.3
 _SCORED_SHARE = 0.15
 """Last part of a fork's stretch whose losses are its score."""
 
+# Losses of sweeps and forks beyond this magnitude count as not finite.
+_LOSS_LIMIT = 1e15
+
 _SWEEP_MEMORY = 0.75
 _FIRST_LOSSES = 4
 
@@ -106,6 +109,8 @@ def tick(
     loss = jnp.asarray(loss, jnp.float32)
     pos = position(ts)
     in_train, in_fork, in_sweep = ts.phase == TRAIN, ts.phase == FORK, ts.phase == SWEEP
+    # Where a few losses decide, one beyond all measure tells as little as one that is not finite.
+    loss = jnp.where(in_train | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
 
     guard_state, verdict = _guard.watch(guard, ts.guard, loss, ceiling=ceiling(ts))
     unhealthy = _guard.is_failure(verdict)

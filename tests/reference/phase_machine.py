@@ -149,6 +149,8 @@ class PhaseMachine:
     def update(self, loss: Any) -> Result:
         result = Result()
         position = self.length - self.left
+        if self.phase != "train" and abs(loss) >= _tick._LOSS_LIMIT:
+            loss = F(np.nan)
         ceiling = F(np.inf)
         if self.step >= FIRST:
             progress = max(self.initial_loss - self.best_level, F(0))
