@@ -112,6 +112,8 @@ def _fast_round(recipe: Recipe, space: SearchSpace, total_steps: int, cap: float
             f"{_LEAST_FORK}. Raise max_share or total_steps."
         )
     early = min(max(round(late * recipe.early / recipe.late), 6), late)
+    # A stretch of one step has no step before its last: the tuner could not ask for a validation metric in it.
+    early = early if late - early > 1 else late
     return {"kind": FAST, "forks": forks, "early": early, "late": late, "sweep": sweep}
 
 

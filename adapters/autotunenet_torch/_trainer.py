@@ -173,11 +173,12 @@ class Trainer:
                 self.scaler,
                 total_steps=total,
                 loss_fn=self.loss_fn,
-                validate=self._report if val_loader is not None else None,
+                validate=self._measure if val_loader is not None else None,
                 targets=self._own_targets(train_loader),
                 callbacks=self._callbacks,
                 progress=shown,
             )
+            tuner._told_slow = True  # said above
             self._resume(store if resume else None, source)
             with Stop() as stop:
                 self._run(total, source, store, interval, shown, stop)
@@ -188,7 +189,7 @@ class Trainer:
                 store.close()
         tuner.finish()
         if val_loader is not None and not self.is_interrupted:
-            self._report(force=True)
+            tuner.validate(self._measure(is_last=True))
         if self.restore_best and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         return tuner.history
@@ -213,7 +214,7 @@ class Trainer:
                 source.release()
             is_training = said.phase == TRAIN
             if is_training and said.step % interval == 0 and said.step < total and self._val_loader is not None:
-                self._report()
+                tuner.validate(self._measure())
             if store is not None and is_training and (store.is_due() or stop.is_requested) and said.step < total:
                 self._save(store, source)
             if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
@@ -302,8 +303,8 @@ class Trainer:
         self.model.train(was_training)
         return torch.cat(outputs) if isinstance(outputs[0], torch.Tensor) else outputs
 
-    def _report(self, *, force: bool = False) -> float:
-        """Validates, keeps the best state, and tells the tuner; returns the monitored metric."""
+    def _measure(self, *, is_last: bool = False) -> float:
+        """Validates and keeps the best state; returns the monitored metric."""
         engine = self._tuner._attached()
         values = self.validate()
         first = next((name for name in values if name != "loss"), "loss")
@@ -311,13 +312,12 @@ class Trainer:
         if name not in values:
             raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
         value = _reduce.mean(values[name])
-        is_settled = force or engine.phase == TRAIN or engine.step == 0
+        is_settled = is_last or engine.phase == TRAIN or engine.step == 0
         sign = 1.0 if self._tuner.mode == "min" else -1.0
         is_better = self.best_value is None or sign * value < sign * self.best_value
         if is_settled and value == value and is_better:
             self.best_value = value
             self.best_state = clone(self.model.state_dict(), "cpu")
-        self._tuner.validate(value)
         return value
 
     # Preparation.

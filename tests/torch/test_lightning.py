@@ -21,7 +21,9 @@ SPACE = {"learning_rate": (1e-4, 1.0)}
 class Module(pl.LightningModule):
     def __init__(self, optimizers=1):
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Dropout(0.0), torch.nn.Linear(16, 3)
+        )
         self.optimizers_wanted = optimizers
 
     def training_step(self, batch, index):
@@ -61,7 +63,7 @@ def test_tunes_and_records(tmp_path, loader):
 
 def test_slow_hyperparameters_by_a_validation_of_ones_own(tmp_path, loader):
     batch = next(iter(loader))
-    tuner = AutoTuneNet({**SPACE, "weight_decay": (1e-6, 1e-1)})
+    tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)})
 
     def validate(module):
         with torch.no_grad():

@@ -26,7 +26,7 @@ def trainer(**kwargs):
 
 
 def test_the_example(rows, loader):
-    tuner = AutoTuneNet(param_space={"learning_rate": (1e-5, 1e-2), "dropout": (0.1, 0.5)})
+    tuner = AutoTuneNet(param_space={"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)})
     run = trainer()
     model = net()
     history = run.fit(model, loader, loader, tuner=tuner)
@@ -72,7 +72,8 @@ def test_forks_see_the_same_batches_and_the_same_noise():
         assert seen[a:b] == longest[: b - a]
     later = seen[round_["end"] :]
     assert len(set(later)) == len(later)  # afterwards nothing repeats
-    assert not {x for x, _ in later} & {x for x, _ in longest}
+    kept = round_["forks"][round_["kept"]]
+    assert not {x for x, _ in later} & {x for x, _ in longest[: kept["steps"]]}
 
 
 def test_stream_replays_and_finds_its_place(rows):
@@ -118,7 +119,7 @@ class CrashError(Exception):
     pass
 
 
-@pytest.mark.parametrize("crash_at", [70, 101])
+@pytest.mark.parametrize("crash_at", [240, 330])
 def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, rows, crash_at, bits):
     def run(folder, crash_at=None):
         torch.manual_seed(0)
@@ -146,8 +147,8 @@ def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, rows, crash_at, bits):
         return bits(model.state_dict()), history.rounds, history.summary["steps"], history
 
     expected = run(None)
-    # Validation calls the loss too: a count beyond the steps still falls into the run.
-    assert run(tmp_path / "run", crash_at=4 * crash_at) is None
+    # The count is of calls of the loss, validation's included.
+    assert run(tmp_path / "run", crash_at=crash_at) is None
     resumed = run(tmp_path / "run")
     assert resumed[:3] == expected[:3]
     assert any(event["kind"] == "resume" for event in resumed[3].events)

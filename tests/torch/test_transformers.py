@@ -16,7 +16,7 @@ from autotunenet_torch import AutoTuneNet  # noqa: E402
 from autotunenet_torch.transformers import AutoTuneCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SPACE = {"learning_rate": (1e-5, 1e-1), "weight_decay": (1e-4, 1e-1)}
+SPACE = {"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -61,11 +61,11 @@ def test_tunes_and_evaluates_when_wanted(tmp_path):
 
 
 def test_resumes_from_a_checkpoint(tmp_path):
-    tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)})
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
     kwargs = {"save_strategy": "steps", "save_steps": 60, "eval_strategy": "no"}
     make(tmp_path, tuner, **kwargs).train()
     end = tuner.history.to_dict()
-    again = AutoTuneNet({"learning_rate": (1e-5, 1e-1)})
+    again = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
     make(tmp_path, again, **kwargs).train(resume_from_checkpoint=str(tmp_path / "checkpoint-60"))
     now = again.history.to_dict()
     assert now["rounds"] == end["rounds"] and now["summary"]["steps"] == 100
@@ -73,7 +73,7 @@ def test_resumes_from_a_checkpoint(tmp_path):
 
 
 def test_a_model_without_a_loss_is_told(tmp_path):
-    trainer = make(tmp_path, AutoTuneNet({"learning_rate": (1e-5, 1e-1)}), eval_strategy="no")
+    trainer = make(tmp_path, AutoTuneNet({"learning_rate": (1e-4, 1.0)}), eval_strategy="no")
     trainer.compute_loss = lambda model, inputs, **kwargs: model(input_ids=inputs["input_ids"]).logits.square().mean()
     with pytest.raises(RuntimeError, match="held no loss"):
         trainer.train()
