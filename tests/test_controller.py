@@ -2,10 +2,12 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import autotunenet_jax as atn
 from autotunenet_jax import _acquisition, _decide, _guard, _observations, _state, _surrogate, _tick
@@ -238,6 +240,39 @@ def test_hyperparameters_never_leave_their_bounds():
                 assert np.all((row[name] >= 0) & (row[name] <= 1))
         assert rates[-2] < 0.011  # the last step that is taken, and the rate after the budget is spent
         assert rates[-1] == 0
+
+
+WEIRD = (0.0, 1.0, -1.0, 2.0, 1e-30, 5.0, 1e6, -1e6, 1e14, 1e30, -1e30, 3e38, np.nan, np.inf, -np.inf)
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(WEIRD), st.integers(1, 40), st.booleans()), min_size=1, max_size=30),
+    st.sampled_from(WEIRD),
+)
+def test_whatever_is_reported_the_state_stays_sound(pieces, metric):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=TOTAL)
+    parts = [np.full(length, value) + 0.1 * is_noisy * noise[:length] for value, length, is_noisy in pieces]
+    losses = np.resize(np.concatenate(parts), TOTAL)
+    rows, ts = run(losses, np.full(TOTAL, metric))
+    for before, row in zip([None, *rows], rows, strict=False):
+        directive = row["directive"]
+        assert not (directive.restore and directive.adopt)
+        for name in ("incumbent", "trial"):
+            assert np.all((row[name] >= 0) & (row[name] <= 1)), name
+        assert 0 <= row["hp"]["learning_rate"] <= 1
+        assert 0 <= row["hp"]["dropout"] <= 0.5
+        assert row["segment_left"] >= 1
+        if before is not None:
+            assert row["step"] == before["step"] + 1
+            assert row["discarded"] >= before["discarded"]
+            # Data goes back at the forks of a round only, never to before where the round began.
+            assert row["data_step"] >= min(before["slots"].saved_data, before["data_step"] + 1)
+            if directive.outcome == _state.OUTCOME_ROLLBACK:
+                assert row["data_step"] == before["data_step"] + 1
+    for leaf in (ts.guard, ts.observations.y, ts.observations.x, ts.hyper):
+        assert all(bool(jnp.all(jnp.isfinite(part))) for part in jax.tree.leaves(leaf))
+    assert int(ts.discarded) <= TOTAL
 
 
 def test_the_steps_spent_on_forks_stay_below_the_cap():
