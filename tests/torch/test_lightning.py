@@ -42,7 +42,7 @@ class Module(pl.LightningModule):
 
 
 def make(tmp_path, tuner, *, epochs=10, **kwargs):
-    callback = AutoTuneCallback(tuner, **{k: kwargs.pop(k) for k in ("validate",) if k in kwargs})
+    callback = AutoTuneCallback(tuner, **{k: kwargs.pop(k) for k in ("validate", "total_steps") if k in kwargs})
     return pl.Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, logger=False,
         enable_progress_bar=False, enable_model_summary=False, **kwargs,
@@ -74,18 +74,18 @@ def test_slow_hyperparameters_by_a_validation_of_ones_own(tmp_path, loader):
 
 
 def test_resumes_from_lightnings_checkpoint(tmp_path, loader):
-    tuner = AutoTuneNet(SPACE)
-    trainer = make(tmp_path, tuner)
-    trainer.fit_loop.max_epochs = 6
+    tuner, path = AutoTuneNet(SPACE), str(tmp_path / "last.ckpt")
+    trainer = make(tmp_path, tuner, epochs=6, total_steps=120)
     trainer.fit(Module(), loader)
-    at_stop = tuner.history.to_dict()["rounds"]
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.save_checkpoint(path)
+    before = tuner.history.to_dict()
     again = AutoTuneNet(SPACE)
-    other = make(tmp_path, again, epochs=6)
-    with pytest.raises(ValueError, match="run of 72 steps"):
-        make(tmp_path, AutoTuneNet(SPACE), epochs=9).fit(Module(), loader, ckpt_path=str(tmp_path / "last.ckpt"))
-    other.fit(Module(), loader, ckpt_path=str(tmp_path / "last.ckpt"))
-    assert again.history.to_dict()["rounds"] == at_stop
+    make(tmp_path, again, epochs=10, total_steps=120).fit(Module(), loader, ckpt_path=path)
+    after = again.history.to_dict()
+    assert before["summary"]["steps"] == 72 and after["summary"]["steps"] == 120
+    assert after["rounds"] == before["rounds"] and after["records"][:72] == before["records"]
+    with pytest.raises(ValueError, match="run of 120 steps"):
+        make(tmp_path, AutoTuneNet(SPACE), epochs=10, total_steps=119).fit(Module(), loader, ckpt_path=path)
 
 
 def test_two_optimizers_are_refused(tmp_path, loader):

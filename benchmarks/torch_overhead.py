@@ -1,0 +1,58 @@
+"""What the tuner costs a PyTorch training: per step outside rounds, per decision, and on import.
+
+Run: python -m benchmarks.torch_overhead
+"""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from autotunenet_torch import AutoTuneNet
+
+STEP_S = 5e-3
+
+
+def per_step(steps):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, total_steps=100_000)
+    tuner.attach(model, optimizer)
+    level, trained, decisions = 1.0, [], []
+    while len(trained) < steps:
+        was_training = tuner._engine.phase == 0
+        level *= 0.9999
+        loss = level + 1e-3 * torch.rand(())
+        rounds = len(tuner._recorder.history.rounds), tuner._engine.phase
+        start = time.perf_counter()
+        tuner.step(loss)
+        took = time.perf_counter() - start
+        if was_training:
+            trained.append(took)
+        elif rounds != (len(tuner._recorder.history.rounds), tuner._engine.phase):
+            decisions.append(took)
+    return np.array(trained), np.array(decisions)
+
+
+def import_seconds(code):
+    """CPU seconds of an import in a new process; the least of three."""
+    program = f"import time; {code[0]}; a = time.process_time(); {code[1]}; print(time.process_time() - a)"
+    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(3)]
+    return min(float(run.stdout) for run in runs)
+
+
+def main():
+    torch.set_num_threads(1)
+    trained, decisions = per_step(2000)
+    for name, times in (("step outside rounds", trained), ("decision", decisions[1:])):
+        least, median, high = np.percentile(times, [1, 50, 95])
+        print(f"{name}: {1e3 * least:.3f} / {1e3 * median:.3f} / {1e3 * high:.3f} ms (1st, 50th, 95th percentile)")
+    print(f"a step of {1e3 * STEP_S:.0f} ms becomes {1 + np.median(trained) / STEP_S:.3f} times as long")
+    base = "import torch, jax, optax"
+    print(f"import beyond torch, jax and optax: {import_seconds((base, 'import autotunenet_torch')):.2f} CPU seconds")
+
+
+if __name__ == "__main__":
+    main()
