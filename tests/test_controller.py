@@ -75,7 +75,7 @@ def twin_surrogate(observations, forks, runs, lower, upper):
 
 
 @functools.cache
-def tuner(total_steps=TOTAL, start=1e-4):
+def tuner(total_steps: int | None = TOTAL, start=1e-4):
     return atn.AutoTuneNet(SPACE, total_steps, initial={"learning_rate": start, "dropout": 0.1})
 
 
@@ -105,7 +105,7 @@ def scanned():
     return jax.jit(lambda ts, losses, metrics: jax.lax.scan(step, (ts, jnp.bool_(True)), (losses, metrics)))
 
 
-def run(losses, metrics=None, *, total_steps=TOTAL, key=0):
+def run(losses, metrics=None, *, total_steps: int | None = TOTAL, key=0):
     """The whole run, as a list of NumPy views, one a step; and the state at its end."""
     losses = jnp.asarray(losses, jnp.float32)
     metrics = losses if metrics is None else jnp.asarray(metrics, jnp.float32)
@@ -352,7 +352,7 @@ def updated():
     return jax.jit(update, donate_argnums=0), traces
 
 
-def loop(losses, total_steps=TOTAL):
+def loop(losses, total_steps: int | None = TOTAL):
     update, _ = updated()
     ts, rows = tuner(total_steps).init(jax.random.key(0)), []
     for loss in losses:
