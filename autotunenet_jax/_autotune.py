@@ -159,6 +159,7 @@ def _init(
         start=tuple(start[name] for name in tuner.space.names),
         lag=zero,
         order=no_order(),
+        left=no_order(),
         home=zero,
         attempts=zero,
         drift=_drift.init() if settings.memory == "drift" else None,
@@ -204,7 +205,7 @@ def _update(
 
     if not settings.is_on:
         new, inner = step(state.inner)
-        return new, state._replace(inner=_trees.select(jnp.ones((), bool), inner, state.inner), lag=state.lag + 1)
+        return new, state._replace(inner=_trees.cast_like(inner, state.inner), lag=state.lag + 1)
 
     # What `observe` asked for since the last update; its parameters are here now.
     state = _carry_out_order(state, params)
@@ -215,10 +216,16 @@ def _update(
         usable &= jnp.isfinite(value)
     values = in_force(state, is_silent=value is None)
     inner = write_in_force(state.inner, values)
-    new, stepped = step(inner)
-    is_taken = usable & ~away
-    inner = _trees.select(is_taken, stepped, inner)
-    new = _kept_finite(is_taken, new, params)
+
+    def take(inner: Any) -> tuple[Any, Any]:
+        new, stepped = step(inner)
+        return _kept_finite(new, params), _trees.cast_like(stepped, inner)
+
+    def leave(inner: Any) -> tuple[Any, Any]:
+        return jax.tree.map(jnp.zeros_like, updates), inner
+
+    # A branch and not a selection: moments that pass through a selection are made twice, or copied at every step.
+    new, inner = jax.lax.cond(usable & ~away, take, leave, inner)
 
     if value is None:
         ts, drift, order, lag = state.tuner, state.drift, no_order(), state.lag + 1
@@ -241,25 +248,32 @@ def _update(
     return _finish(state, order, params, new, away=away)
 
 
-def _kept_finite(is_taken: Array, updates: Any, params: Any) -> Any:
-    """Updates that leave every parameter finite: all zero unless the step is taken, and zero where one overflows."""
+def _kept_finite(updates: Any, params: Any) -> Any:
+    """Updates that leave every parameter finite: zero where one would overflow."""
 
     def keep(u: Array, after: Array) -> Array:
-        return jnp.where(is_taken & jnp.isfinite(after), u, jnp.zeros_like(u))
+        return jnp.where(jnp.isfinite(after), u, jnp.zeros_like(u))
 
     return jax.tree.map(keep, updates, updates if params is None else _trees.moved(params, updates))
 
 
 def _carry_out_order(state: AutotuneState, params: Any) -> AutotuneState:
+    """Makes the copies left to this update: of everything for `observe`, of the inner state for the last update."""
     if state.saved is None:
         return state
     order = state.order
+    left = Order(*(a | b for a, b in zip(order, state.left, strict=True)))
 
-    def obey(inner: Any, saved: Any, kept: Any) -> Any:
-        current, saved, kept = _trees.carry_out(order, Snapshot(params, _trees.without_values(inner)), saved, kept)
-        return _trees.with_values(current.inner, inner), saved, kept
+    def obey(inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
+        both = (saved, kept)
+        past = [slot and slot.inner for slot in both]
+        current, *past = _trees.carry_out(left, _trees.without_values(inner), *past)
+        seen = [slot and slot.params for slot in both]
+        _, *seen = _trees.carry_out(order._replace(restore=_off(), adopt=_off()), params, *seen)
+        slots = [slot and Snapshot(*new) for slot, *new in zip(both, seen, past, strict=True)]
+        return _trees.with_values(current, inner), *slots
 
-    is_asked = order.save | order.keep | order.restore | order.adopt
+    is_asked = left.save | left.keep | left.restore | left.adopt
     inner, saved, kept = jax.lax.cond(is_asked, obey, lambda *same: same, state.inner, state.saved, state.kept)
     returns = order.restore | order.adopt
     return state._replace(
@@ -270,6 +284,10 @@ def _carry_out_order(state: AutotuneState, params: Any) -> AutotuneState:
         home=jnp.where(returns, _home(order), state.home),
         attempts=jnp.where(returns, _MAX_ATTEMPTS, state.attempts),
     )
+
+
+def _off() -> Array:
+    return jnp.zeros((), bool)
 
 
 def _home(order: Order) -> Array:
@@ -296,22 +314,22 @@ def _finish(state: AutotuneState, order: Order, params: Any, updates: Any, *, aw
     if state.saved is None:
         return updates, state
 
-    def obey(updates: Any, inner: Any, saved: Any, kept: Any) -> Any:
+    kept_params = state.kept and state.kept.params
+
+    def obey(updates: Any, saved: Any, kept: Any) -> Any:
         # Having come back with a rounding error, a run steps on from where it should be.
         base = jax.tree.map(lambda p, t: jnp.where(state.home > 0, t, p), params, _target(state))
-        current = Snapshot(_trees.moved(base, updates), _trees.without_values(inner))
-        current, saved, kept = _trees.carry_out(order, current, saved, kept)
-        return _trees.way(params, current.params, updates), _trees.with_values(current.inner, inner), saved, kept
+        current, saved, kept = _trees.carry_out(order, _trees.moved(base, updates), saved, kept)
+        return _trees.way(params, current, updates), saved, kept
 
+    # The inner state stays out of this: passing through, it could not be updated in place. The next update copies it.
     is_asked = order.save | order.keep | order.restore | order.adopt | (state.home > 0)
-    updates, inner, saved, kept = jax.lax.cond(
-        is_asked, obey, lambda *same: same, updates, state.inner, state.saved, state.kept
-    )
+    updates, saved, kept = jax.lax.cond(is_asked, obey, lambda *same: same, updates, state.saved.params, kept_params)
     returns = order.restore | order.adopt
     return updates, state._replace(
-        inner=inner,
-        saved=saved,
-        kept=kept,
+        saved=state.saved._replace(params=saved),
+        kept=state.kept and state.kept._replace(params=kept),
+        left=order,
         home=jnp.where(returns, _home(order), jnp.where(away, state.home, 0)),
         attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, state.attempts - 1, 0)),
     )

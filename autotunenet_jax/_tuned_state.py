@@ -61,6 +61,7 @@ class AutotuneState(NamedTuple):
       start: Values the run started from, in the order of the space.
       lag: Steps taken since a loss was last reported.
       order: Copies to make before the next step, asked for by `observe`.
+      left: Copies of the inner optimizer's state that the last update left to the next one.
       home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept.
       attempts: Updates left for getting there.
       drift: Running levels of the loss; None but in drift mode.
@@ -74,6 +75,7 @@ class AutotuneState(NamedTuple):
     start: tuple[Array, ...]
     lag: Int[Array, ""]
     order: Order
+    left: Order
     home: Int[Array, ""]
     attempts: Int[Array, ""]
     drift: _drift.Drift | None
