@@ -13,6 +13,7 @@ from . import _drift, _hyperparams
 from . import _tuned_trees as _trees
 from ._controller import AutoTuneNet, Decay
 from ._guard import Guard
+from ._tuned_access import warn_if_silent
 from ._tuned_start import build, starting_values
 from ._tuned_state import (
     MEMORIES,
@@ -195,6 +196,8 @@ def _update(
     **extra_args: Any,
 ) -> tuple[Any, AutotuneState]:
     _check_update(state, params, value)
+    if value is None:
+        warn_if_silent(state)
     settings = state.settings
     told = extra_args if value is None else {**extra_args, "value": value}
 

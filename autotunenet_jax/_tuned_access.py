@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from . import _hyperparams
+from . import _tuned_trees as _trees
 from ._tuned_state import (
     AutotuneState,
     Order,
@@ -25,8 +26,9 @@ from ._tuned_state import (
 # Updates without a single loss after which the user is told.
 _SILENT_STEPS = 20
 
+# The text stays the same, so that Python shows it once.
 _SILENT = (
-    "autotune has not been told a single loss in {steps} updates, so it tunes nothing. "
+    "autotune has not been told a single loss, so it tunes nothing. "
     "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
 )
 _NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
@@ -83,12 +85,12 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
     values = in_force(state)
     if not state.settings.is_on:
         return values
-    inner = write_in_force(state.inner, values)
+    inner = write_in_force(_trees.found_next(state), values)
     return {**values, **_hyperparams.read(inner, _hyperparams.resolve(values, inner))}
 
 
-def _warn_if_silent(state: AutotuneState) -> None:
-    """Says once, on the host, that the tuner hears nothing; never waits for the device."""
+def warn_if_silent(state: AutotuneState) -> None:
+    """Says to the caller's caller, on the host, that the tuner hears nothing; never waits for the device."""
     heard: Any = state.tuner.step
     lag: Any = state.lag
     if not state.settings.is_on or isinstance(lag, Tracer) or np.ndim(lag):
@@ -96,7 +98,7 @@ def _warn_if_silent(state: AutotuneState) -> None:
     if hasattr(lag, "is_ready") and not (lag.is_ready() and heard.is_ready()):
         return
     if int(heard) == 0 and int(lag) >= _SILENT_STEPS:
-        warnings.warn(_SILENT.format(steps=int(lag)), UserWarning, stacklevel=3)
+        warnings.warn(_SILENT, UserWarning, stacklevel=3)
 
 
 def hyperparams(opt_state: Any) -> dict[str, Array]:
@@ -127,8 +129,11 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     if state is None:
         return _hyperparams.injected_hyperparams(_tree_of(opt_state))
     state = _unboxed(state)
-    _warn_if_silent(state)
-    return _in_force(state._replace(saved=None, kept=None))
+    warn_if_silent(state)
+    # Only a number of accumulated batches depends on what the next update brings back.
+    if not any(place.is_held for place in _hyperparams.places(state.inner)):
+        state = state._replace(saved=None, kept=None)
+    return _in_force(state)
 
 
 def observe(opt_state: Any, loss: Any) -> Any:

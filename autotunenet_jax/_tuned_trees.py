@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import _hyperparams
-from ._tuned_state import Order
+from ._tuned_state import AutotuneState, Order
 
 # Gradients are multiplied by this and must not overflow: beyond 3e18 their squares do, and the mean of squares that
 # optimizers keep would never recover.
@@ -42,11 +42,8 @@ def is_usable(gradients: Any) -> Bool[Array, ""]:
     for leaf in jax.tree.leaves(gradients):
         if _is_inexact(leaf) and leaf.size:
             wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-            if wide.ndim > 1:
-                wide = wide.reshape(-1, wide.shape[-1]) @ jnp.full(wide.shape[-1], _PROBE, wide.dtype)
-            else:
-                wide = wide * _PROBE
-            usable &= jnp.all(jnp.isfinite(wide))
+            probed = wide @ jnp.full(wide.shape[-1], _PROBE, wide.dtype) if wide.ndim > 1 else wide * _PROBE
+            usable &= jnp.all(jnp.isfinite(probed))
     return usable
 
 
@@ -146,3 +143,22 @@ def carry_out(order: Order, current: Any, saved: Any, kept: Any) -> tuple[Any, A
     if kept is not None:
         current = choose(order.adopt, kept, current)
     return current, saved, kept
+
+
+def found_next(state: AutotuneState) -> Any:
+    """The inner state with its counters as the next update finds them, once it has made the copies left to it.
+
+    Arrays are left as they are: which values are in force depends on counters alone.
+    """
+    left = Order(*(a | b for a, b in zip(state.order, state.left, strict=True)))
+
+    def choose(now: Any, saved: Any, *kept: Any) -> Any:
+        if jnp.ndim(now) or not jnp.issubdtype(now.dtype, jnp.integer):
+            return now
+        new = jnp.where(left.restore, jnp.where(left.save, now, saved), now)
+        return jnp.where(left.adopt, jnp.where(left.keep, now, kept[0]), new) if kept else new
+
+    past = [slot.inner for slot in (state.saved, state.kept) if slot is not None]
+    if not past:
+        return state.inner
+    return with_values(jax.tree.map(choose, without_values(state.inner), *past), state.inner)

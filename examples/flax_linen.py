@@ -14,6 +14,7 @@ from flax.training.train_state import TrainState
 from sklearn.datasets import load_digits
 
 import autotunenet_jax as atn
+from autotunenet_flax.linen import TracedDropout
 
 TOTAL_STEPS = 600
 
@@ -21,14 +22,6 @@ x, y = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(x))
 x, y = jnp.asarray(x[order] / 16.0, jnp.float32), jnp.asarray(y[order], jnp.int32)
 train_x, train_y, valid_x, valid_y = x[:1200], y[:1200], x[1200:], y[1200:]
-
-
-class TracedDropout(nn.Module):
-    """Dropout whose rate may change from step to step of one compiled program."""
-
-    @nn.compact
-    def __call__(self, x, rate):
-        return atn.traced_dropout(self.make_rng("dropout"), x, rate)
 
 
 class Classifier(nn.Module):

@@ -11,6 +11,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import autotunenet_jax as atn
+from autotunenet_flax.nnx import TracedDropout
 
 TOTAL_STEPS = 600
 
@@ -18,16 +19,6 @@ x, y = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(x))
 x, y = jnp.asarray(x[order] / 16.0, jnp.float32), jnp.asarray(y[order], jnp.int32)
 train_x, train_y, valid_x, valid_y = x[:1200], y[:1200], x[1200:], y[1200:]
-
-
-class TracedDropout(nnx.Module):
-    """Dropout whose rate may change from step to step of one compiled program."""
-
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.rngs = rngs.dropout.fork()
-
-    def __call__(self, x, rate):
-        return atn.traced_dropout(self.rngs(), x, rate)
 
 
 class Classifier(nnx.Module):

@@ -188,8 +188,14 @@ def test_the_way_back(dtype):
 
 @pytest.mark.parametrize(("bad", "usable"), [(jnp.nan, False), (jnp.inf, False), (1e30, False), (1e10, True)])
 def test_usable_gradients(bad, usable):
-    grads = {"w": jnp.ones(5).at[2].set(bad), "whole": jnp.arange(3)}
-    assert bool(_tuned_trees.is_usable(grads)) is usable
+    for shape in ((), (5,), (3, 5), (2, 3, 5)):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            spoiled = jnp.ones(shape, dtype).at[(-1,) * len(shape)].set(bad)
+            # An entry of the other sign beside it must not hide it.
+            for grads in ({"w": spoiled, "whole": jnp.arange(3), "none": jnp.zeros((0, 3))}, [spoiled, -spoiled]):
+                assert bool(_tuned_trees.is_usable(grads)) is usable
+    opposed = jnp.ones((4, 6)).at[2].set(jnp.array([bad, -bad, 1.0, 1.0, bad, -bad]))
+    assert bool(_tuned_trees.is_usable(opposed)) is usable
 
 
 def test_dropout():

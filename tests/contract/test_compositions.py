@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
+from autotunenet_jax import _tuned_trees
 
 
 def assert_finite(tree):
@@ -70,7 +72,7 @@ def test_batch_size_inside_it_changes_between_batches_only(toy):
     )
     step, carry, seen, emitted = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), set(), 0
     for key in toy.draws():
-        accumulated = int(carry[1].inner.inner_state.mini_step)
+        accumulated = int(_tuned_trees.found_next(carry[1]).inner_state.mini_step)
         in_force = int(atn.hyperparams(carry[1])["accumulation"])
         carry, _ = step(carry, key)
         inner = carry[1].inner
@@ -256,9 +258,26 @@ def test_without_any_loss_it_trains_on_its_schedule_and_says_so(toy):
     optimizer = toy.wrapped(total_steps=100)
     _, opt_state = silent_run(toy, optimizer, 50)
     jax.block_until_ready(opt_state)
-    with pytest.warns(UserWarning, match="not been told a single loss in 50 updates"):
+    with pytest.warns(UserWarning, match="not been told a single loss"):
         rate = atn.hyperparams(opt_state)["learning_rate"]
     assert float(rate) == pytest.approx(0.5e-3, rel=1e-5)
+
+
+def test_the_warning_comes_once_and_not_without_reason(toy):
+    optimizer = toy.wrapped(total_steps=100)
+    params, opt_state = silent_run(toy, optimizer, 30)
+    jax.block_until_ready(opt_state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for lag in (19, 30, 31):
+            atn.hyperparams(opt_state._replace(lag=jnp.int32(lag)))
+            atn.hyperparams(atn.observe(opt_state, jnp.float32(1.0)))
+        # A loop that is not compiled hears it from the update.
+        for _ in range(2):
+            _, opt_state = optimizer.update(params, opt_state, params)
+    lines = [warning.lineno for warning in caught]
+    assert len(lines) == len(set(lines)) == 2
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_silent_without_a_decay_it_is_the_plain_optimizer(toy):
