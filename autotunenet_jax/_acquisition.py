@@ -51,6 +51,7 @@ def log_improvement(
     *,
     reference: Float[Array, "r d"],
     reference_mask: Bool[Array, "r"],
+    pending: Bool[Array, "r"] | None = None,
     time: Float[Array, ""] | float = 0.0,
     samples: int = 8,
     compared: int = 16,
@@ -62,13 +63,15 @@ def log_improvement(
       posterior: What `fit` returned.
       reference: Snapped points already run, or about to be.
       reference_mask: Which of them count.
+      pending: Which of them have no score yet. They are compared before any other, since nothing but the comparison
+        tells the function that they are taken.
       time: When ``f`` is meant.
       samples: Static number of joint samples of ``f`` at the references that the improvement is averaged over.
       compared: Static number of references, best in the mean, whose minimum is to be improved upon.
 
     Returns:
       The function of one snapped point, in the surrogate's unit (without references: minus the posterior mean); the
-      references compared, best first; and which of those count.
+      references compared, pending ones and then the best first; and which of those count.
 
     Cost:
       O(r n^2) once, then O((n + c)^2) per point for c compared references.
@@ -86,10 +89,11 @@ def log_improvement(
     cross = jnp.where(used, covariance(config, posterior, reference, posterior.x, lag=lag[None, :]), 0.0)
     white = cross @ posterior.whitener.T
     mean = jnp.where(reference_mask, level(posterior, reference) + white @ posterior.white, jnp.inf)
-    lowest, index = jax.lax.top_k(-mean, compared)
-    is_live = jnp.isfinite(lowest)
-    live, white = reference[index], jnp.where(is_live[:, None], white[index], 0.0)
-    mean = jnp.where(is_live, -lowest, 0.0)
+    order = mean if pending is None else jnp.where(pending & reference_mask, -jnp.inf, mean)
+    _, index = jax.lax.top_k(-order, compared)
+    live, mean = reference[index], mean[index]
+    is_live = jnp.isfinite(mean)
+    white, mean = jnp.where(is_live[:, None], white[index], 0.0), jnp.where(is_live, mean, 0.0)
 
     # Conditioning on f at those references extends the whitening by one block; masked ones are rows of the identity.
     unit = prior_variance(config, posterior)
@@ -167,6 +171,7 @@ def propose(
     snap: Callable[[Float[Array, "m d"]], Float[Array, "m d"]],
     reference: Float[Array, "r d"],
     reference_mask: Bool[Array, "r"],
+    pending: Bool[Array, "r"] | None = None,
     time: Float[Array, ""] | float = 0.0,
     samples: int = 8,
     compared: int = 16,
@@ -189,6 +194,7 @@ def propose(
       snap: Moves points to allowed ones, as `SearchSpace.snap`; static.
       reference: Snapped points already run, or about to be: each is improved upon, none is worth repeating.
       reference_mask: Which of them count.
+      pending: As for `log_improvement`.
       time: When the proposal will run.
       samples: As for `log_improvement`.
       compared: As for `log_improvement`.
@@ -208,6 +214,7 @@ def propose(
         posterior,
         reference=reference,
         reference_mask=reference_mask,
+        pending=pending,
         time=time,
         samples=samples,
         compared=compared,

@@ -12,7 +12,22 @@ from ._acquisition import propose
 from ._observations import Observations, add, empty, mask
 from ._sampling import spread_table, turned, uniforms
 from ._space import SearchSpace
-from ._surrogate import Hyper, SurrogateConfig, fit, initial_hyper
+from ._surrogate import Hyper, Posterior, SurrogateConfig, fit, initial_hyper, predict
+
+# References compared by the acquisition, besides those of a batch.
+_COMPARED = 16
+# Side of the trust region: at first, at least, at most; doubled after three improvements in a row.
+_SIDE, _SIDE_MIN, _SIDE_MAX = 0.8, 2.0**-7, 1.6
+_WINS = 3
+
+
+class Region(NamedTuple):
+    """A trust region: a box around the best point, which grows with success and shrinks without."""
+
+    side: Float[Array, ""]
+    """Share of the cube's side."""
+    streak: Int[Array, ""]
+    """Improvements in a row, or trials without one, negative."""
 
 
 class EngineState(NamedTuple):
@@ -20,6 +35,7 @@ class EngineState(NamedTuple):
 
     observations: Observations
     hyper: Hyper
+    region: Region
     key: PRNGKeyArray
     asked: Int[Array, ""]
     """How many points were ever suggested."""
@@ -30,7 +46,7 @@ class EngineState(NamedTuple):
 class BayesianOptimizer:
     """Minimises a function of a few hyperparameters that is expensive or noisy, in pure functions.
 
-    All three methods are pure and work under ``jax.jit`` and ``jax.vmap``; nothing recompiles as observations arrive.
+    All methods are pure and work under ``jax.jit`` and ``jax.vmap``; nothing recompiles as observations arrive.
 
     Example:
         >>> optimizer = BayesianOptimizer({"x": (0.0, 1.0)}, capacity=16)
@@ -44,30 +60,56 @@ class BayesianOptimizer:
 
     Args:
       space: A `SearchSpace` or anything it accepts.
-      capacity: Most observations remembered at a time. Cost grows with its cube, whatever the number of observations;
-        beyond it `observations.add` says which are forgotten.
+      capacity: Most observations remembered at a time. Cost grows with its cube, whatever the number of observations.
+        Beyond it each new observation takes the place of the oldest that is not among the best quarter, failures
+        counting as worst; with `has_drift`, of the oldest.
       initial: Points of a space-filling design before the surrogate decides; ``2 (d + 1)`` at most 16 by default.
-      has_drift: Whether the objective moves with time; then one observation is one unit of time.
+      has_drift: Whether the objective moves with time. Old observations then count the less the older they are, and
+        what is sought is the minimum at the time of the suggestion.
+      drift_time: In how much time the objective becomes another one, roughly; the fit corrects it. By default the unit
+        is one observation.
+      has_groups: Whether scores carry an unknown offset that all observations with the same ``group`` share: the level
+        of a round, a machine or a batch of data. Only differences within a group then say where the minimum lies.
+      has_trust_region: Whether suggestions stay in a box around the best point, whose side halves after ``max(4, d)``
+        trials without improvement and doubles after three improvements in a row. For many dimensions.
+
+    Raises:
+      ValueError: A size or time that makes no sense.
     """
 
-    def __init__(self, space: Any, capacity: int = 64, *, initial: int | None = None, has_drift: bool = False):
+    def __init__(
+        self,
+        space: Any,
+        capacity: int = 64,
+        *,
+        initial: int | None = None,
+        has_drift: bool = False,
+        drift_time: float = 20.0,
+        has_groups: bool = False,
+        has_trust_region: bool = False,
+    ):
         self.space = SearchSpace(space)
         dims = self.space.dims
         if capacity < 2:
             raise ValueError(f"capacity must be at least 2 observations; got {capacity!r}.")
         if initial is not None and initial < 1:
             raise ValueError(f"initial must be at least 1 point; got {initial!r}. Leave it out for the default.")
+        if not 0.0 < drift_time < math.inf:
+            raise ValueError(f"drift_time must be above zero and finite; got {drift_time!r}.")
         self.capacity = capacity
         self.initial = min(2 * (dims + 1), 16) if initial is None else initial
         self.has_drift = has_drift
+        self.has_groups = has_groups
+        self.has_trust_region = has_trust_region
         self.config = SurrogateConfig(
             dims=dims,
             is_categorical=tuple(bool(flag) for flag in self.space.is_categorical),
             has_time=has_drift,
+            has_groups=has_groups,
             # Without the sqrt(2) of the usual dimension-scaled prior, which suits hundreds of dimensions and costs
             # regret in two to six.
             lengthscale_loc=(0.5 * math.log(dims),) * dims,
-            time_loc=3.0,
+            time_loc=math.log(drift_time),
         )
 
     def init(self, key: PRNGKeyArray) -> EngineState:
@@ -77,6 +119,7 @@ class BayesianOptimizer:
         return EngineState(
             observations=empty(self.capacity, dims),
             hyper=initial_hyper(self.config),
+            region=Region(jnp.float32(_SIDE), jnp.int32(0)),
             key=key,
             asked=jnp.zeros((), jnp.int32),
             design=self.space.snap(
@@ -84,80 +127,159 @@ class BayesianOptimizer:
             ),
         )
 
-    def suggest(self, state: EngineState, count: int | None = None) -> tuple[dict[str, Array], EngineState]:
+    def suggest(
+        self, state: EngineState, count: int | None = None, *, time: Any = None
+    ) -> tuple[dict[str, Array], EngineState]:
         """The next point to evaluate, or the next ``count`` to evaluate at once.
 
         Args:
           state: What the optimiser knows.
           count: Static. With a number, arrays have a leading axis of that length: each point of the batch improves on
             the joint posterior of the observed points and of those before it in the batch.
+          time: When the points will run, with `has_drift`; one unit after the last observation by default.
 
         Returns:
           Physical values by name, and the new state.
+
+        Cost:
+          One fit, O(capacity^3), and ``count`` acquisitions, whatever the number of observations.
         """
         size = 1 if count is None else count
         if size < 1:
             raise ValueError(f"count must be at least 1; got {count!r}.")
-        obs, config, dims = state.observations, self.config, self.space.dims
+        obs, dims = state.observations, self.space.dims
         key, fit_key, propose_key = jax.random.split(state.key, 3)
         used = mask(obs)
-        now = obs.count.astype(jnp.float32)
-        posterior = fit(config, obs, start=state.hyper, key=fit_key)
+        now = self._time(obs, time)
+        posterior = fit(self.config, obs, start=state.hyper, key=fit_key)
+        lower, upper = self._box(state, posterior, now)
+
+        reference = jnp.concatenate([jnp.where(used[:, None], obs.x, 0.5), jnp.full((size, dims), 0.5)])
+        is_reference = jnp.concatenate([used & ~obs.failed, jnp.zeros(size, bool)])
+        pending = jnp.arange(used.size + size) >= used.size if size > 1 else None
 
         def one(carry, inputs):
             reference, is_reference = carry
             slot, sub = inputs
             point = propose(
-                config,
+                self.config,
                 posterior,
                 sub,
-                lower=jnp.zeros(dims, jnp.float32),
-                upper=jnp.ones(dims, jnp.float32),
+                lower=lower,
+                upper=upper,
                 snap=self.space.snap,
                 reference=reference,
                 reference_mask=is_reference,
+                pending=pending,
                 time=now,
+                compared=_COMPARED + size - 1,
             )
             is_design = obs.count + slot < self.initial
             point = jnp.where(is_design, state.design[(state.asked + slot) % self.initial], point)
             index = used.size + slot
             return (reference.at[index].set(point), is_reference.at[index].set(True)), point
 
-        reference = jnp.concatenate([jnp.where(used[:, None], obs.x, 0.5), jnp.full((size, dims), 0.5)])
-        is_reference = jnp.concatenate([used & ~obs.failed, jnp.zeros(size, bool)])
         inputs = (jnp.arange(size), jax.random.split(propose_key, size))
         _, points = jax.lax.scan(one, (reference, is_reference), inputs)
         points = points[0] if count is None else points
         state = state._replace(key=key, hyper=posterior.hyper, asked=state.asked + size)
         return self.space.decode(points), state
 
-    def observe(self, state: EngineState, x: Mapping[str, Any], y: Any, *, noise: Any = 0.0) -> EngineState:
+    def observe(
+        self, state: EngineState, x: Mapping[str, Any], y: Any, *, noise: Any = 0.0, time: Any = None, group: Any = 0
+    ) -> EngineState:
         """Records the score of a point, suggested or not.
 
         Args:
           state: What the optimiser knows.
           x: Physical values by name; clipped to the space.
           y: Score, minimised. Non-finite marks a failure. With a leading axis of k, k points at once.
-          noise: Known variance of the score, as for `y`.
+          noise: Known variance of the score, as for `y`, on top of the noise that is learnt; 0 if unknown.
+          time: When the points ran, with `has_drift`, as for `y`; by default each one unit after the one before.
+          group: Integer; points with the same one share an offset, with `has_groups`. As for `y`.
 
         Returns:
           The new state.
         """
-        point = self.space.snap(self.space.encode(x))
+        point = self.space.snap(self.space.encode(x)).reshape(-1, self.space.dims)
         y = jnp.asarray(y, jnp.float32)
-        noise = jnp.broadcast_to(jnp.asarray(noise, jnp.float32), y.shape)
-        point = point.reshape(-1, self.space.dims)
 
-        def record(obs, trial):
-            where, score, variance = trial
-            time = obs.count.astype(jnp.float32)
-            return add(obs, where, score, noise=variance, time=time), None
+        def column(value, dtype):
+            return jnp.broadcast_to(jnp.asarray(value, dtype), y.shape).reshape(-1)
 
-        obs, _ = jax.lax.scan(record, state.observations, (point, y.reshape(-1), noise.reshape(-1)))
-        return state._replace(observations=obs)
+        times = column(jnp.nan if time is None else time, jnp.float32)
 
-    def best(self, state: EngineState) -> dict[str, Array]:
-        """Physical values of the observed point with the lowest score."""
+        def record(carry, trial):
+            obs, region = carry
+            where, score, variance, when, which = trial
+            when = jnp.where(jnp.isfinite(when), when, self._time(obs, None))
+            region = self._resized(region, obs, score)
+            obs = add(
+                obs,
+                where,
+                score,
+                noise=variance,
+                time=when,
+                group=which,
+                # The best of an objective that moved away is no better than the rest.
+                keep_best=0.0 if self.has_drift else 0.25,
+            )
+            return (obs, region), None
+
+        trials = (point, y.reshape(-1), column(noise, jnp.float32), times, column(group, jnp.int32))
+        (obs, region), _ = jax.lax.scan(record, (state.observations, state.region), trials)
+        return state._replace(observations=obs, region=region)
+
+    def best(self, state: EngineState, *, time: Any = None) -> dict[str, Array]:
+        """Physical values of the best observed point.
+
+        That is the one with the lowest score; with `has_drift` or `has_groups`, where scores do not compare, the one
+        with the lowest posterior mean at ``time``, at the cost of a fit.
+
+        Args:
+          state: What the optimiser knows.
+          time: As for `suggest`.
+        """
         obs = state.observations
+        score = obs.y
+        if self.has_drift or self.has_groups:
+            posterior = fit(self.config, obs, start=state.hyper, key=state.key)
+            score, _ = predict(self.config, posterior, obs.x, time=self._time(obs, time))
+        return self.space.decode(obs.x[_lowest(obs, score)])
+
+    def _time(self, obs: Observations, time: Any) -> Float[Array, ""]:
+        if time is not None:
+            return jnp.asarray(time, jnp.float32)
+        # Used slots are a leading run in the order of arrival.
+        last = obs.time[jnp.clip(obs.count - 1, 0, self.capacity - 1)]
+        return jnp.where(obs.count > 0, last + 1.0, 0.0)
+
+    def _box(self, state: EngineState, posterior: Posterior, now: Float[Array, ""]):
+        """Where to look: everywhere, or in the trust region."""
+        lower, upper = jnp.zeros(self.space.dims, jnp.float32), jnp.ones(self.space.dims, jnp.float32)
+        if not self.has_trust_region:
+            return lower, upper
+        obs = state.observations
+        mean, _ = predict(self.config, posterior, obs.x, time=now)
+        centre = obs.x[_lowest(obs, mean)]
+        # Nothing is near or far among options without order.
+        is_bounded = ~jnp.asarray(self.space.is_categorical) & jnp.any(mask(obs) & ~obs.failed)
+        half = 0.5 * state.region.side
+        lower = jnp.where(is_bounded, jnp.maximum(centre - half, 0.0), lower)
+        return lower, jnp.where(is_bounded, jnp.minimum(centre + half, 1.0), upper)
+
+    def _resized(self, region: Region, obs: Observations, score: Float[Array, ""]) -> Region:
+        """The trust region after one more trial; it starts anew when it has become too small."""
         usable = mask(obs) & ~obs.failed
-        return self.space.decode(obs.x[jnp.argmin(jnp.where(usable, obs.y, jnp.inf))])
+        is_win = jnp.isfinite(score) & (score < jnp.min(jnp.where(usable, obs.y, jnp.inf)))
+        streak = jnp.where(is_win, jnp.maximum(region.streak, 0) + 1, jnp.minimum(region.streak, 0) - 1)
+        # The design belongs to no region.
+        streak = jnp.where(obs.count < self.initial, 0, streak)
+        grows, shrinks = streak >= _WINS, streak <= -max(4, self.space.dims)
+        side = jnp.where(grows, jnp.minimum(2.0 * region.side, _SIDE_MAX), region.side)
+        side = jnp.where(shrinks, 0.5 * side, side)
+        return Region(jnp.where(side < _SIDE_MIN, _SIDE, side), jnp.where(grows | shrinks, 0, streak))
+
+
+def _lowest(obs: Observations, score: Float[Array, "n"]) -> Int[Array, ""]:
+    return jnp.argmin(jnp.where(mask(obs) & ~obs.failed, score, jnp.inf))

@@ -84,8 +84,8 @@ def targets(
       obs: The trials.
       group: Trials that share an intercept.
       level: Prior mean at the trials, in the unit of the score.
-      standardise: Whether scores come in an arbitrary unit: then `half_rank` tames them and residuals are scaled to
-        unit variance; otherwise outliers are compressed.
+      standardise: Whether scores come in an arbitrary unit: then residuals are scaled to unit variance, and `half_rank`
+        tames the scores unless groups are centred apart; ranks across groups would compare their intercepts.
       is_centred_apart: Whether each group is centred by its own mean, which leaves ``location`` at 0.
       outlier: Distance from the median of the group, in the unit of the score, beyond which scores are compressed
         logarithmically unless ``standardise``.
@@ -99,8 +99,18 @@ def targets(
     same = (group[:, None] == group[None, :]) & good[None, :]
     count = jnp.maximum(jnp.sum(good), 1).astype(jnp.float32)
     location, scale = jnp.float32(0.0), jnp.float32(1.0)
-    if standardise:
+    if standardise and not is_centred_apart:
         centred, location, scale = half_rank(obs.y, good)
+    elif standardise:
+        centred = jnp.where(good, obs.y - _group_median(obs.y, same), 0.0)
+        # The better half sets the unit, however bad the worst is.
+        is_better_half = good & (centred < 0.0)
+        members = jnp.maximum(jnp.sum(is_better_half, dtype=jnp.float32), 1.0)
+        scale = jnp.sqrt(jnp.sum(jnp.where(is_better_half, jnp.square(centred), 0.0)) / members)
+        # Without a better half the others set it; without any difference any unit does.
+        scale = jnp.where(scale > 0.0, scale, jnp.max(centred))
+        scale = jnp.where(scale > 1e-6 * jnp.max(jnp.abs(jnp.where(good, obs.y, 0.0))), scale, 1.0)
+        centred = _compress(centred / scale, outlier)
     else:
         median = _group_median(obs.y, same)
         centred = _compress(obs.y - median, outlier)
