@@ -55,6 +55,7 @@ def log_improvement(
     time: Float[Array, ""] | float = 0.0,
     samples: int = 8,
     compared: int = 16,
+    confidence: float | None = None,
 ) -> tuple[Callable[[Float[Array, "d"]], Float[Array, ""]], Float[Array, "c d"], Bool[Array, "c"]]:
     """The logarithm of the expected improvement on the unknown minimum over some reference points.
 
@@ -68,6 +69,9 @@ def log_improvement(
       time: When ``f`` is meant.
       samples: Static number of joint samples of ``f`` at the references that the improvement is averaged over.
       compared: Static number of references, best in the mean, whose minimum is to be improved upon.
+      confidence: Static. With a number, not the improvement but minus the lower confidence bound: the posterior mean
+        less so many standard deviations, given the scores that the pending references will have. For objectives that
+        move, where each trial counts.
 
     Returns:
       The function of one snapped point, in the surrogate's unit (without references: minus the posterior mean); the
@@ -98,8 +102,11 @@ def log_improvement(
     # Conditioning on f at those references extends the whitening by one block; masked ones are rows of the identity.
     unit = prior_variance(config, posterior)
     joint = covariance(config, posterior, live, live) - white @ white.T
-    joint = jnp.where(is_live[:, None] & is_live[None, :], joint, 0.0)
-    joint += jnp.diag(jnp.where(is_live, _REFERENCE_JITTER * unit, 1.0))
+    is_given = is_live
+    if confidence is not None:
+        is_given &= False if pending is None else pending[index]
+    joint = jnp.where(is_given[:, None] & is_given[None, :], joint, 0.0)
+    joint += jnp.diag(jnp.where(is_given, _REFERENCE_JITTER * unit, 1.0))
     factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
     identity = jnp.eye(compared, dtype=jnp.float32)
     # Without a factor in float32 the references are known to rounding, and each is taken on its own.
@@ -112,7 +119,7 @@ def log_improvement(
     best = jnp.where(has_reference, best, 0.0)
 
     everything = jnp.concatenate([posterior.x, live])
-    is_known = jnp.concatenate([posterior.used, is_live])
+    is_known = jnp.concatenate([posterior.used, is_given])
     lags = jnp.concatenate([lag, jnp.zeros(compared, jnp.float32)])
 
     def of(x: Float[Array, "d"]) -> Float[Array, ""]:
@@ -123,6 +130,8 @@ def log_improvement(
         variance = unit - jnp.sum(jnp.square(seen)) - jnp.sum(jnp.square(shared))
         deviation = jnp.sqrt(jnp.maximum(variance, _VARIANCE_FLOOR * unit))
         mean = level(posterior, x) + seen @ posterior.white
+        if confidence is not None:
+            return confidence * deviation - mean
         value = log_h((best - mean - shared @ normal) / deviation) + jnp.log(deviation)
         return jnp.where(has_reference, jax.nn.logsumexp(value) - math.log(samples), -mean)
 
@@ -178,6 +187,7 @@ def propose(
     candidates: int = 256,
     searches: int = 16,
     steps: int = 12,
+    confidence: float | None = None,
 ) -> Float[Array, "d"]:
     """The point of the box with the largest expected improvement on the best of the reference points.
 
@@ -201,6 +211,7 @@ def propose(
       candidates: Static number of candidates.
       searches: Static number of searches that share the candidates, each climbing from its best.
       steps: Static number of gradient steps of each.
+      confidence: As for `log_improvement`.
 
     Returns:
       A snapped point.
@@ -218,6 +229,7 @@ def propose(
         time=time,
         samples=samples,
         compared=compared,
+        confidence=confidence,
     )
 
     def place(u: Float[Array, "d"]) -> Float[Array, "d"]:

@@ -16,6 +16,8 @@ from ._surrogate import Hyper, Posterior, SurrogateConfig, fit, initial_hyper, p
 
 # References compared by the acquisition, besides those of a batch.
 _COMPARED = 16
+# Standard deviations of the lower confidence bound that is minimised where the objective moves.
+_CONFIDENCE = 1.0
 # Side of the trust region: at first, at least, at most; doubled after three improvements in a row.
 _SIDE, _SIDE_MIN, _SIDE_MAX = 0.8, 2.0**-7, 1.6
 _WINS = 3
@@ -63,9 +65,11 @@ class BayesianOptimizer:
       capacity: Most observations remembered at a time. Cost grows with its cube, whatever the number of observations.
         Beyond it each new observation takes the place of the oldest that is not among the best quarter, failures
         counting as worst; with `has_drift`, of the oldest.
-      initial: Points of a space-filling design before the surrogate decides; ``2 (d + 1)`` at most 16 by default.
+      initial: Points of a space-filling design before the surrogate decides; ``2 (d + 1)`` at most 16 by default,
+        ``d + 2`` at most 16 with `has_drift`.
       has_drift: Whether the objective moves with time. Old observations then count the less the older they are, and
-        what is sought is the minimum at the time of the suggestion.
+        what is sought is the minimum at the time of the suggestion. Every trial counts, not only the best: suggestions
+        minimise a lower confidence bound of one standard deviation instead of maximising the expected improvement.
       drift_time: In how much time the objective becomes another one, roughly; the fit corrects it. By default the unit
         is one observation.
       has_groups: Whether scores carry an unknown offset that all observations with the same ``group`` share: the level
@@ -97,7 +101,7 @@ class BayesianOptimizer:
         if not 0.0 < drift_time < math.inf:
             raise ValueError(f"drift_time must be above zero and finite; got {drift_time!r}.")
         self.capacity = capacity
-        self.initial = min(2 * (dims + 1), 16) if initial is None else initial
+        self.initial = min(dims + 2 if has_drift else 2 * (dims + 1), 16) if initial is None else initial
         self.has_drift = has_drift
         self.has_groups = has_groups
         self.has_trust_region = has_trust_region
@@ -173,6 +177,7 @@ class BayesianOptimizer:
                 pending=pending,
                 time=now,
                 compared=_COMPARED + size - 1,
+                confidence=_CONFIDENCE if self.has_drift else None,
             )
             is_design = obs.count + slot < self.initial
             point = jnp.where(is_design, state.design[(state.asked + slot) % self.initial], point)

@@ -27,6 +27,10 @@ from ._targets import targets
 
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
 _SAME_OPTION = 1e-4
+# Squared distance, in lengthscales, below which two points are one; a square root at zero has no gradient.
+_SAME_PLACE = 1e-12
+# Triangles up to this size are inverted by substitution.
+_SMALL_TRIANGLE = 32
 # Reach of the fit about the prior's location, in the prior's scales.
 _REACH = 4.0
 
@@ -152,7 +156,7 @@ class Posterior(NamedTuple):
 class _Data(NamedTuple):
     """What the evidence needs and the hyperparameters do not change."""
 
-    difference: Float[Array, "n n d"]
+    square: Float[Array, "d n n"]
     lag: Float[Array, "n n"]
     same_group: Bool[Array, "n n"]
     used: Bool[Array, "n"]
@@ -182,37 +186,60 @@ def _bowl(mean: PriorMean, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"
     return 2.0 * quadratic / (1.0 + jnp.sqrt(1.0 + quadratic))
 
 
-def _difference(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n d"]) -> Float[Array, "m n d"]:
-    delta = x[:, None, :] - z[None, :, :]
+def _square(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n d"]) -> Float[Array, "d m n"]:
+    """Squared distance per dimension. The pairs come last, so that compilers vectorise over them and not over d."""
+    delta = x.T[:, :, None] - z.T[:, None, :]
     if not any(config.is_categorical):
-        return delta
+        return jnp.square(delta)
     is_other = jnp.where(jnp.abs(delta) > _SAME_OPTION, 1.0, 0.0)
-    return jnp.where(jnp.array(config.is_categorical), is_other, delta)
+    return jnp.where(jnp.array(config.is_categorical)[:, None, None], is_other, jnp.square(delta))
 
 
 def _shape_kernel(
-    config: SurrogateConfig, hyper: Hyper, difference: Float[Array, "m n d"], lag: Float[Array, "m n"]
+    config: SurrogateConfig, hyper: Hyper, square: Float[Array, "d m n"], lag: Float[Array, "m n"]
 ) -> Float[Array, "m n"]:
-    """Covariance of ``f``. Stationary kernels see only differences, so those are what they are given."""
+    """Covariance of ``f``. A stationary kernel sees only the scaled distance, so that is what it is given."""
     kernels = _kernels()
-    matern = kernels.Matern52(
-        lengthscale=jnp.exp(hyper.lengthscale), variance=jnp.exp(2.0 * hyper.signal), n_dims=config.dims
+
+    def of_distance(kernel, distance):
+        return jax.vmap(lambda r: kernel(r[None], jnp.zeros(1, jnp.float32)))(distance.reshape(-1)).reshape(lag.shape)
+
+    # A product, not a sum: XLA fuses a sum into what follows, which then is not vectorised.
+    total = jnp.dot(
+        jnp.exp(-2.0 * hyper.lengthscale), square.reshape(config.dims, -1), precision=jax.lax.Precision.HIGHEST
     )
-    origin = jnp.zeros(config.dims, jnp.float32)
-    covariance = jax.vmap(jax.vmap(lambda delta: matern(delta, origin)))(difference)
+    distance = jnp.sqrt(jnp.maximum(total, _SAME_PLACE))
+    one = jnp.float32(1.0)
+    covariance = of_distance(
+        kernels.Matern52(lengthscale=one, variance=jnp.exp(2.0 * hyper.signal), n_dims=1), distance
+    )
     if config.has_time:
-        decay = kernels.Matern12(lengthscale=jnp.exp(hyper.time_lengthscale))
-        covariance *= jax.vmap(jax.vmap(lambda delta: decay(delta[None], jnp.zeros(1, jnp.float32))))(lag)
+        covariance *= of_distance(kernels.Matern12(lengthscale=jnp.exp(hyper.time_lengthscale), n_dims=1), lag)
     return covariance
 
 
 def _gram(config: SurrogateConfig, data: _Data, hyper: Hyper) -> Float[Array, "n n"]:
     """Covariance of the scores; unused slots are rows of the identity and drop out of every result exactly."""
-    covariance = _shape_kernel(config, hyper, data.difference, data.lag)
+    covariance = _shape_kernel(config, hyper, data.square, data.lag)
     covariance += jnp.where(data.same_group, config.intercept_scale**2, 0.0)
     covariance = jnp.where(data.used[:, None] & data.used[None, :], covariance, 0.0)
     noise = jnp.exp(2.0 * hyper.noise) + config.noise_floor**2 + data.noise
     return covariance + jnp.diag(jnp.where(data.used, noise, 1.0))
+
+
+def _inverse(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """Inverse of a lower triangle, by halves: matrix products run several times faster than substitution."""
+    n = lower.shape[-1]
+    if n <= _SMALL_TRIANGLE or n % 2:
+        identity = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), lower.shape)
+        return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    half = n // 2
+    corner = lower[..., half:, :half]
+    first, second = _inverse(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]]))
+    corner = -(second @ (corner @ first))
+    return jnp.concatenate(
+        [jnp.concatenate([first, jnp.zeros_like(corner)], -1), jnp.concatenate([corner, second], -1)], -2
+    )
 
 
 def _evidence(
@@ -225,8 +252,7 @@ def _evidence(
     """
     joint, pull = jax.vjp(lambda t: _gram(config, data, _unflatten(config, t)), theta)
     cholesky = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
-    identity = jnp.eye(joint.shape[0], dtype=jnp.float32)
-    whitener = jax.lax.linalg.triangular_solve(cholesky, identity, left_side=True, lower=True)
+    whitener = _inverse(cholesky)
     white = whitener @ data.residual
     alpha = whitener.T @ white
     (gradient,) = pull(0.5 * (whitener.T @ whitener - alpha[:, None] * alpha[None, :]))
@@ -301,7 +327,7 @@ def fit(
         failure_margin=config.failure_margin,
     )
     data = _Data(
-        difference=_difference(config, x, x),
+        square=_square(config, x, x),
         lag=obs.time[:, None] - obs.time[None, :],
         same_group=group[:, None] == group[None, :],
         used=used,
@@ -344,7 +370,7 @@ def covariance(
 ) -> Float[Array, "m k"]:
     """Prior covariance of ``f`` between two sets of points ``lag`` apart in time, in the surrogate's unit."""
     lag = jnp.broadcast_to(jnp.asarray(lag, jnp.float32), (x.shape[0], z.shape[0]))
-    prior = _shape_kernel(config, posterior.hyper, _difference(config, x, z), lag)
+    prior = _shape_kernel(config, posterior.hyper, _square(config, x, z), lag)
     return prior if config.has_groups else prior + config.intercept_scale**2
 
 

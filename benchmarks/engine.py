@@ -1,26 +1,32 @@
 """How good and how fast is the optimiser on its own, beside random search and other libraries.
 
-    python benchmarks/engine.py regret  --out docs/engine_regret.json     # 10 seeds, every function; about an hour
-    python benchmarks/engine.py latency --out docs/engine_latency.json
-    python benchmarks/engine.py regret --functions branin --seeds 2 --methods ours,random     # a small run
+    python -m benchmarks.engine regret     # every problem and method, `--seeds` each
+    python -m benchmarks.engine latency    # processor time of a suggestion; first suggestions; many problems at once
+    python -m benchmarks.engine sweep      # ten thousand random histories in float32
+    python -m benchmarks.engine report     # docs/engine.png and the tables, from the figures stored so far
 
-Peers (Optuna's samplers, BoTorch) run where they are installed and are left out where they are not: ``pip install
-optuna botorch``. For timings that mean something run on an idle machine with one thread: the script sets XLA, OpenMP
-and OpenBLAS to one before JAX is imported, and reports processor time.
+Figures are stored cell by cell in ``--store`` (docs/engine.json); what is stored already is not run again, so a long run
+may be cut anywhere. ``--problems``, ``--methods`` and ``--seeds`` make a small one. Peers run where they are installed:
+``pip install autotunenet-jax[peers]``. Everything runs on one thread in one process; times are processor time, which
+another program on the machine still lengthens through shared caches and memory.
 """
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
+import pathlib
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
     "JAX_PLATFORMS": "cpu",
 }
 for _name, _value in ONE_THREAD.items():
@@ -31,304 +37,264 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 import autotunenet_jax as atn  # noqa: E402
+from benchmarks import _engine_peers, _engine_report, _engine_sweep  # noqa: E402
+from benchmarks._engine_problems import PROBLEMS, Problem  # noqa: E402
 
 CHECKPOINTS = (25, 50, 100)
-HARTMANN_WEIGHTS = np.array([1.0, 1.2, 3.0, 3.2])
-HARTMANN_3 = (
-    np.array([[3, 10, 30], [0.1, 10, 35], [3, 10, 30], [0.1, 10, 35]]),
-    1e-4 * np.array([[3689, 1170, 2673], [4699, 4387, 7470], [1091, 8732, 5547], [381, 5743, 8828]]),
-)
-HARTMANN_6 = (
-    np.array([[10, 3, 17, 3.5, 1.7, 8], [0.05, 10, 17, 0.1, 8, 14],
-              [3, 3.5, 1.7, 10, 17, 8], [17, 8, 0.05, 10, 0.1, 14]]),
-    1e-4 * np.array([[1312, 1696, 5569, 124, 8283, 5886], [2329, 4135, 8307, 3736, 1004, 9991],
-                     [2348, 1451, 3522, 2883, 3047, 6650], [4047, 8828, 8732, 5743, 1091, 381]]),
-)  # fmt: skip
+# Smaller regrets are rounding errors of the problems in float32.
+REGRET_FLOOR = 1e-6
+DIMS, SIZES = (1, 2, 6, 12), (10, 32, 64, 100, 128, 256)
+TIMED_METHODS = ("ours", "BoTorch", "Optuna GP", "Optuna TPE")
 
 
-def branin(u, t):
-    x, y = 15.0 * u[0] - 5.0, 15.0 * u[1]
-    bowl = y - 5.1 / (4.0 * np.pi**2) * x**2 + 5.0 / np.pi * x - 6.0
-    return bowl**2 + 10.0 * (1.0 - 1.0 / (8.0 * np.pi)) * jnp.cos(x) + 10.0 - 0.39788735772973816
+class Store:
+    """Figures by section and cell, on disk after every one."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.data = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def get(self, section, *cell):
+        return self.data.get(section, {}).get("|".join(map(str, cell)))
+
+    def put(self, value, section, *cell):
+        self.data.setdefault(section, {})["|".join(map(str, cell))] = value
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=0, sort_keys=True) + "\n")
+        partial.replace(self.path)
 
 
-def hartmann(u, t):
-    a, p = HARTMANN_3 if u.size == 3 else HARTMANN_6
-    top = 3.86277978 if u.size == 3 else 3.32236801
-    return top - jnp.sum(
-        jnp.asarray(HARTMANN_WEIGHTS) * jnp.exp(-jnp.sum(jnp.asarray(a) * (u - jnp.asarray(p)) ** 2, 1))
-    )
-
-
-def rosenbrock(u, t):
-    x = 15.0 * u - 5.0
-    return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
-
-
-def levy(u, t):
-    w = 1.0 + (20.0 * u - 11.0) / 4.0
-    middle = jnp.sum((w[:-1] - 1.0) ** 2 * (1.0 + 10.0 * jnp.sin(np.pi * w[:-1] + 1.0) ** 2))
-    return jnp.sin(np.pi * w[0]) ** 2 + middle + (w[-1] - 1.0) ** 2 * (1.0 + jnp.sin(2.0 * np.pi * w[-1]) ** 2)
-
-
-def ackley(u, t):
-    x = 40.0 * u - 15.0
-    return -20.0 * jnp.exp(-0.2 * jnp.sqrt(jnp.mean(x**2))) - jnp.exp(jnp.mean(jnp.cos(2.0 * np.pi * x))) + 20.0 + np.e
-
-
-def camel(u, t):
-    x, y = 6.0 * u[0] - 3.0, 4.0 * u[1] - 2.0
-    return (4.0 - 2.1 * x**2 + x**4 / 3.0) * x**2 + x * y + (4.0 * y**2 - 4.0) * y**2 + 1.031628453
-
-
-def styblinski(u, t):
-    x = 10.0 * u - 5.0
-    return jnp.sum(x**4 - 16.0 * x**2 + 5.0 * x) / 2.0 + 39.16616570377142 * u.size
-
-
-def valley(u, t):
-    """Gentle on one side, exponential on the other, as a loss over the logarithm of a learning rate is."""
-    x = 8.0 * (u - 0.37)
-    return jnp.sum(jnp.where(x < 0.0, 0.3 * x**2, jnp.expm1(x) - x))
-
-
-def cliff(u, t):
-    """A bowl beside a region where every trial fails."""
-    x = u - jnp.array([0.6, 0.35])
-    score = 20.0 * jnp.sum(x**2) + 0.3 * jnp.sin(12.0 * x[0]) ** 2
-    return jnp.where(u[0] + 0.3 * u[1] > 0.85, jnp.nan, score)
-
-
-def moving(u, t):
-    """A bowl whose minimum circles once in a hundred evaluations."""
-    phase = 2.0 * np.pi * t / 100.0
-    return 10.0 * jnp.sum((u - 0.5 - 0.3 * jnp.stack([jnp.cos(phase), jnp.sin(phase)])) ** 2)
-
-
-def mixed(u, t):
-    """One log-scaled rate, one integer, one option without order; large rates fail."""
-    rate, layers, kind = 4.0 * u[0] - 5.0, jnp.floor(8.0 * u[1]) + 1.0, jnp.floor(3.0 * u[2])
-    score = (rate + 3.0) ** 2 + 0.2 * jnp.abs(layers - 5.0) + kind
-    return jnp.where(rate > -1.5, jnp.nan, score)
-
-
-# Function, dimensions, standard deviation of the noise. Regret is measured without the noise.
-FUNCTIONS = {
-    "branin": (branin, 2, 0.0),
-    "hartmann3": (hartmann, 3, 0.0),
-    "hartmann6": (hartmann, 6, 0.0),
-    "rosenbrock2": (rosenbrock, 2, 0.0),
-    "rosenbrock4": (rosenbrock, 4, 0.0),
-    "levy4": (levy, 4, 0.0),
-    "ackley4": (ackley, 4, 0.0),
-    "camel": (camel, 2, 0.0),
-    "styblinski3": (styblinski, 3, 0.0),
-    "valley": (valley, 2, 0.0),
-    "cliff": (cliff, 2, 0.0),
-    "mixed": (mixed, 3, 0.0),
-    "branin noisy": (branin, 2, 5.0),
-    "hartmann6 noisy": (hartmann, 6, 0.1),
-    "moving": (moving, 2, 0.0),
-}
-
-
-def space_of(name, dims):
-    if name == "mixed":
-        return {"x0": atn.Float(0.0, 1.0), "x1": atn.Int(0, 7), "x2": atn.Choice(["a", "b", "c"])}
-    return {f"x{i}": atn.Float(0.0, 1.0) for i in range(dims)}
-
-
-def unit_of(name, point, dims):
-    """Unit-cube coordinates of a point of `space_of`, on which the functions are defined."""
-    values = [jnp.asarray(point[f"x{i}"], jnp.float32) for i in range(dims)]
-    if name == "mixed":
-        values = [values[0], (values[1] + 0.5) / 8.0, (values[2] + 0.5) / 3.0]
-    return jnp.stack(values)
-
-
-def run_ours(name, seeds, budget):
-    """All seeds in one compiled call."""
-    function, dims, noise = FUNCTIONS[name]
-    optimizer = atn.BayesianOptimizer(space_of(name, dims), capacity=budget, has_drift=name == "moving")
+@functools.cache
+def simulation(name, budget):
+    """A whole optimisation of a problem by our engine: from a key to the values it met."""
+    problem = PROBLEMS[name]
+    optimizer = atn.BayesianOptimizer(problem.space, capacity=budget, has_drift=problem.is_drifting)
 
     def step(state, inputs):
         t, key = inputs
         point, state = optimizer.suggest(state)
-        value = function(unit_of(name, point, dims), t)
-        return optimizer.observe(state, point, value + noise * jax.random.normal(key)), value
+        value = problem.function(problem.unit(point), t)
+        return optimizer.observe(state, point, value + problem.noise * jax.random.normal(key)), value
 
     def one(key):
         first, second = jax.random.split(key)
         inputs = (jnp.arange(budget, dtype=jnp.float32), jax.random.split(second, budget))
         return jax.lax.scan(step, optimizer.init(first), inputs)[1]
 
-    keys = jnp.stack([jax.random.key(seed) for seed in range(seeds)])
-    return np.asarray(jax.jit(jax.vmap(one))(keys))
+    return jax.jit(jax.vmap(one))
+
+
+def run_ours(name, seeds, budget):
+    """All seeds in one compiled call."""
+    return np.asarray(simulation(name, budget)(jnp.stack([jax.random.key(seed) for seed in seeds])))
 
 
 def run_asked(name, seeds, budget, make):
-    """A peer that is asked and told point by point: ``make(seed)`` gives ``ask() -> unit point`` and ``tell(y)``."""
-    function, _, noise = FUNCTIONS[name]
-    compiled = jax.jit(function)
-    values = np.zeros((seeds, budget))
-    for seed in range(seeds):
-        ask, tell = make(seed)
+    """A peer that is asked and told point by point."""
+    problem, values = PROBLEMS[name], np.zeros((len(seeds), budget))
+    function = problem.compiled()
+    for row, seed in enumerate(seeds):
+        ask, tell = make(problem, seed)
         generator = np.random.default_rng(1000 + seed)
         for t in range(budget):
-            values[seed, t] = compiled(jnp.asarray(ask(), jnp.float32), float(t))
-            tell(values[seed, t] + noise * generator.normal())
+            values[row, t] = function(jnp.asarray(ask(), jnp.float32), float(t))
+            tell(values[row, t] + problem.noise * generator.normal())
     return values
 
 
-def random_search(name, seed):
-    generator = np.random.default_rng(seed)
-    return (lambda: generator.uniform(size=FUNCTIONS[name][1])), lambda y: None
+def summary(name, values):
+    """Per run: log10 regret, or the sum of all scores where the optimum moves, at the checkpoints."""
+    if PROBLEMS[name].is_drifting:
+        at = np.cumsum(values, axis=1)
+    else:
+        at = np.log10(np.maximum(np.fmin.accumulate(values, axis=1), REGRET_FLOOR))
+    steps = [k for k in CHECKPOINTS if k <= values.shape[1]]
+    return [[round(float(run[k - 1]), 4) for k in steps] for run in at]
 
 
-def optuna_search(name, seed, sampler):
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=getattr(optuna.samplers, sampler)(seed=seed))
-    current = []
-
-    def ask():
-        trial = study.ask()
-        current[:] = [trial]
-        if name == "mixed":
-            return [trial.suggest_float("x0", 0.0, 1.0), (trial.suggest_int("x1", 0, 7) + 0.5) / 8.0,
-                    (trial.suggest_categorical("x2", [0, 1, 2]) + 0.5) / 3.0]  # fmt: skip
-        return [trial.suggest_float(f"x{i}", 0.0, 1.0) for i in range(FUNCTIONS[name][1])]
-
-    def tell(y):
-        if np.isfinite(y):
-            study.tell(current[0], y)
-        else:
-            study.tell(current[0], state=optuna.trial.TrialState.FAIL)
-
-    return ask, tell
-
-
-def botorch_search(name, seed):
-    import torch
-    from botorch.acquisition import LogExpectedImprovement
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import SingleTaskGP
-    from botorch.models.transforms import Standardize
-    from botorch.optim import optimize_acqf
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    dims = FUNCTIONS[name][1]
-    design = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed).draw(2 * (dims + 1)).double()
-    xs, ys = [], []
-
-    def ask():
-        if len(xs) < len(design) or len(set(ys)) < 2:
-            xs.append(design[len(xs) % len(design)])
-            return xs[-1].numpy()
-        worst = max(y for y in ys if np.isfinite(y))
-        y = torch.tensor([y if np.isfinite(y) else worst for y in ys]).double()
-        model = SingleTaskGP(torch.stack(xs), -y[:, None], outcome_transform=Standardize(1))
-        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-        acquisition = LogExpectedImprovement(model, best_f=(-y).max())
-        bounds = torch.tensor([[0.0] * dims, [1.0] * dims]).double()
-        point, _ = optimize_acqf(acquisition, bounds, q=1, num_restarts=8, raw_samples=256)
-        xs.append(point[0])
-        return point[0].numpy()
-
-    return ask, ys.append
+def regret(args, store):
+    makes = _engine_peers.methods()
+    names = args.problems.split(",") if args.problems else list(PROBLEMS)
+    chosen = args.methods.split(",") if args.methods else list(makes)
+    for method in chosen:
+        # Seeds outermost: a run that is cut has seen every problem as often.
+        blocks = [range(args.seeds)] if method == "ours" else [[seed] for seed in range(args.seeds)]
+        for block in blocks:
+            for name in names:
+                if all(store.get("regret", name, method, seed) for seed in block):
+                    continue
+                start = time.process_time()
+                if method == "ours":
+                    values = run_ours(name, block, args.budget)
+                else:
+                    values = run_asked(name, block, args.budget, makes[method])
+                for seed, row in zip(block, summary(name, values), strict=True):
+                    store.put(row, "regret", name, method, seed)
+                print(
+                    f"{name:16s} {method:12s} {summary(name, values)[0]} {time.process_time() - start:.0f} s",
+                    flush=True,
+                )
 
 
-def methods():
-    """Name to runner, of those whose libraries are here."""
-    found = {"ours": run_ours}
-
-    def peer(make, **options):
-        return lambda name, seeds, budget: run_asked(
-            name, seeds, budget, functools.partial(make, name, **options)
-        )  # fmt: skip
-
-    found["random"] = peer(random_search)
-    has = importlib.util.find_spec
-    if has("optuna"):
-        found["Optuna TPE"] = peer(optuna_search, sampler="TPESampler")
-        if has("torch"):
-            found["Optuna GP"] = peer(optuna_search, sampler="GPSampler")
-    if has("botorch"):
-        found["BoTorch"] = peer(botorch_search)
-    return found
-
-
-def regret(args):
-    found, table = methods(), {}
-    for name in args.functions.split(",") if args.functions else FUNCTIONS:
-        for method in args.methods.split(",") if args.methods else found:
-            start = time.process_time()
-            values = found[method](name, args.seeds, args.budget)
-            seconds = time.process_time() - start
-            if name == "moving":
-                row = {"cumulative": round(float(np.mean(np.sum(values, axis=1))), 3)}
-            else:
-                best = np.log10(np.maximum(np.fmin.accumulate(values, axis=1), 1e-7))
-                at = [k for k in CHECKPOINTS if k <= args.budget]
-                row = {str(k): round(float(np.nanmean(best[:, k - 1])), 3) for k in at}
-                row["standard error"] = round(float(np.nanstd(best[:, -1]) / np.sqrt(args.seeds)), 3)
-            table.setdefault(name, {})[method] = row
-            print(f"{name:16s} {method:12s} {row}  {seconds:.0f} s", flush=True)
-    return table
-
-
-def timed(call, repeats):
+def processor_seconds(call, repeats):
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
         call()
         seconds.append(time.process_time() - start)
-    ordered = sorted(seconds)
-    return round(1e3 * statistics.median(seconds), 2), round(1e3 * ordered[int(0.95 * (repeats - 1))], 2)
+    return seconds
 
 
-def latency(args):
-    """Milliseconds of processor time per suggestion and observation: first, median, 95th percentile."""
-    table = {}
-    for d in (1, 2, 6, 12):
-        for n in (10, 32, 64, 128, 256):
-            optimizer = atn.BayesianOptimizer(space_of("", d), capacity=n)
-            generator = np.random.default_rng(0)
-            points = {f"x{i}": jnp.asarray(generator.uniform(size=n), jnp.float32) for i in range(d)}
-            scores = jnp.asarray(sum((np.asarray(v) - 0.3) ** 2 for v in points.values()), jnp.float32)
-            state = jax.block_until_ready(jax.jit(optimizer.observe)(optimizer.init(jax.random.key(0)), points, scores))
+def milliseconds(seconds):
+    """Of the first call, the median and the 95th percentile of the others."""
+    first, *rest = seconds
+    ordered = sorted(rest)
+    tail = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return [round(1e3 * part, 2) for part in (first, statistics.median(ordered), tail)]
 
-            @jax.jit
-            def turn(state, optimizer=optimizer):
-                point, state = optimizer.suggest(state)
-                return optimizer.observe(state, point, 0.1)
 
-            start = time.process_time()
+def history(n, d):
+    points = np.random.default_rng(0).uniform(size=(n, d)).astype(np.float32)
+    return points, np.sum((points - 0.3) ** 2, axis=1)
+
+
+def turn_of(method, n, d):
+    """One suggestion and one observation after ``n`` others; told again and again at the same ``n``."""
+    problem, (points, scores) = Problem(None, d), history(n, d)
+    if method == "ours":
+        optimizer = atn.BayesianOptimizer(problem.space, capacity=n)
+        state = optimizer.init(jax.random.key(0))
+        state = jax.jit(optimizer.observe)(state, {f"x{i}": points[:, i] for i in range(d)}, scores)
+
+        @jax.jit
+        def turn(state):
+            point, state = optimizer.suggest(state)
+            return optimizer.observe(state, point, 0.1)
+
+        def call():
+            nonlocal state
             state = jax.block_until_ready(turn(state))
-            first = round(time.process_time() - start, 2)
-            median, tail = timed(lambda turn=turn, state=state: jax.block_until_ready(turn(state)), args.repeats)
-            table[f"d={d} n={n}"] = {"first call, s": first, "median, ms": median, "p95, ms": tail}
-            print(f"d={d} n={n}: first {first} s, median {median} ms, p95 {tail} ms", flush=True)
-    return table
+
+        return call
+    ask, tell = _engine_peers.methods()[method](problem, 0)
+    if method == "BoTorch":
+        import torch
+
+        ask.points.extend(torch.tensor(points).double())
+        ask.scores.extend(map(float, scores))
+    else:
+        import optuna
+
+        unit = optuna.distributions.FloatDistribution(0.0, 1.0)
+        for point, score in zip(points, scores, strict=True):
+            values = {f"x{i}": float(point[i]) for i in range(d)}
+            ask.study.add_trial(
+                optuna.create_trial(params=values, distributions=dict.fromkeys(values, unit), value=float(score))
+            )
+
+    def call():
+        ask()
+        tell(0.1)
+        if method == "BoTorch":
+            ask.points.pop()
+            ask.scores.pop()
+
+    return call
+
+
+def many(args, store):
+    """Milliseconds per suggestion, one problem alone and 256 in one call."""
+    if store.get("vmap", "256 problems, n=64, d=4"):
+        return
+    points, scores = history(64, 4)
+    optimizer = atn.BayesianOptimizer(Problem(None, 4).space, capacity=64)
+
+    def start(key):
+        state = optimizer.init(key)
+        return optimizer.observe(state, {f"x{i}": points[:, i] for i in range(4)}, scores)
+
+    found = {}
+    for count in (1, 256):
+        states = jax.jit(jax.vmap(start))(jax.random.split(jax.random.key(0), count))
+        states = states if count > 1 else jax.tree.map(lambda leaf: leaf[0], states)
+        suggest = jax.jit(jax.vmap(optimizer.suggest) if count > 1 else optimizer.suggest)
+        seconds = processor_seconds(
+            lambda suggest=suggest, states=states: jax.block_until_ready(suggest(states)), 4 if count > 1 else 30
+        )
+        found[str(count)] = round(milliseconds(seconds)[1] / count, 3)
+    print(found, flush=True)
+    store.put(found, "vmap", "256 problems, n=64, d=4")
+
+
+FIRST = """
+import time, jax
+start = time.process_time()
+import autotunenet_jax as atn
+space = {f"x{i}": atn.Float(0.0, 1.0) for i in range(6)}
+optimizer = atn.BayesianOptimizer(space, capacity=64)
+state = optimizer.init(jax.random.key(0))
+imported = time.process_time()
+jax.block_until_ready(jax.jit(optimizer.suggest)(state))
+print(imported - start, time.process_time() - imported)
+"""
+
+
+def first(args, store):
+    """Seconds until the first suggestion of a new process, d = 6: imports, then compilation and the call."""
+    if store.get("first", "cold"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        for name in ("cold", "with the persistent cache"):
+            environment = {**os.environ, **cache}
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST], env=environment, check=True, capture_output=True, text=True
+            )
+            imports, call = (round(float(part), 2) for part in done.stdout.split())
+            print(f"first suggestion, {name}: {imports} s of imports, then {call} s", flush=True)
+            store.put([imports, call], "first", name)
+
+
+def latency(args, store):
+    makes = _engine_peers.methods()
+    chosen = args.methods.split(",") if args.methods else [name for name in TIMED_METHODS if name in makes]
+    first(args, store)
+    many(args, store)
+    for d in DIMS:
+        for n in SIZES:
+            # Side by side, so that a busy moment of the machine meets every method.
+            for method in chosen:
+                if store.get("latency", method, d, n):
+                    continue
+                repeats = args.repeats if method == "ours" else args.peer_repeats
+                row = milliseconds(processor_seconds(turn_of(method, n, d), 1 + repeats))
+                store.put(row, "latency", method, d, n)
+                print(f"d={d} n={n} {method}: first {row[0]}, median {row[1]}, p95 {row[2]} ms", flush=True)
+
+
+def sweep(args, store):
+    store.put(_engine_sweep.run(args.histories), "sweep", "all")
+    print(store.get("sweep", "all"))
+
+
+def report(args, store):
+    print(_engine_report.tables(store.data))
+    _engine_report.plot(store.data, store.path.with_suffix(".png"))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("regret", "latency"))
-    parser.add_argument("--functions", help="comma-separated; all by default")
+    parser.add_argument("what", choices=("regret", "latency", "sweep", "report"))
+    parser.add_argument("--problems", help="comma-separated; all by default")
     parser.add_argument("--methods", help="comma-separated; all that are installed by default")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--budget", type=int, default=100)
+    parser.add_argument("--budget", type=int, default=100, help="evaluations of a run")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", help="where the table goes as JSON")
+    parser.add_argument("--peer-repeats", type=int, default=5)
+    parser.add_argument("--histories", type=int, default=10_000)
+    parser.add_argument("--store", default="docs/engine.json", help="where the figures are kept")
     args = parser.parse_args()
-    table = {"regret": regret, "latency": latency}[args.what](args)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(table, file, indent=1)
+    {"regret": regret, "latency": latency, "sweep": sweep, "report": report}[args.what](args, Store(args.store))
 
 
 if __name__ == "__main__":

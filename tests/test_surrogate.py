@@ -77,7 +77,7 @@ def as_data(name, model, residual):
     time = fill(np.zeros(residual.size) if model["time"] is None else model["time"])
     group = fill(model["group"])
     return _surrogate._Data(
-        difference=_surrogate._difference(config, x, x),
+        square=_surrogate._square(config, x, x),
         lag=time[:, None] - time[None, :],
         same_group=group[:, None] == group[None, :],
         used=jnp.arange(CAPACITY) < residual.size,
