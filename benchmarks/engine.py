@@ -5,10 +5,10 @@
     python -m benchmarks.engine sweep      # ten thousand random histories in float32
     python -m benchmarks.engine report     # docs/engine.png and the tables, from the figures stored so far
 
-Figures are stored cell by cell in ``--store`` (docs/engine.json); what is stored already is not run again, so a long run
-may be cut anywhere. ``--problems``, ``--methods`` and ``--seeds`` make a small one. Peers run where they are installed:
-``pip install autotunenet-jax[peers]``. Everything runs on one thread in one process; times are processor time, which
-another program on the machine still lengthens through shared caches and memory.
+Figures are stored cell by cell in ``--store`` (docs/engine.json); what is stored already is not run again, so that a
+long run may be cut anywhere. ``--problems``, ``--methods`` and ``--seeds`` make a small one. Peers run where they are
+installed: ``pip install autotunenet-jax[peers]``. Everything runs on one thread in one process; times are processor
+time, which another program on the machine still lengthens through shared caches and memory.
 """
 
 import argparse
@@ -60,7 +60,13 @@ class Store:
     def put(self, value, section, *cell):
         self.data.setdefault(section, {})["|".join(map(str, cell))] = value
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=0, sort_keys=True) + "\n")
+        sections = [
+            f" {json.dumps(name)}: {{\n"
+            + ",\n".join(f"  {json.dumps(key)}: {json.dumps(cells[key])}" for key in sorted(cells))
+            + "\n }"
+            for name, cells in sorted(self.data.items())
+        ]
+        partial.write_text("{\n" + ",\n".join(sections) + "\n}\n")
         partial.replace(self.path)
 
 
