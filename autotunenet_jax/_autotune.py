@@ -25,12 +25,17 @@ from ._tuned_state import (
     in_force,
     no_order,
     take_loss,
+    when,
+    where,
     write_in_force,
 )
 
 # A transformation after this one may shorten updates, as clipping does: a way back then takes several of them. One
 # that stops them for good must not stop training with them.
 _MAX_ATTEMPTS = 64
+
+# What an inner transformation that watches the loss hears of an update that is not made; no best value.
+_HOPELESS = 1e30
 
 
 def autotune(
@@ -160,7 +165,7 @@ def _init(
         start=tuple(start[name] for name in tuner.space.names),
         lag=zero,
         order=no_order(),
-        left=no_order(),
+        is_spoiled=_off(),
         home=zero,
         attempts=zero,
         drift=_drift.init() if settings.memory == "drift" else None,
@@ -199,92 +204,99 @@ def _update(
     if value is None:
         warn_if_silent(state)
     settings = state.settings
-    told = extra_args if value is None else {**extra_args, "value": value}
 
-    def step(inner: Any) -> tuple[Any, Any]:
+    def step(gradients: Any, inner: Any, value: Any) -> tuple[Any, Any]:
         optimise = optax.with_extra_args_support(optimizer).update
-        new, inner = optimise(updates, inner, None if params is None else seen(params), **told)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), inner
+        told = extra_args if value is None else {**extra_args, "value": value}
+        new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, gradients), _trees.cast_like(stepped, inner)
 
     if not settings.is_on:
-        new, inner = step(state.inner)
-        return new, state._replace(inner=_trees.cast_like(inner, state.inner), lag=state.lag + 1)
+        new, inner = step(updates, state.inner, value)
+        return new, state._replace(inner=inner, lag=state.lag + 1)
 
-    # What `observe` asked for since the last update; its parameters are here now.
-    state = _carry_out_order(state, params)
+    # What is left from the last update, or was asked for by `observe` since; its parameters are here now.
+    state = _carry_out_left(state, params)
     away = _is_away(state, params)
-
     usable = _trees.is_usable(updates)
     if value is not None:
         usable &= jnp.isfinite(value)
-    values = in_force(state, is_silent=value is None)
-    inner = write_in_force(state.inner, values)
+    is_taken = usable & ~away
+    inner = write_in_force(state.inner, in_force(state, is_silent=value is None))
+    ts, drift, order = _listen(state, value, usable, away)
+    is_back = order.restore | order.adopt | away
 
-    def take(inner: Any) -> tuple[Any, Any]:
-        new, stepped = step(inner)
-        return _kept_finite(new, params), _trees.cast_like(stepped, inner)
+    def usual(gradients: Any, is_taken: Array) -> tuple[Any, Any]:
+        """The optimizer's own update, zero where it is not to be made or a parameter would overflow."""
+        heard = None if value is None else jnp.where(is_taken, value, _HOPELESS)
+        new, stepped = step(where(is_taken, gradients, 0), inner, heard)
+        after = new if params is None else _trees.moved(params, new)
+        return jax.tree.map(lambda u, a: jnp.where(is_taken & jnp.isfinite(a), u, 0), new, after), stepped
 
-    def leave(inner: Any) -> tuple[Any, Any]:
-        return jax.tree.map(jnp.zeros_like, updates), inner
+    # Whatever is seldom is done before the usual update and apart from it, which so stays one pass over the arrays,
+    # the addition to the parameters included. The way back takes the place of the gradients.
+    given, saved, kept = updates, state.saved, state.kept
+    if saved is not None:
 
-    # A branch and not a selection: moments that pass through a selection are made twice, or copied at every step.
-    new, inner = jax.lax.cond(usable & ~away, take, leave, inner)
+        def obey(given: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
+            new, stepped = usual(given, is_taken)
+            current = Snapshot(_trees.moved(params, new), _trees.without_values(stepped))
+            saved, kept = _trees.copy_into(order, current, saved, kept)
+            home = jnp.where(order.restore | order.adopt, _home(order), state.home)
+            way = _trees.way(params, _target(home, saved, kept), given)
+            return where(is_back, way, given), saved, kept
 
+        is_asked = order.save | order.keep | is_back
+        given, saved, kept = when(is_asked, obey, given, saved, kept)
+
+    new, inner = usual(given, is_taken & ~is_back)
+    returns = order.restore | order.adopt
+    return where(is_back, given, new), state._replace(
+        tuner=ts,
+        drift=drift,
+        inner=inner,
+        saved=saved,
+        kept=kept,
+        lag=state.lag + 1 if value is None else jnp.zeros_like(state.lag),
+        is_spoiled=~usable & ~away if value is None else _off(),
+        home=jnp.where(returns, _home(order), jnp.where(away, state.home, 0)),
+        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, state.attempts - 1, 0)),
+    )
+
+
+def _listen(state: AutotuneState, value: Any, usable: Array, away: Array) -> tuple[Any, Any, Order]:
+    """The tuner, the levels of drift mode and the order, after one update's loss."""
     if value is None:
-        ts, drift, order, lag = state.tuner, state.drift, no_order(), state.lag + 1
-    else:
-        loss = jnp.where(usable, jnp.asarray(value, jnp.float32), jnp.nan)
-
-        def hear(ts: Any, drift: Any) -> Any:
-            return take_loss(settings, ts, drift, loss, lag=state.lag)
-
-        def pass_by(ts: Any, drift: Any) -> Any:
-            # On the way back nothing is learned; the budget is spent all the same.
-            return ts._replace(step=ts.step + 1, data_step=ts.data_step + 1), drift, no_order()
-
-        if state.saved is None:
-            ts, drift, order = hear(state.tuner, state.drift)
-        else:
-            ts, drift, order = jax.lax.cond(away, pass_by, hear, state.tuner, state.drift)
-        lag = jnp.zeros_like(state.lag)
-    state = state._replace(tuner=ts, drift=drift, inner=inner, lag=lag)
-    return _finish(state, order, params, new, away=away)
+        return state.tuner, state.drift, no_order()
+    loss = jnp.where(usable, jnp.asarray(value, jnp.float32), jnp.nan)
+    # On the way back nothing is learned.
+    is_heard = None if state.saved is None else ~away
+    return take_loss(state.settings, state.tuner, state.drift, loss, lag=state.lag, is_heard=is_heard)
 
 
-def _kept_finite(updates: Any, params: Any) -> Any:
-    """Updates that leave every parameter finite: zero where one would overflow."""
-
-    def keep(u: Array, after: Array) -> Array:
-        return jnp.where(jnp.isfinite(after), u, jnp.zeros_like(u))
-
-    return jax.tree.map(keep, updates, updates if params is None else _trees.moved(params, updates))
-
-
-def _carry_out_order(state: AutotuneState, params: Any) -> AutotuneState:
-    """Makes the copies left to this update: of everything for `observe`, of the inner state for the last update."""
+def _carry_out_left(state: AutotuneState, params: Any) -> AutotuneState:
+    """Brings back the inner state that belongs to where the last update went, and does what `observe` asked for."""
     if state.saved is None:
         return state
     order = state.order
-    left = Order(*(a | b for a, b in zip(order, state.left, strict=True)))
+    returns = order.restore | order.adopt
+    home = jnp.where(returns, _home(order), state.home)
 
     def obey(inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
-        both = (saved, kept)
-        past = [slot and slot.inner for slot in both]
-        current, *past = _trees.carry_out(left, _trees.without_values(inner), *past)
-        seen = [slot and slot.params for slot in both]
-        _, *seen = _trees.carry_out(order._replace(restore=_off(), adopt=_off()), params, *seen)
-        slots = [slot and Snapshot(*new) for slot, *new in zip(both, seen, past, strict=True)]
-        return _trees.with_values(current, inner), *slots
+        now = _trees.without_values(inner)
+        saved, kept = _trees.copy_into(order, Snapshot(params, now), saved, kept)
+        now = where(home == 1, saved.inner, now)
+        now = now if kept is None else where(home == 2, kept.inner, now)
+        return _trees.with_values(now, inner), saved, kept
 
-    is_asked = left.save | left.keep | left.restore | left.adopt
-    inner, saved, kept = jax.lax.cond(is_asked, obey, lambda *same: same, state.inner, state.saved, state.kept)
-    returns = order.restore | order.adopt
+    is_asked = order.save | order.keep | (home > 0)
+    inner, saved, kept = when(is_asked, obey, state.inner, state.saved, state.kept)
     return state._replace(
         inner=inner,
         saved=saved,
         kept=kept,
         order=no_order(),
-        home=jnp.where(returns, _home(order), state.home),
+        home=home,
         attempts=jnp.where(returns, _MAX_ATTEMPTS, state.attempts),
     )
 
@@ -297,42 +309,17 @@ def _home(order: Order) -> Array:
     return jnp.where(order.restore, 1, jnp.where(order.adopt, 2, 0)).astype(jnp.int32)
 
 
-def _target(state: AutotuneState) -> Any:
+def _target(home: Array, saved: Snapshot, kept: Snapshot | None) -> Any:
     """Parameters of the snapshot that the run is returning to."""
-    if state.saved is None or state.kept is None:
-        return None if state.saved is None else state.saved.params
-    return jax.tree.map(lambda a, b: jnp.where(state.home == 2, b, a), state.saved.params, state.kept.params)
+    return saved.params if kept is None else where(home == 2, kept.params, saved.params)
 
 
 def _is_away(state: AutotuneState, params: Any) -> Array:
     """Whether the run is returning to a snapshot and not there yet."""
-    if state.saved is None:
-        return jnp.zeros((), bool)
+    saved, kept = state.saved, state.kept
+    if saved is None:
+        return _off()
     returning = (state.home > 0) & (state.attempts > 0)
-    return jax.lax.cond(returning, lambda: ~_trees.has_arrived(params, _target(state)), lambda: jnp.zeros((), bool))
-
-
-def _finish(state: AutotuneState, order: Order, params: Any, updates: Any, *, away: Array) -> tuple[Any, AutotuneState]:
-    """Carries the tuner's order out on the parameters as the update leaves them."""
-    if state.saved is None:
-        return updates, state
-
-    kept_params = state.kept and state.kept.params
-
-    def obey(updates: Any, saved: Any, kept: Any) -> Any:
-        # Having come back with a rounding error, a run steps on from where it should be.
-        base = jax.tree.map(lambda p, t: jnp.where(state.home > 0, t, p), params, _target(state))
-        current, saved, kept = _trees.carry_out(order, _trees.moved(base, updates), saved, kept)
-        return _trees.way(params, current, updates), saved, kept
-
-    # The inner state stays out of this: passing through, it could not be updated in place. The next update copies it.
-    is_asked = order.save | order.keep | order.restore | order.adopt | (state.home > 0)
-    updates, saved, kept = jax.lax.cond(is_asked, obey, lambda *same: same, updates, state.saved.params, kept_params)
-    returns = order.restore | order.adopt
-    return updates, state._replace(
-        saved=state.saved._replace(params=saved),
-        kept=state.kept and state.kept._replace(params=kept),
-        left=order,
-        home=jnp.where(returns, _home(order), jnp.where(away, state.home, 0)),
-        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, state.attempts - 1, 0)),
+    return jax.lax.cond(
+        returning, lambda: ~_trees.has_arrived(params, _target(state.home, saved, kept)), lambda: _off()
     )

@@ -178,6 +178,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
 @jax.jit
 def _observe(state: AutotuneState, loss: Array) -> AutotuneState:
     unreported = jnp.maximum(state.lag - 1, 0)
+    loss = jnp.where(state.is_spoiled, jnp.nan, loss)
     ts, drift, order = take_loss(state.settings, state.tuner, state.drift, loss, lag=unreported)
     merged = Order(*(new | old for new, old in zip(order, state.order, strict=True)))
     return state._replace(tuner=ts, drift=drift, order=merged, lag=jnp.zeros_like(state.lag))

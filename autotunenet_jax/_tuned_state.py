@@ -1,6 +1,7 @@
 """The state of `autotune`, and what it says: which hyperparameters are in force, and what a loss makes of it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -61,8 +62,9 @@ class AutotuneState(NamedTuple):
       start: Values the run started from, in the order of the space.
       lag: Steps taken since a loss was last reported.
       order: Copies to make before the next step, asked for by `observe`.
-      left: Copies of the inner optimizer's state that the last update left to the next one.
-      home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept.
+      is_spoiled: Whether the last update, made without its loss, had gradients that could not be used.
+      home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept. The inner state follows
+        with the next update.
       attempts: Updates left for getting there.
       drift: Running levels of the loss; None but in drift mode.
       settings: Static; no array in it.
@@ -75,11 +77,30 @@ class AutotuneState(NamedTuple):
     start: tuple[Array, ...]
     lag: Int[Array, ""]
     order: Order
-    left: Order
+    is_spoiled: Bool[Array, ""]
     home: Int[Array, ""]
     attempts: Int[Array, ""]
     drift: _drift.Drift | None
     settings: Settings
+
+
+def where(condition: Array, new: Any, old: Any) -> Any:
+    """``jnp.where`` over a tree; ``old`` may be a number."""
+    if isinstance(old, int):
+        return jax.tree.map(lambda a: jnp.where(condition, a, jnp.asarray(old, a.dtype)), new)
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(*operands)`` where the condition holds, else the operands as they are.
+
+    A loop of at most one turn: what passes through it unchanged stays in its place; ``jax.lax.cond`` would copy it.
+    """
+
+    def turn(carry: Any) -> Any:
+        return jnp.zeros_like(condition), function(*carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, operands))[1]
 
 
 def no_order() -> Order:
@@ -137,6 +158,7 @@ def take_loss(
     loss: Array,
     *,
     lag: Array,
+    is_heard: Array | None = None,
 ) -> tuple[TunerState, _drift.Drift | None, Order]:
     """Tells the tuner one loss, and reads its directive as the memory mode can carry it out.
 
@@ -146,16 +168,33 @@ def take_loss(
       drift: Levels of the loss, in drift mode.
       loss: Scalar; of the step just done.
       lag: Steps before that one whose losses were never reported.
+      is_heard: Whether the loss tells anything; the budget is spent in any case. None for yes.
     """
     core = settings.core
     before = _advanced(ts, lag)
     if drift is not None:
         drift, shifted = _drift.feed(drift, before, loss)
-        after, _ = core.update(before, shifted)
+        after, _ = _update(core, before, shifted, is_heard)
         after = _drift.tighten(core.space, before, after)
         return after, _drift.mark(drift, before, after), no_order()
-    after, directive = core.update(before, loss)
+    after, directive = _update(core, before, loss, is_heard)
     return _read(settings.memory, before, after, directive)
+
+
+def _update(core: Core, ts: TunerState, loss: Array, is_heard: Array | None) -> tuple[TunerState, Directive]:
+    """`AutoTuneNet.update`, without copying the state at every step that decides nothing."""
+    after, directive, due = core.tick(ts, loss)
+    if is_heard is not None:
+        after = where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
+        copies = ("save", "restore", "keep", "adopt")
+        directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
+        due &= is_heard
+
+    def decide(ts: TunerState, first: Directive) -> tuple[TunerState, Directive]:
+        ts, second, _ = core.decide(ts)
+        return ts, second._replace(verdict=first.verdict)
+
+    return when(due, decide, after, directive)
 
 
 def _read(memory: Memory, before: TunerState, after: TunerState, directive: Directive) -> Any:

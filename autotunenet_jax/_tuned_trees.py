@@ -7,15 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import _hyperparams
-from ._tuned_state import AutotuneState, Order
+from ._tuned_state import AutotuneState, Order, Snapshot, where
 
 # Gradients are multiplied by this and must not overflow: beyond 3e18 their squares do, and the mean of squares that
 # optimizers keep would never recover.
 _PROBE = 1e20
 
-# Parameters count as back where they should be when this close, relative to their norm: the rest is put right by the
-# next update, and gradients there are as good.
-_ARRIVED = 1e-3
+# Parameters count as back where they should be when this close, relative to their norm, or within this share of the
+# rounding of their type. From there another way back would be exact, but it takes a batch.
+_ARRIVED, _ARRIVED_EPS = 1e-5, 0.25
 
 
 def _is_inexact(leaf: Any) -> bool:
@@ -79,12 +79,12 @@ def way(params: Any, target: Any, updates: Any) -> Any:
 
 
 def has_arrived(params: Any, target: Any) -> Bool[Array, ""]:
-    """Whether parameters lie so close to a target that their gradients are those of the target."""
+    """Whether parameters lie so close to a target that training on is training on from the target."""
     away, size = jnp.zeros(()), jnp.zeros(())
     tolerance = _ARRIVED
     for p, t in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True):
         if _is_inexact(p):
-            tolerance = max(tolerance, 2.0 * float(jnp.finfo(p.dtype).eps))
+            tolerance = max(tolerance, _ARRIVED_EPS * float(jnp.finfo(p.dtype).eps))
             p, t = jnp.abs(p - t).astype(jnp.float32), jnp.abs(t).astype(jnp.float32)
             away, size = away + jnp.sum(p * p), size + jnp.sum(t * t)
     return jnp.isfinite(away) & (away <= tolerance**2 * size)
@@ -128,35 +128,25 @@ def with_values(stripped: Any, current: Any) -> Any:
     )
 
 
-def carry_out(order: Order, current: Any, saved: Any, kept: Any) -> tuple[Any, Any, Any]:
-    """Makes the copies an order asks for, of trees of one structure; None is a copy not kept. Jit-able."""
-
-    def choose(condition: Array, new: Any, old: Any) -> Any:
-        return jax.lax.cond(condition, lambda a, b: a, lambda a, b: b, new, old)
-
-    if saved is not None:
-        saved = choose(order.save, current, saved)
-    if kept is not None:
-        kept = choose(order.keep, current, kept)
-    if saved is not None:
-        current = choose(order.restore, saved, current)
-    if kept is not None:
-        current = choose(order.adopt, kept, current)
-    return current, saved, kept
+def copy_into(order: Order, current: Snapshot, saved: Snapshot, kept: Snapshot | None) -> Any:
+    """Both snapshots after the copies that an order asks for; None is one that is not kept."""
+    return where(order.save, current, saved), None if kept is None else where(order.keep, current, kept)
 
 
 def found_next(state: AutotuneState) -> Any:
-    """The inner state with its counters as the next update finds them, once it has made the copies left to it.
+    """The inner state with its counters as the next update finds them, once it has done what was left to it.
 
     Arrays are left as they are: which values are in force depends on counters alone.
     """
-    left = Order(*(a | b for a, b in zip(state.order, state.left, strict=True)))
+    order = state.order
+    goes_to_saved = jnp.where(order.restore | order.adopt, order.restore, state.home == 1)
+    goes_to_kept = jnp.where(order.restore | order.adopt, order.adopt, state.home == 2)
 
     def choose(now: Any, saved: Any, *kept: Any) -> Any:
         if jnp.ndim(now) or not jnp.issubdtype(now.dtype, jnp.integer):
             return now
-        new = jnp.where(left.restore, jnp.where(left.save, now, saved), now)
-        return jnp.where(left.adopt, jnp.where(left.keep, now, kept[0]), new) if kept else new
+        new = jnp.where(goes_to_saved & ~order.save, saved, now)
+        return jnp.where(goes_to_kept & ~order.keep, kept[0], new) if kept else new
 
     past = [slot.inner for slot in (state.saved, state.kept) if slot is not None]
     if not past:

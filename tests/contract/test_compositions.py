@@ -54,9 +54,9 @@ def test_clipping_after_only_lengthens_the_way_back(toy):
 
 
 def test_accumulation_around_it(toy):
-    optimizer = optax.MultiSteps(toy.wrapped(total_steps=64), every_k_schedule=2)
-    params, opt_state, _ = toy.run(optimizer, 128)
-    assert int(toy.find(opt_state).tuner.step) == 64
+    optimizer = optax.MultiSteps(toy.wrapped(), every_k_schedule=2)
+    params, opt_state, _ = toy.run(optimizer, 2 * toy.TOTAL)
+    assert int(toy.find(opt_state).tuner.step) == toy.TOTAL
     assert toy.find(opt_state).tuner.rounds_held >= 1
     assert toy.quality(params) < 0.5 * toy.quality(toy.make_params())
 
@@ -270,11 +270,11 @@ def test_the_warning_comes_once_and_not_without_reason(toy):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for lag in (19, 30, 31):
-            atn.hyperparams(opt_state._replace(lag=jnp.int32(lag)))
+            atn.hyperparams(jax.block_until_ready(opt_state._replace(lag=jnp.int32(lag))))
             atn.hyperparams(atn.observe(opt_state, jnp.float32(1.0)))
         # A loop that is not compiled hears it from the update.
         for _ in range(2):
-            _, opt_state = optimizer.update(params, opt_state, params)
+            _, opt_state = jax.block_until_ready(optimizer.update(params, opt_state, params))
     lines = [warning.lineno for warning in caught]
     assert len(lines) == len(set(lines)) == 2
     assert {warning.filename for warning in caught} == {__file__}
