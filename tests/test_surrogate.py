@@ -242,3 +242,16 @@ def test_vmap_is_a_loop():
 def test_bad_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         _surrogate.SurrogateConfig(**{"dims": 3} | options)
+
+
+@pytest.mark.parametrize("n", [1, 24, 64, 65, 100, 256])
+def test_triangles_are_inverted_and_multiplied_by_halves(n):
+    a = np.random.default_rng(n).normal(size=(n, n))
+    lower = np.linalg.cholesky(a @ a.T / n + 0.1 * np.eye(n)).astype(np.float32)
+    inverse = np.asarray(jax.jit(_surrogate._inverse)(lower))
+    expected = np.linalg.inv(lower.astype(np.float64))
+    np.testing.assert_allclose(inverse, expected, atol=1e-5 * np.abs(expected).max())
+    assert not np.any(np.triu(inverse, 1))
+    product = expected.T @ expected
+    got = jax.jit(_surrogate._self_product)(jnp.asarray(expected, jnp.float32))
+    np.testing.assert_allclose(got, product, atol=1e-5 * np.abs(product).max())
