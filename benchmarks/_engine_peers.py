@@ -61,7 +61,7 @@ def optuna_search(problem, seed, *, sampler):
     return ask, tell
 
 
-def botorch_search(problem, seed):
+def botorch_search(problem, seed, *, initial=None):
     """The library's defaults; a failure counts as the worst score, a discrete coordinate is relaxed."""
     import torch
     from botorch.acquisition import LogExpectedImprovement
@@ -74,12 +74,13 @@ def botorch_search(problem, seed):
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     dims = problem.dims
+    initial = 2 * (dims + 1) if initial is None else initial
     design = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed).draw(128).double()
     xs, ys = [], []
 
     def ask():
         # Scores without any difference cannot be standardised.
-        if len(xs) < 2 * (dims + 1) or len({y for y in ys if np.isfinite(y)}) < 2:
+        if len(xs) < initial or len({y for y in ys if np.isfinite(y)}) < 2:
             xs.append(design[len(xs) % len(design)])
             return xs[-1].numpy()
         worst = max(y for y in ys if np.isfinite(y))

@@ -54,7 +54,7 @@ def regret_table(data, step, *, is_drifting):
 
 
 def _difference(data, names, other, step):
-    """Mean over problems of ours less another's, and its standard error over the problems."""
+    """Ours less another's, problem by problem."""
     gaps = []
     for name in names:
         a, b = regrets(data, name, "ours", step), regrets(data, name, other, step)
@@ -129,17 +129,28 @@ def latency_table(data):
     return lines
 
 
+def other_table(data):
+    lines = _head(["what else", "figure"])
+    for name, (imports, call) in data.get("first", {}).items():
+        lines.append(_row([f"first suggestion of a process, d = 6, {name}", f"{call} s, after {imports} s of imports"]))
+    for name, times in data.get("vmap", {}).items():
+        lines.append(_row([f"a suggestion alone; one of {name}, in one call", f"{times['1']} ms; {times['256']} ms"]))
+    for counts in data.get("sweep", {}).values():
+        wrong = sum(count for name, count in counts.items() if name != "histories")
+        lines.append(_row([f"anything wrong in {counts['histories']} random histories", f"{wrong}"]))
+    return lines
+
+
 def tables(data):
-    parts = [["## Summary", ""], summary(data), [""], seeds_table(data)]
+    parts = [["### Summary", ""], summary(data), [""], seeds_table(data)]
     for step in STEPS:
-        parts += [["", f"## Mean log10 regret after {step} evaluations, ± standard error", ""]]
+        parts += [["", f"### Mean log10 regret after {step} evaluations, ± standard error", ""]]
         parts += [regret_table(data, step, is_drifting=False)]
     for step in STEPS[1:]:
-        parts += [["", f"## Sum of all regrets of {step} evaluations, drifting", ""]]
+        parts += [["", f"### Sum of all regrets of {step} evaluations, drifting, ± standard error", ""]]
         parts += [regret_table(data, step, is_drifting=True)]
-    parts += [["", "## Milliseconds of processor time per suggestion and observation", ""], latency_table(data)]
-    for section in ("vmap", "first", "sweep"):
-        parts += [["", f"{section}: {data.get(section)}"]]
+    parts += [["", "### Milliseconds of processor time per suggestion and observation", ""], latency_table(data)]
+    parts += [["", "### Other costs, and the sweep", ""], other_table(data)]
     return "\n".join(line for part in parts for line in part)
 
 
