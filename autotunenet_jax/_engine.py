@@ -18,7 +18,7 @@ from ._surrogate import Hyper, Posterior, SurrogateConfig, fit, initial_hyper, p
 _COMPARED = 16
 # With room for so many observations the fit is what costs, and most of the time there are so many that one more hardly
 # moves the hyperparameters: the warm start needs fewer rivals.
-_LONG, _LONG_FIT = 128, {"fit_starts": 2, "fit_steps": 12}
+_LONG = 128
 # Standard deviations of the lower confidence bound that is minimised where the objective moves.
 _CONFIDENCE = 1.0
 # Side of the trust region: at first, at least, at most; doubled after three improvements in a row.
@@ -117,7 +117,8 @@ class BayesianOptimizer:
             # regret in two to six.
             lengthscale_loc=(0.5 * math.log(dims),) * dims,
             time_loc=math.log(drift_time),
-            **(_LONG_FIT if capacity >= _LONG else {}),
+            fit_starts=2 if capacity >= _LONG else 3,
+            fit_steps=12 if capacity >= _LONG else 16,
         )
 
     def init(self, key: PRNGKeyArray) -> EngineState:
