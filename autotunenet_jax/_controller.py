@@ -29,6 +29,7 @@ from ._state import (
     TunerState,
     empty_round,
     empty_window,
+    no_validation,
 )
 
 Decay = Literal["linear", "cosine", "none"]
@@ -118,10 +119,11 @@ class Core:
             eval_sum=jnp.where(in_score, ts.window.eval_sum + metric, ts.window.eval_sum),
             eval_count=jnp.where(in_score, ts.window.eval_count + 1.0, ts.window.eval_count),
         )
-        return ts._replace(
+        ts = ts._replace(
             window=window,
             eval_level=jnp.where(is_settled & is_finite, metric, ts.eval_level),
         )
+        return _tick.validate(self.retreat, ts, metric, is_settled & is_finite)
 
 
 def _surrogate_config(space: SearchSpace) -> _surrogate.SurrogateConfig:
@@ -136,9 +138,9 @@ def _surrogate_config(space: SearchSpace) -> _surrogate.SurrogateConfig:
         standardise=False,
         lengthscale_loc=tuple(float(math.log(value)) for value in lengthscales),
         lengthscale_scale=0.4,
-        signal_loc=math.log(0.2),
+        signal_loc=math.log(0.25),
         signal_scale=0.6,
-        noise_loc=math.log(0.02),
+        noise_loc=math.log(0.04),
         noise_scale=0.6,
         time_loc=math.log(1.5),
         time_scale=0.4,
@@ -306,6 +308,7 @@ class AutoTuneNet:
             initial_loss=jnp.full((), jnp.nan, jnp.float32),
             best_level=jnp.full((), jnp.inf, jnp.float32),
             eval_level=jnp.full((), jnp.nan, jnp.float32),
+            validation=no_validation(),
             discarded=zero_i,
             rollbacks=zero_i,
             since_rollback=jnp.int32(NEVER),

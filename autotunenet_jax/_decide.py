@@ -41,6 +41,7 @@ from ._state import (
     empty_round,
     empty_window,
 )
+from ._targets import group_median
 from ._tick import position
 
 
@@ -49,6 +50,7 @@ class Policy:
     """Constants of the decisions; scores are in units of the progress that the best fork of a round made.
 
     Args:
+      resolution: Shortfall, as a share of the gain of a round's best fork, below which scores count in proportion.
       drop_below: A fork is dropped at its early score when its probability of beating the kept one is below this.
       move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
       move_slow: The same in slow rounds.
@@ -56,25 +58,48 @@ class Policy:
       sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
       cut_offset: The same where the loss was still falling at the upper bound, below that bound.
       sweep_curvature: Expected loss of score at one decade from there, doubled.
+      center_decades: Standard deviation of the best rate about where the sweep says it is.
+      center_noise: Standard deviation of a score about the prior mean's shape.
+      spread_decades: How far below and above its first fork the second and third of the first round are, at least.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
       slow_curvature: Expected loss of score at distance one from there, doubled.
       plausible_decades: A starting rate this close to the expected best is tried first.
       fast_reach_decades: How far from the expected best rate the first round may look.
+      blur_decades: How far the best rate of the whole run may lie from that of a fork, to either side: a rate is chosen
+        for the scores around it, so that it keeps its distance from where training breaks.
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
     """
 
+    resolution: float = 0.05
     drop_below: float = 0.4
     move_fast: float = 0.5
     move_slow: float = 0.6
-    price: float = 0.01
+    price: float = 0.003
     sweep_offset: float = 0.5
     cut_offset: float = 0.15
-    sweep_curvature: float = 0.6
+    sweep_curvature: float = 1.6
+    center_decades: float = 0.6
+    center_noise: float = 0.08
+    spread_decades: float = 0.5
     slow_center: float = 0.5
     slow_curvature: float = 0.6
     plausible_decades: float = 0.3
     fast_reach_decades: float = 1.0
+    blur_decades: float = 0.3
     later_reach: float = 0.3
+
+
+# What a rate lowered, kept and raised weighs where a choice is judged by its surroundings.
+_WEIGHTS = (0.25, 0.5, 0.25)
+
+# The posterior of the centre is computed on a grid of offsets, in decades, under Student's t of few degrees of freedom.
+_CENTER_REACH, _CENTER_GRID, _CENTER_DEGREES = 1.5, 61, 3.0
+
+# A fork that lost more than this many times what the best one gained is as bad as any.
+_WORST_SHARE = 4.0
+
+# Between the best fork and each other one, the points where the choice may fall; 0 is the fork itself.
+_BETWEEN = (0.0, 0.25, 0.5, 0.75)
 
 
 class Directions(NamedTuple):
@@ -99,11 +124,13 @@ def directions(space: SearchSpace) -> Directions:
     )
 
 
-def normalised(obs: _observations.Observations) -> _observations.Observations:
-    """Scores as shares of what the best fork of their group gained over the state they all started from.
+def normalised(obs: _observations.Observations, *, resolution: float) -> _observations.Observations:
+    """Scores as logarithms of how far they are from the best of their group, in shares of what the best one gained.
 
-    Raw scores are differences to the group's reference, so the best one, negated, is the gain. Where there was none,
-    the spread of the group stands in. Adding a constant to the loss changes nothing, nor does scaling it.
+    Raw scores are differences to the group's reference, so the best one, negated, is the gain over the state they all
+    started from. Where there was none, the spread of the group stands in. Shortfalls well below ``resolution`` of the
+    gain count in proportion, larger ones by their logarithm: 0 is the best fork, 1 one that gained nothing. Adding a
+    constant to the loss changes nothing, nor does scaling it.
     """
     usable = _observations.mask(obs) & ~obs.failed
     same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
@@ -112,7 +139,8 @@ def normalised(obs: _observations.Observations) -> _observations.Observations:
     excess = obs.y - lowest
     mean_excess = jnp.sum(jnp.where(same, excess[None, :], 0.0), axis=1) / jnp.maximum(jnp.sum(same, axis=1), 1)
     scale = jnp.maximum(jnp.maximum(-lowest, 2.0 * mean_excess), 1e-12)
-    return obs._replace(y=jnp.where(usable, jnp.clip(excess / scale, 0.0, 2.0), 0.0))
+    share = jnp.clip(excess / scale, 0.0, _WORST_SHARE)
+    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / math.log1p(1.0 / resolution), 0.0))
 
 
 def _expected_improvement(mean: Array, covariance: Array, best: Array) -> Array:
@@ -146,6 +174,42 @@ def _prior_after_sweep(policy: Policy, space_of: Directions, ts: TunerState) -> 
     )
 
 
+def _recentred(
+    policy: Policy, space_of: Directions, obs: _observations.Observations, prior: _surrogate.PriorMean
+) -> _surrogate.PriorMean:
+    """Moves the centre of the prior mean to where the scores say it is, one rate at a time.
+
+    Scores rise on both sides of the best rate much alike whatever is trained, so forks far from it tell where it is,
+    and better than those near it, which noise ranks. Taken is the mean of the centre's posterior under a heavy-tailed
+    error, about what the sweep said.
+
+    Cost: O(dims * grid * capacity).
+    """
+    usable = _observations.mask(obs) & ~obs.failed
+    same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
+    offsets = jnp.linspace(-_CENTER_REACH, _CENTER_REACH, _CENTER_GRID)
+
+    def error(residual: Array) -> Array:
+        return jnp.square(residual / policy.center_noise) / _CENTER_DEGREES
+
+    def centre(axis: Array, decades: Array) -> Array:
+        def log_posterior(offset: Array) -> Array:
+            mean = prior._replace(center=prior.center + axis * offset / decades)
+            residual = obs.y - jnp.minimum(_surrogate.bowl(mean, obs.x), 1.0)
+            # The group's intercept: a mean of which scores far from the median are no part.
+            trust = same / (1.0 + error(residual - group_median(residual, same))[None, :])
+            residual -= trust @ residual / jnp.maximum(jnp.sum(trust, axis=1), 1e-6)
+            likelihood = -0.5 * (_CENTER_DEGREES + 1.0) * jnp.sum(jnp.where(usable, jnp.log1p(error(residual)), 0.0))
+            return likelihood - 0.5 * jnp.square(offset / policy.center_decades)
+
+        weight = jax.nn.softmax(jax.vmap(log_posterior)(offsets))
+        return jnp.sum(weight * offsets) / decades
+
+    shift = jax.vmap(centre)(jnp.eye(len(space_of.decades)), jnp.asarray(space_of.decades))
+    is_known = space_of.is_rate & (prior.curvature > 0)
+    return prior._replace(center=jnp.where(is_known, jnp.clip(prior.center + shift, 0.0, 1.0), prior.center))
+
+
 def first_prior(policy: Policy, space_of: Directions, incumbent: Float[Array, "d"]) -> _surrogate.PriorMean:
     """What is believed before the run: nothing of the fast hyperparameters, moderate values of the slow ones."""
     return _surrogate.PriorMean(
@@ -165,7 +229,30 @@ def _box(policy: Policy, space_of: Directions, ts: TunerState, kind: Array) -> t
     fixed = ts.round.x[0]
     lower = jnp.where(active, jnp.maximum(center - reach, 0.0), fixed)
     upper = jnp.where(active, jnp.minimum(center + reach, 1.0), fixed)
-    return lower, upper
+    # The second and third fork of the first round go to either side of the first: far scores tell where the best is.
+    spread = policy.spread_decades / space_of.decades
+    is_spread = is_first & active & space_of.is_rate & knows_rate
+    below = is_spread & (ts.round.fork == 0) & (fixed - spread > lower)
+    above = is_spread & (ts.round.fork == 1) & (fixed + spread < upper)
+    return jnp.where(above, fixed + spread, lower), jnp.where(below, fixed - spread, upper)
+
+
+def _between(
+    space: SearchSpace, x: Float[Array, "forks d"], score: Float[Array, "forks"], is_run: Array
+) -> tuple[Float[Array, "p d"], Array]:
+    """Points on the way from the fork with the best score to the other ones, snapped, and which of them exist."""
+    is_scored = is_run & jnp.isfinite(score)
+    pivot = x[jnp.argmin(jnp.where(is_scored, score, jnp.inf))]
+    # Between two options without order there is nothing.
+    step = jnp.where(jnp.asarray(space.is_categorical), 0.0, x - pivot)
+    points = pivot + jnp.asarray(_BETWEEN, jnp.float32)[:, None, None] * step
+    return space.snap(points.reshape(-1, x.shape[1])), jnp.tile(is_scored, len(_BETWEEN))
+
+
+def _around(policy: Policy, space_of: Directions, x: Float[Array, "p d"]) -> Float[Array, "q d"]:
+    """The points with their rates lowered, kept and raised: one after the other, in the order of the weights."""
+    step = jnp.where(jnp.asarray(space_of.is_rate), policy.blur_decades / jnp.asarray(space_of.decades), 0.0)
+    return jnp.concatenate([jnp.clip(x + sign * step, 0.0, 1.0) for sign in (-1.0, 0.0, 1.0)])
 
 
 def decide(
@@ -225,7 +312,9 @@ def decide(
     prior = _select(in_sweep, _prior_after_sweep(policy, space_of, ts), ts.prior)
     ts = ts._replace(prior=prior)
 
-    posterior = _surrogate.fit(config, normalised(observations), start=ts.hyper, key=fit_key, prior_mean=prior)
+    scores = normalised(observations, resolution=policy.resolution)
+    belief = _recentred(policy, space_of, scores, prior)
+    posterior = _surrogate.fit(config, scores, start=ts.hyper, key=fit_key, prior_mean=belief)
     held_x = held.x
     is_run = (jnp.arange(MAX_FORKS) <= fork) & (held.steps > 0)
     opens = in_train
@@ -242,7 +331,13 @@ def decide(
         reference_mask=is_run & (held.status != FORK_FAILED),
         time=time,
     )
-    mean, covariance = _surrogate.predict(config, posterior, jnp.concatenate([held_x, proposal[None]]), time=time)
+    between, is_between = _between(space, held_x, held.score[:, rung], is_run & (held.status != FORK_FAILED))
+    around = _around(policy, space_of, between)
+    mean, covariance = _surrogate.predict(
+        config, posterior, jnp.concatenate([held_x, proposal[None], around]), time=time
+    )
+    robust = jnp.asarray(_WEIGHTS) @ mean[MAX_FORKS + 1 :].reshape(len(_WEIGHTS), -1)
+    mean, covariance = mean[: MAX_FORKS + 1], covariance[: MAX_FORKS + 1, : MAX_FORKS + 1]
 
     # Does the fork run on, win, or end?
     holder = jnp.maximum(held.kept, 0)
@@ -275,8 +370,8 @@ def decide(
     affordable = discarded + late <= budget
     gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
     may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
-    # One fork alone is no comparison: a fast round pays for a second one before it weighs any price.
-    is_worth_it = (gain > policy.price) | ((kind == FAST) & (fork == 0))
+    # A fast round looks to either side before it weighs any price.
+    is_worth_it = (gain > policy.price) | ((kind == FAST) & (fork <= jnp.where(ts.rounds_held == 0, 1, 0)))
     forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
 
@@ -289,7 +384,10 @@ def decide(
     starts_fork = (holds & ~starts_sweep) | in_sweep | forks_again
     trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
 
-    chosen = jnp.where(has_kept, held.x[best], proposal)
+    # Fast hyperparameters need not be those of a fork: the best may lie between two.
+    halfway = between[jnp.argmin(jnp.where(is_between, robust, jnp.inf))]
+    winner = jnp.where((kind == FAST) & jnp.any(is_between), halfway, held.x[best])
+    chosen = jnp.where(has_kept, winner, proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins

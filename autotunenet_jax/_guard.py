@@ -23,6 +23,10 @@ _MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
 # Values before which the statistics say nothing yet.
 _FIRST_VALUES = 4
 
+# A value below this share of the last peak's height is on its way back; the peak is forgotten at this rate per step.
+_RETURNING_SHARE = 0.3
+_PEAK_MEMORY = 0.92
+
 # How far above the level, in standard deviations, a value still counts for what it is.
 _REACH_SIGMAS = 20.0
 
@@ -33,8 +37,9 @@ class Guard:
 
     A value is unusual when it lies more than ``sigmas`` of the loss's own recent spread above its recent level.
     Unusual and non-finite values never enter the running statistics. One unusual value does nothing; ``patience`` of
-    them, with healthy values taking one back each, are a spike. Only differences of losses are used, so adding a
-    constant to the loss changes no verdict.
+    them, with healthy values taking one back each, are a spike. While the loss comes back from a peak, values well
+    below that peak do not count: a single bad batch is not answered with a rollback, a loss that stays up is. Only
+    differences of losses are used, so adding a constant to the loss changes no verdict.
 
     Args:
       sigmas: Height of an unusual value, in robust standard deviations.
@@ -69,19 +74,20 @@ class Guard:
 
 
 class GuardState(NamedTuple):
-    """Running statistics of the healthy losses; scalars."""
+    """Running statistics of the healthy losses, and the height of the last peak above their level; scalars."""
 
     level: Float[Array, ""]
     spread: Float[Array, ""]
     short: Float[Array, ""]
     count: Int[Array, ""]
     strikes: Int[Array, ""]
+    peak: Float[Array, ""]
 
 
 def init() -> GuardState:
     """Statistics of no value yet."""
     zero = jnp.zeros((), jnp.float32)
-    return GuardState(zero, zero, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return GuardState(zero, zero, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
 
 def watch(
@@ -116,7 +122,10 @@ def watch(
     reach = jnp.where(state.count >= _FIRST_VALUES, state.level + _REACH_SIGMAS * sigma + slack, jnp.inf)
     clipped = jnp.minimum(value, reach)
     is_unusual = is_warm & (value > state.level + guard.sigmas * sigma + slack)
-    strikes = jnp.where(is_unusual, state.strikes + 1, jnp.maximum(state.strikes - 1, 0))
+    height = jnp.minimum(value, jnp.where(jnp.isfinite(ceiling), ceiling, reach)) - state.level
+    is_returning = is_unusual & (height < _RETURNING_SHARE * state.peak)
+    peak = jnp.where(is_warm, jnp.maximum(_PEAK_MEMORY * state.peak, height), 0.0)
+    strikes = jnp.where(is_unusual, state.strikes + ~is_returning, jnp.maximum(state.strikes - 1, 0))
 
     # The first values average plainly; later ones exponentially.
     accepted = is_finite & ~is_unusual
@@ -138,6 +147,7 @@ def watch(
         short=short,
         count=jnp.where(accepted, state.count + 1, state.count),
         strikes=strikes,
+        peak=peak,
     ), verdict
 
 

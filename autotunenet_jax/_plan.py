@@ -31,8 +31,9 @@ MIN_TOTAL_STEPS = 64
 _REFERENCE_STEPS = 1000
 _LENGTH_EXPONENT = 0.75
 
-# Steps of the shortest fork that can be scored, and of the shortest sweep that shows a minimum.
-_LEAST_FORK, _LEAST_SWEEP = 2, 6
+# Steps of the shortest fork that can be scored, of the shortest that means something, and of the shortest sweep that
+# shows a minimum.
+_LEAST_FORK, _SHORT_FORK, _LEAST_SWEEP = 2, 5, 6
 
 
 class Plan(NamedTuple):
@@ -79,8 +80,8 @@ class Recipe:
 
     sweep: float = 0.03
     early: float = 0.025
-    late: float = 0.06
-    fast_forks: int = 3
+    late: float = 0.025
+    fast_forks: int = 5
     slow: float = 0.08
     slow_forks: int = 4
     slow_starts: tuple[float, ...] = (0.15, 0.6)
@@ -101,11 +102,11 @@ def _fast_round(recipe: Recipe, space: SearchSpace, total_steps: int, cap: float
     # The cap comes first: a sweep leaves half of it to the forks, or at least one fork, or is not held.
     sweep = min(max(round(_scaled(recipe.sweep, total_steps)), 8), 120, max(int(cap / 2), 8), int(cap) - _LEAST_FORK)
     sweep = sweep if has_rate and sweep >= _LEAST_SWEEP else 0
-    late = min(_scaled(recipe.late, total_steps), (cap - sweep) / (forks - 1))
-    if late < 6 and forks > 2:
-        forks = 2
-        late = min(_scaled(recipe.late, total_steps), cap - sweep)
-    late = int(late)
+    wanted = max(_scaled(recipe.late, total_steps), _SHORT_FORK)
+    # Forks too short to be told apart are no use: where the cap is tight there are fewer of them.
+    affordable = max(int((cap - sweep) / min(wanted, _SHORT_FORK)), 1)
+    forks = min(forks, affordable + 1)
+    late = int(min(wanted, (cap - sweep) / (forks - 1)))
     if late < _LEAST_FORK:
         raise ValueError(
             f"discarded fork steps may take {cap:.1f} of {total_steps} steps, and a round of forks needs at least "

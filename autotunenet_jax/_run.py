@@ -83,6 +83,7 @@ class Run:
         self.hyperparams = hyperparams_jit(self.core, self.ts)
         self.train_step, self.eval_step = train_step, eval_step
         self.evaluated_at = -1
+        self.retreats = 0
         self.last_eval: float | None = None
         self.best: HostCopy | None = None
         self.best_eval: float | None = None
@@ -112,6 +113,7 @@ class Run:
         self.evaluated_at, self.last_eval = host["evaluated_at"], host["last_eval"]
         self.recorder.load(host["recorder"])
         self.hyperparams = hyperparams_jit(self.core, self.ts)
+        self.retreats = int(self.ts.validation.retreats)
         self._read_position()
         if self.phase == TRAIN:
             self.source.release(self.data_step)
@@ -157,9 +159,18 @@ class Run:
         value = float(metric)
         self.evaluated_at = self.step
         self.recorder.add_eval(self.step, value, is_settled=is_settled)
+        self._note_retreat()
         if is_settled:
             self.last_eval = value
             self._keep_best(value)
+
+    def _note_retreat(self) -> None:
+        retreats = int(self.ts.validation.retreats)
+        if retreats > self.retreats:
+            self.retreats = retreats
+            self.hyperparams = hyperparams_jit(self.core, self.ts)
+            message = "The validation metric got worse while the training loss fell; the rate was lowered."
+            self.recorder.note(self.step, "retreat", message)
 
     def _keep_best(self, value: float) -> None:
         sign = -1.0 if self.tuner.mode == "max" else 1.0

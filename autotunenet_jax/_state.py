@@ -94,6 +94,24 @@ class Sweep(NamedTuple):
     position: Float[Array, ""]
 
 
+class Validation(NamedTuple):
+    """Validation metrics outside rounds, to be minimised; scalars.
+
+    Attributes:
+      first: The first one; NaN before it.
+      best: The lowest one; infinite before the first.
+      level: Running level of the training loss at the lowest one.
+      rises: How often in a row the metric has been above the lowest one while the training loss was below its level.
+      retreats: How often the rates were lowered for that.
+    """
+
+    first: Float[Array, ""]
+    best: Float[Array, ""]
+    level: Float[Array, ""]
+    rises: Int[Array, ""]
+    retreats: Int[Array, ""]
+
+
 class Round(NamedTuple):
     """The round being held, or the next one.
 
@@ -154,6 +172,7 @@ class TunerState(NamedTuple):
       initial_loss: Mean of the first finite losses; NaN before there is one.
       best_level: Lowest running level of the loss so far.
       eval_level: Last validation metric seen, to be minimised; NaN before the first.
+      validation: What validation metrics outside rounds have shown so far.
       discarded: Steps spent on forks that were not kept, and on sweeps.
       rollbacks: Rollbacks so far.
       since_rollback: Steps since the last one.
@@ -176,6 +195,7 @@ class TunerState(NamedTuple):
     initial_loss: Float[Array, ""]
     best_level: Float[Array, ""]
     eval_level: Float[Array, ""]
+    validation: Validation
     discarded: Int[Array, ""]
     rollbacks: Int[Array, ""]
     since_rollback: Int[Array, ""]
@@ -198,6 +218,12 @@ def empty_window() -> Window:
     """Sums over nothing."""
     zero = jnp.zeros((), jnp.float32)
     return Window(zero, zero, zero, zero)
+
+
+def no_validation() -> Validation:
+    """Before the first metric."""
+    nan, inf = jnp.full((), jnp.nan, jnp.float32), jnp.full((), jnp.inf, jnp.float32)
+    return Validation(nan, inf, inf, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def empty_round(dims: int, *, index: Array | int, group: Array | int) -> Round:

@@ -57,7 +57,7 @@ def half_rank(
     return jnp.where(is_better_half, (y - median) / scale, normal), median, scale
 
 
-def _group_median(y: Float[Array, "n"], same: Bool[Array, "n n"]) -> Float[Array, "n"]:
+def group_median(y: Float[Array, "n"], same: Bool[Array, "n n"]) -> Float[Array, "n"]:
     """Lower median of the members of each trial's group, 0 where there are none; ``same[i, j]``: j counts for i."""
     order = jnp.arange(y.size)
     before = (y[None, :] < y[:, None]) | ((y[None, :] == y[:, None]) & (order[None, :] < order[:, None]))
@@ -102,7 +102,7 @@ def targets(
     if standardise and not is_centred_apart:
         centred, location, scale = half_rank(obs.y, good)
     elif standardise:
-        centred = jnp.where(good, obs.y - _group_median(obs.y, same), 0.0)
+        centred = jnp.where(good, obs.y - group_median(obs.y, same), 0.0)
         # The better half sets the unit, however bad the worst is.
         is_better_half = good & (centred < 0.0)
         members = jnp.maximum(jnp.sum(is_better_half, dtype=jnp.float32), 1.0)
@@ -112,7 +112,7 @@ def targets(
         scale = jnp.where(scale > 1e-6 * jnp.max(jnp.abs(jnp.where(good, obs.y, 0.0))), scale, 1.0)
         centred = _compress(centred / scale, outlier)
     else:
-        median = _group_median(obs.y, same)
+        median = group_median(obs.y, same)
         centred = _compress(obs.y - median, outlier)
         if not is_centred_apart:
             location = median[0]

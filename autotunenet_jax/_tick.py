@@ -19,6 +19,7 @@ from ._state import (
     Directive,
     Sweep,
     TunerState,
+    Validation,
 )
 
 COOL_SHARE = 0.3
@@ -48,6 +49,14 @@ _MAX_RETRIES = 3
 # How far a rate falls, in decades, at a rollback that is not the first within this many steps.
 _RATE_RETREAT_DECADES = 0.3
 _RATE_RETREAT_WITHIN = 250
+# The same for values that are not finite out of the blue, which are rather the data's fault.
+_BLUE_RETREAT_WITHIN = 20
+
+
+# A validation metric this share of its whole improvement above its best, so many times in a row, has risen for good.
+_RISE_SHARE = 0.015
+_RISES = 2
+_RISE_RETREAT_DECADES = 1.0
 
 
 def position(ts: TunerState) -> Array:
@@ -138,33 +147,38 @@ def tick(
     reference = jnp.where(is_reference & (pos == 0), value, ts.round.reference)
     reference = jnp.where(is_reference & (pos == 1), 0.5 * (reference + value), reference)
 
+    # A rate that is too large announces itself: the loss climbs before it overflows. Out of the blue, it is the data.
+    climbed = ts.guard.short > jnp.fmax(ts.guard.level, ts.initial_loss) + _CALM_SIGMAS * ts.guard.spread
     # A rollback: training only; an unhealthy fork or sweep just ends.
     may_retry = (verdict == _guard.NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
     rolls_back = in_train & unhealthy & may_retry
     gives_up = in_train & unhealthy & ~may_retry
     saved_age, kept_age = ts.step - ts.slots.saved_step, ts.step - ts.slots.kept_step
     saved_is_newer = saved_age < kept_age
-    newer_is_safe = jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE
+    # Not finite at once after a rollback: that snapshot, the newer one since, holds the damage itself.
+    was_damaged = (ts.since_rollback == 0) & ~is_finite
+    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE) & ~was_damaged
     restores = jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer)
-    repeated = rolls_back & (ts.since_rollback < _RATE_RETREAT_WITHIN)
+    within = jnp.where(climbed | is_finite, _RATE_RETREAT_WITHIN, _BLUE_RETREAT_WITHIN)
+    repeated = rolls_back & (ts.since_rollback < within) & ~was_damaged
     incumbent = jnp.where(
         repeated | (rolls_back & (verdict == _guard.DIVERGED)),
         retreat(ts.incumbent, jnp.float32(_RATE_RETREAT_DECADES)),
         ts.incumbent,
     )
     # After a rollback, and where a new level has to be accepted, the spikes seen so far mean nothing.
-    fresh = guard_state._replace(strikes=jnp.zeros_like(guard_state.strikes), short=guard_state.level)
+    zero = jnp.zeros_like(guard_state.peak)
+    fresh = guard_state._replace(strikes=jnp.zeros_like(guard_state.strikes), short=guard_state.level, peak=zero)
     accepting = guard_state._replace(
         level=value,
         short=value,
         count=jnp.zeros_like(guard_state.count),
         strikes=jnp.zeros_like(guard_state.strikes),
+        peak=zero,
     )
     guard_state = _where(gives_up, accepting, _where(rolls_back, fresh, guard_state))
     initial_loss = jnp.where(gives_up, jnp.fmax(initial_loss, value), initial_loss)
 
-    # A rate that is too large announces itself: the loss climbs before it overflows. Out of the blue, it is the data.
-    climbed = ts.guard.short > jnp.fmax(ts.guard.level, ts.initial_loss) + _CALM_SIGMAS * ts.guard.spread
     has_faulted = (in_fork | in_sweep) & ~is_finite & ~climbed & (ts.retries < _MAX_RETRIES)
 
     step = ts.step + 1
@@ -178,7 +192,7 @@ def tick(
     takes = calm & (jnp.minimum(saved_age, kept_age) >= ts.plan.save_every)
     save, keep = takes & ~saved_is_newer, takes & saved_is_newer
     data_step = ts.data_step + 1
-    # A snapshot passed over as too young may hold the damage: it becomes the older one, which is overwritten next.
+    # A snapshot passed over may hold the damage: it becomes the older one, which is overwritten next.
     distrusts = rolls_back & ~newer_is_safe
     saved_step = jnp.where(distrusts & saved_is_newer, ts.slots.kept_step - 1, ts.slots.saved_step)
     kept_step = jnp.where(distrusts & (kept_age < saved_age), ts.slots.saved_step - 1, ts.slots.kept_step)
@@ -219,6 +233,33 @@ def tick(
         verdict=verdict,
     )
     return new, directive, due
+
+
+def validate(
+    retreat: Callable[[Array, Array], Array], ts: TunerState, metric: Float[Array, ""], is_settled: Array
+) -> TunerState:
+    """Takes a validation metric of ordinary training in; lowers the rates when training fits what does not generalise.
+
+    That shows when the metric stays above its best while the training loss keeps falling. A lower rate then ends it
+    where it is, as stopping early would. While a round is still to come, that round has the better remedies.
+    """
+    seen, level = ts.validation, ts.guard.short
+    first = jnp.where(is_settled & jnp.isnan(seen.first), metric, seen.first)
+    is_best = is_settled & (metric < seen.best)
+    margin = _RISE_SHARE * jnp.maximum(first - seen.best, 0.0)
+    has_risen = is_settled & (metric > seen.best + margin) & (level < seen.level)
+    rises = jnp.where(has_risen, seen.rises + 1, jnp.where(is_settled, 0, seen.rises))
+    retreats = (rises >= _RISES) & (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
+    return ts._replace(
+        incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),
+        validation=Validation(
+            first=first,
+            best=jnp.where(is_best, metric, seen.best),
+            level=jnp.where(is_best, level, seen.level),
+            rises=jnp.where(retreats, 0, rises),
+            retreats=seen.retreats + retreats,
+        ),
+    )
 
 
 def _where(condition: Array, new, old):

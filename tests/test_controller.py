@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import autotunenet_jax as atn
 from autotunenet_jax import _acquisition, _decide, _guard, _observations, _state, _surrogate, _tick
+from autotunenet_jax._plan import Recipe
 from tests.reference.phase_machine import PhaseMachine
 
 SPACE = {"learning_rate": (1e-5, 1.0), "dropout": (0.0, 0.5)}
@@ -54,7 +55,7 @@ class _Average:
         self.hyper, self.observations = hyper, observations
 
 
-def twin_surrogate(observations, forks, runs, lower, upper):
+def twin_surrogate(observations, runs, lower, upper):
     groups = {}
     for _, y, group in observations:
         if y is not None:
@@ -64,19 +65,22 @@ def twin_surrogate(observations, forks, runs, lower, upper):
         if y is not None:
             column = np.array(groups[group])
             scale = max(-column.min(), 2 * np.mean(column - column.min()), 1e-12)
-            known.append((x, np.clip((np.clip(y, -1e15, 1e15) - column.min()) / scale, 0, 2)))
+            share = np.clip((np.clip(y, -1e15, 1e15) - column.min()) / scale, 0, 4)
+            known.append((x, np.log1p(share / 0.05) / np.log(21.0)))
     proposal = where_next(lower, upper, sum(runs)).astype(np.float32)
 
     def mean(x):
         near = [float(np.exp(-np.sum((x - other) ** 2) / 0.01)) for other, _ in known]
         return (sum(n * y for n, (_, y) in zip(near, known, strict=True)) + 0.5e-3) / (sum(near) + 1e-3)
 
-    return [mean(x) for x in [*(fork.x for fork in forks), proposal]], VARIANCE, proposal
+    return mean, VARIANCE, proposal
 
 
 @functools.cache
 def tuner(total_steps: int | None = TOTAL, start=1e-4):
-    return atn.AutoTuneNet(SPACE, total_steps, initial={"learning_rate": start, "dropout": 0.1})
+    # Forks that may be dropped at an early score: the plan's own have one score only.
+    recipe = Recipe(early=0.025, late=0.06, fast_forks=3)
+    return atn.AutoTuneNet(SPACE, total_steps, initial={"learning_rate": start, "dropout": 0.1}, recipe=recipe)
 
 
 def view(ts, directive):

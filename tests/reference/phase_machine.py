@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
-from autotunenet_jax import _guard, _tick
+from autotunenet_jax import _decide, _guard, _tick
 
 F = np.float32
 ZERO = F(0)
@@ -29,19 +29,26 @@ class Watch:
     short: Any = ZERO
     count: int = 0
     strikes: int = 0
+    peak: Any = ZERO
 
     def see(self, guard: Any, loss: Any, ceiling: Any) -> str:
+        is_warm = self.count >= guard.warmup
         if not np.isfinite(loss):
             self.strikes = max(self.strikes - 1, 0)
+            self.peak = F(_guard._PEAK_MEMORY) * self.peak if is_warm else ZERO
             return "non-finite"
         sigma = self.spread / F(math.sqrt(2 / math.pi))
         slack = F(1e-5) * abs(self.level) + F(1e-12)
-        unusual = self.count >= guard.warmup and loss > self.level + F(guard.sigmas) * sigma + slack
-        clipped = min(loss, self.level + F(_guard._REACH_SIGMAS) * sigma + slack) if self.count >= FIRST else loss
+        unusual = is_warm and loss > self.level + F(guard.sigmas) * sigma + slack
+        reach = self.level + F(_guard._REACH_SIGMAS) * sigma + slack
+        clipped = min(loss, reach) if self.count >= FIRST else loss
         self.short += max(F(0.2), F(1 / (self.count + 1))) * (clipped - self.short)
         diverged = self.count >= FIRST and self.short > ceiling
+        height = min(loss, ceiling if np.isfinite(ceiling) else reach) - self.level
+        is_returning = height < F(_guard._RETURNING_SHARE) * self.peak
+        self.peak = max(F(_guard._PEAK_MEMORY) * self.peak, height) if is_warm else ZERO
         if unusual:
-            self.strikes += 1
+            self.strikes += not is_returning
         else:
             self.strikes = max(self.strikes - 1, 0)
             rate = max(F(1 / guard.window), F(1 / (self.count + 1)))
@@ -90,8 +97,8 @@ class PhaseMachine:
       is_rate: Which hyperparameters are rates.
       is_slow: Which are slow.
       decades: How many decades each spans.
-      surrogate: ``(observations, forks, lower, upper) -> (mean, variance, proposal)``: posterior means of the forks and
-        of the proposal, which comes last; their common, independent variance; and the proposal.
+      surrogate: ``(observations, runs, lower, upper) -> (mean, variance, proposal)``: the posterior mean as a function
+        of a point; the variance of every point, independent of the others'; and the proposal.
     """
 
     def __init__(
@@ -111,6 +118,8 @@ class PhaseMachine:
         self.incumbent, self.trial = start, start
         self.prior_center = np.where(is_slow, F(policy.slow_center), start)
         self.knows_rate = False
+        self.first_metric, self.best_metric, self.best_short = F(np.nan), F(np.inf), F(np.inf)
+        self.rises = 0
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
         self.since_rollback = NEVER
@@ -143,6 +152,24 @@ class PhaseMachine:
             self.metrics.append(metric)
         if (self.phase == "train" or self.step == 0) and np.isfinite(metric):
             self.eval_level = metric
+            self._validate(metric)
+
+    def _validate(self, metric: Any) -> None:
+        """Lowers the rates when validation gets worse while training goes on getting better."""
+        if np.isnan(self.first_metric):
+            self.first_metric = metric
+        margin = F(_tick._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
+        has_risen = metric > self.best_metric + margin and self.watch.short < self.best_short
+        if metric < self.best_metric:
+            self.best_metric, self.best_short = metric, self.watch.short
+        self.rises = self.rises + 1 if has_risen else 0
+        if self.rises >= _tick._RISES and self.phase == "train" and self.plan.start[self.row] >= NEVER:
+            self._retreat(_tick._RISE_RETREAT_DECADES)
+            self.rises = 0
+
+    def _retreat(self, decades: float) -> None:
+        lower = self.incumbent - F(decades) / self.decades
+        self.incumbent = np.where(self.is_rate, np.clip(lower, 0, 1), self.incumbent).astype(F)
 
     # One step.
 
@@ -193,7 +220,7 @@ class PhaseMachine:
         self.step += 1
         self.data_step += 1
         if self.phase == "train" and failed:
-            self._train_failed(verdict, loss, ages, newer, older, result)
+            self._train_failed(verdict, loss, ages, newer, older, climbed, result)
         due = due or self.left <= 0
         is_calm = self.phase == "train" and verdict == "healthy" and not due and self.watch.strikes == 0
         if is_calm and min(ages.values()) >= self.plan.save_every:
@@ -210,23 +237,26 @@ class PhaseMachine:
         result.data_step = self.data_step
         return result
 
-    def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, result: Result) -> None:
+    def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, climbed: bool,
+                      result: Result) -> None:  # fmt: skip
         if verdict != "non-finite" and self.rollbacks >= self.guard.max_rollbacks:
-            self.watch = dataclasses.replace(self.watch, level=loss, short=loss, count=0, strikes=0)
+            self.watch = dataclasses.replace(self.watch, level=loss, short=loss, count=0, strikes=0, peak=ZERO)
             self.initial_loss = np.fmax(self.initial_loss, loss)
             return
         result.outcome = "rollback"
-        is_safe = min(ages.values()) >= _tick._MIN_SNAPSHOT_AGE
+        was_damaged = verdict == "non-finite" and self.since_rollback == 1
+        is_safe = min(ages.values()) >= _tick._MIN_SNAPSHOT_AGE and not was_damaged
         target = newer if is_safe else older
         result.restore, result.adopt = target == "saved", target == "kept"
         if not is_safe and newer == "saved":
             self.saved = (self.saved[0], self.kept_copy[1] - 1)
         elif not is_safe and ages["kept"] < ages["saved"]:
             self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
-        if self.since_rollback <= _tick._RATE_RETREAT_WITHIN or verdict == "diverged":
-            lower = self.incumbent - F(_tick._RATE_RETREAT_DECADES) / self.decades
-            self.incumbent = np.where(self.is_rate, np.clip(lower, 0, 1), self.incumbent).astype(F)
-        self.watch.strikes, self.watch.short = 0, self.watch.level
+        is_blue = verdict == "non-finite" and not climbed
+        within = _tick._BLUE_RETREAT_WITHIN if is_blue else _tick._RATE_RETREAT_WITHIN
+        if (self.since_rollback <= within and not was_damaged) or verdict == "diverged":
+            self._retreat(_tick._RATE_RETREAT_DECADES)
+        self.watch.strikes, self.watch.short, self.watch.peak = 0, self.watch.level, ZERO
         self.rollbacks += 1
         self.since_rollback = 0
         self.left = max(self.left, 1)
@@ -345,7 +375,35 @@ class PhaseMachine:
                 if self.rounds_held == 0:
                     center, reach = self.prior_center[i], F(self.policy.fast_reach_decades) / self.decades[i]
             lower[i], upper[i] = max(center - reach, F(0)), min(center + reach, F(1))
+            if self.is_rate[i] and self.knows_rate and self.rounds_held == 0:
+                # The second and third fork go to either side of the first.
+                first, spread = self.forks[0].x[i], F(self.policy.spread_decades) / self.decades[i]
+                if len(self.forks) == 1 and first - spread > lower[i]:
+                    upper[i] = first - spread
+                elif len(self.forks) == 2 and first + spread < upper[i]:
+                    lower[i] = first + spread
         return lower, upper
+
+    def _between(self, mean: Callable[..., Any]) -> np.ndarray | None:
+        """The point on the way from the best-scored fork to another one that is best in its surroundings."""
+        rung = len(self.forks[-1].scores) - 1
+        scored = [
+            (f.scores[rung], f.x) for f in self.forks if f.status != "failed" and len(f.scores) > rung
+        ]  # fmt: skip
+        scored = [(score, x) for score, x in scored if np.isfinite(score)]
+        if not scored:
+            return None
+        pivot = min(scored, key=lambda entry: entry[0])[1]
+        step = np.where(self.is_rate, F(self.policy.blur_decades) / self.decades, 0).astype(F)
+        best = None
+        for share in _decide._BETWEEN:
+            for _, x in scored:
+                point = (pivot + F(share) * (x - pivot)).astype(F)
+                around = [np.clip(point + sign * step, 0, 1).astype(F) for sign in (-1, 0, 1)]
+                value = sum(w * mean(p) for w, p in zip(_decide._WEIGHTS, around, strict=True))
+                if best is None or value < best[0]:
+                    best = (value, point)
+        return best[1]
 
     def _end_of_stretch(self, fork_failed: bool, ran: int, late: int, early: int, is_fast: bool, remaining: int,
                         budget: Any, result: Result) -> None:  # fmt: skip
@@ -367,7 +425,8 @@ class PhaseMachine:
 
         lower, upper = self._box(is_fast)
         runs = [f.status != "failed" for f in self.forks]
-        mean, variance, proposal = self.surrogate(self.observations, self.forks, runs, lower, upper)
+        mean_at, variance, proposal = self.surrogate(self.observations, runs, lower, upper)
+        mean = [mean_at(x) for x in [*(f.x for f in self.forks), proposal]]
         deviation = math.sqrt(2 * variance)
 
         def better(gain: Any) -> float:
@@ -397,23 +456,24 @@ class PhaseMachine:
             z = gain / deviation
             density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
             improvement = gain * better(gain) + deviation * density
-            is_worth_it = improvement > self.policy.price or (is_fast and number == 0)
+            is_worth_it = improvement > self.policy.price or (is_fast and number <= (self.rounds_held == 0))
             has_room = number + 1 < self.plan.forks[self.row]
         if has_room and is_worth_it and self.discarded + late <= budget and remaining > late:
             self.data_step = self.saved[0]
             self._start_fork(proposal, early)
             result.restore, result.outcome = True, "fork started"
             return
-        self._finish_round(wins, proposal, result)
+        between = self._between(mean_at) if is_fast else None
+        self._finish_round(wins, proposal, between, result)
 
-    def _finish_round(self, wins: bool, proposal: np.ndarray, result: Result) -> None:
+    def _finish_round(self, wins: bool, proposal: np.ndarray, between: np.ndarray | None, result: Result) -> None:
         before = self.incumbent
         if self.winner is None:
             # The data goes on: what every fork failed on is not shown again.
             self.incumbent = proposal
             result.restore, result.outcome = True, "failed"
         else:
-            self.incumbent = self.forks[self.winner].x
+            self.incumbent = self.forks[self.winner].x if between is None else between
             result.adopt = not wins
             if result.adopt:
                 self.data_step = max(self.kept_copy[0], self.saved[0])
