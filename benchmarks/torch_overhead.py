@@ -50,8 +50,8 @@ def main():
         least, median, high = np.percentile(times, [1, 50, 95])
         print(f"{name}: {1e3 * least:.3f} / {1e3 * median:.3f} / {1e3 * high:.3f} ms (1st, 50th, 95th percentile)")
     print(f"a step of {1e3 * STEP_S:.0f} ms becomes {1 + np.median(trained) / STEP_S:.3f} times as long")
-    base = "import torch, jax, optax"
-    print(f"import beyond torch, jax and optax: {import_seconds((base, 'import autotunenet_torch')):.2f} CPU seconds")
+    base = "import torch, jax"
+    print(f"import beyond torch and jax: {import_seconds((base, 'import autotunenet_torch')):.2f} CPU seconds")
 
 
 if __name__ == "__main__":

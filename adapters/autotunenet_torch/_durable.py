@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 import autotunenet_jax as atn
+
+from . import _reduce
 
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -85,14 +88,14 @@ def save(store: atn.Snapshots, step: int, tree: Any, *, metric: float | None = N
     return store.save(step, {"data": data, "skeleton": skeleton}, metric=metric, wait=wait)
 
 
-def restore(store: atn.Snapshots) -> tuple[int, Any] | None:
-    """The step and the tree of the latest sound snapshot; None when there are no snapshots.
+def restore(store: atn.Snapshots, *, at_most: float = math.inf) -> tuple[int, Any] | None:
+    """The step and the tree of the latest sound snapshot up to a step; None when there are none.
 
     Raises:
       SnapshotDamagedError: There were some, and all are damaged.
       SnapshotMismatchError: They are of another search space.
     """
-    records = [record for record in reversed(store.records()) if not record.is_abandoned]
+    records = [record for record in reversed(store.records()) if not record.is_abandoned and record.step <= at_most]
     for record in records:
         like = {"data": np.zeros(0, np.uint8), "skeleton": ""}
         like["data"] = jax.ShapeDtypeStruct((record.size_bytes,), np.uint8)
@@ -104,3 +107,16 @@ def restore(store: atn.Snapshots) -> tuple[int, Any] | None:
     if records:
         raise atn.SnapshotDamagedError(f"No sound snapshot is left in {store.folder}; see the warnings.")
     return None
+
+
+def restore_together(store: atn.Snapshots) -> tuple[int, Any] | None:
+    """`restore` on every process of a distributed training: the latest step that all of them have.
+
+    Processes write on their own, so one that is killed may be a snapshot behind the others.
+    """
+    found = restore(store)
+    while True:
+        steps = [int(step) for (step,) in _reduce.gather(-1 if found is None else found[0])]
+        if len(set(steps)) == 1:
+            return found
+        found = restore(store, at_most=min(steps))

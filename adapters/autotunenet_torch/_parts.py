@@ -1,9 +1,10 @@
 """Small parts of the training loop: budget, default batches and metrics, what it lets be tuned."""
 
+import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,20 +15,32 @@ from . import _reduce
 from ._tuner import AutoTuneNet, slow_names
 
 
-def budget(loader: Iterable[Any], epochs: int, accumulate: int) -> int:
-    """Optimizer steps in so many passes over a loader.
+def budget(
+    loader: Iterable[Any], *, steps: int | None, epochs: int | None, accumulate: int, planned: int | None
+) -> int:
+    """Optimizer steps of the whole run: those asked for, or in so many passes over a loader.
 
     Raises:
-      ValueError: The loader's length is unknown.
+      ValueError: The loader's length is unknown, and the tuner's own ``total_steps`` too.
     """
-    try:
-        batches = len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    total = steps
+    if total is None:
+        try:
+            total = (epochs or 1) * len(loader) // accumulate  # type: ignore[arg-type]
+        except TypeError:
+            total = planned
+    if total is None:
         raise ValueError(
-            "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) instead: the "
-            "number of optimizer steps of the whole run (the tuner's total_steps)."
-        ) from None
-    return epochs * batches // accumulate
+            "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) or "
+            "AutoTuneNet(total_steps=...): the number of optimizer steps of the whole run."
+        )
+    if planned is not None and planned != total:
+        warnings.warn(
+            f"the tuner was given total_steps={planned}, and this training takes {total} optimizer steps: it is "
+            f"planned for {total}. Leave total_steps out beside a Trainer, or give Trainer(steps={planned}).",
+            stacklevel=3,
+        )
+    return total
 
 
 def accuracy(outputs: Any, targets: Any) -> torch.Tensor:
@@ -42,6 +55,23 @@ def metrics_for(given: Mapping[str, Any] | None, outputs: Any, targets: Any) -> 
     is_tensor = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
     is_classes = is_tensor and not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
     return {"accuracy": accuracy} if is_classes else {}
+
+
+@contextlib.contextmanager
+def unsmoothed(loss_fn: Any, options: Mapping[str, Any], *, is_tuned: bool) -> Iterator[dict[str, Any]]:
+    """Arguments under which losses of two settings can be compared: a smoothed loss always asks for less smoothing."""
+    if not is_tuned:
+        yield dict(options)
+        return
+    before = getattr(loss_fn, "label_smoothing", None)
+    if before is None:
+        yield {name: 0.0 if name == "label_smoothing" else value for name, value in options.items()}
+        return
+    loss_fn.label_smoothing = 0.0
+    try:
+        yield dict(options)
+    finally:
+        loss_fn.label_smoothing = before
 
 
 def takes(function: Any, argument: str) -> bool:

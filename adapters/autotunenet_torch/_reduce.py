@@ -35,13 +35,20 @@ def to_float(value: Any, *, name: str) -> float:
         raise TypeError(f"{name} must be a number or a scalar tensor; got {type(value).__name__}.") from None
 
 
+def gather(*values: float) -> list[tuple[float, ...]]:
+    """The numbers of every process, in the order of their ranks; the same bits on each."""
+    if not is_distributed():
+        return [values]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return [tuple(row) for row in torch.stack(parts).tolist()]
+
+
 def mean(value: float) -> float:
     """The mean over all processes, the same bits on each: all gather, then add up in the order of their ranks."""
     if not is_distributed():
         return value
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    mine = torch.tensor([value], dtype=torch.float64, device=device)
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
-    numbers = torch.cat(parts).tolist()
+    numbers = [number for (number,) in gather(value)]
     return sum(numbers) / len(numbers)

@@ -217,6 +217,8 @@ def find(
     if target is not None:
         return target
     there = found(model, optimizer, loss_fn=loss_fn, loader=loader)
+    for setter_name in setters:
+        there.setdefault(setter_name, "training loop")
     listed = ", ".join(f"{key} ({where})" for key, where in there.items())
     raise ValueError(
         f"param_space names {name!r}, and nothing here goes by that name. Found: {listed}. "
@@ -243,7 +245,8 @@ def _find(
             for path, module in model.named_modules()
             if isinstance(module, _DropoutNd) and (scope is None or path == scope or path.startswith(f"{scope}."))
         ]
-        return DropoutTarget(modules, model) if modules else None
+        if modules:
+            return DropoutTarget(modules, model)
     if leaf in _BETAS and groups and all(len(group.get("betas", ())) == 2 for group in groups):
         return GroupTarget(optimizer, "betas", indices, position=_BETAS[leaf])
     if groups and all(leaf in _numbers(group) for group in groups):
@@ -253,6 +256,11 @@ def _find(
                 "or leave momentum out of param_space."
             )
         return GroupTarget(optimizer, leaf, indices)
+    # Any other number that a module keeps, such as the dropout of an LSTM.
+    owner = dict(model.named_modules()).get(scope) if scope else None
+    value = getattr(owner, leaf, None)
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return AttributeTarget(owner, leaf)
     if scope is None and leaf == "label_smoothing" and isinstance(getattr(loss_fn, leaf, None), float):
         return AttributeTarget(loss_fn, leaf)
     if scope is None and leaf == "batch_size" and loader is not None:

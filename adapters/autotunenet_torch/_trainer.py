@@ -21,6 +21,8 @@ from ._tuner import AutoTuneNet
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
+# Steps between exchanges of several processes on whether to save or to stop.
+_AGREE_EVERY = 10
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,7 +46,7 @@ class Trainer:
       optimizer_options: Arguments of ``optimizer`` besides the parameters.
       scheduler: Function from the optimizer to a scheduler, stepped once per optimizer step; the tuner's own decay is
         off then.
-      device: Where to train; by default the accelerator if there is one.
+      device: Where to train; by default CUDA if there is any, else the CPU.
       precision: ``"fp32"``, or mixed ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
       clip_norm: Largest norm of the gradient; None for no clipping.
       accumulate: Batches per optimizer step.
@@ -111,6 +113,7 @@ class Trainer:
         self._loss_options: dict[str, Any] = {}
         self._batch_size: int | None = None
         self.model: Any = None
+        self._tuner: Any = None
         self.best_state: dict[str, Any] | None = None
         self.best_value: float | None = None
         self.is_interrupted = False
@@ -150,7 +153,9 @@ class Trainer:
             raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        total = self.steps or _parts.budget(train_loader, self.epochs or 1, self.accumulate)
+        total = _parts.budget(
+            train_loader, steps=self.steps, epochs=self.epochs, accumulate=self.accumulate, planned=tuner._planned_steps
+        )
         _parts.check_slow(tuner.space, has_validation=val_loader is not None)
         self.model = model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
@@ -181,8 +186,7 @@ class Trainer:
             tuner._told_slow = True  # said above
             self._resume(store if resume else None, source)
             with Stop() as stop:
-                self._run(total, source, store, interval, shown, stop)
-                self.is_interrupted = stop.is_requested
+                self.is_interrupted = self._run(total, source, store, interval, shown, stop)
         finally:
             shown.close()
             if is_owned and store is not None:
@@ -196,13 +200,14 @@ class Trainer:
 
     def _run(
         self, total: int, source: ReplayBuffer, store: atn.Snapshots | None, interval: int, shown: Any, stop: Stop
-    ) -> None:
+    ) -> bool:
+        """Trains to the end of the budget, or until asked to stop; returns whether it was."""
         tuner = self._tuner
         engine = tuner._attached()
         if engine.phase != TRAIN:
             source.hold()
-        shown_at = time.monotonic()
-        while engine.step < total and not stop.is_requested:
+        shown_at, is_stopping = time.monotonic(), False
+        while engine.step < total and not is_stopping:
             was_training = engine.phase == TRAIN
             loss = self.train_step(source)
             said, cursor = tuner._advance(loss)
@@ -215,7 +220,8 @@ class Trainer:
             is_training = said.phase == TRAIN
             if is_training and said.step % interval == 0 and said.step < total and self._val_loader is not None:
                 tuner.validate(self._measure())
-            if store is not None and is_training and (store.is_due() or stop.is_requested) and said.step < total:
+            is_stopping, is_due = self._agree(said.step, stop, store)
+            if store is not None and is_due and is_training and not is_stopping and said.step < total:
                 self._save(store, source)
             if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
                 shown_at = time.monotonic()
@@ -228,6 +234,14 @@ class Trainer:
                 )
         if store is not None and engine.phase == TRAIN:
             self._save(store, source)
+        return is_stopping
+
+    def _agree(self, step: int, stop: Stop, store: atn.Snapshots | None) -> tuple[bool, bool]:
+        """Whether to stop and whether to save, the same on all processes, whose clocks and signals differ."""
+        if _reduce.is_distributed() and step % _AGREE_EVERY:
+            return False, False
+        said = _reduce.gather(stop.is_requested, store is not None and store.is_due())
+        return any(stops for stops, _ in said), all(dues for _, dues in said)
 
     def train_step(self, source: ReplayBuffer) -> float:
         """One optimizer step on the next batches of ``source``; returns its loss."""
@@ -264,18 +278,23 @@ class Trainer:
     # Validation and use.
 
     def validate(self, loader: Iterable[Any] | None = None) -> dict[str, float]:
-        """Mean loss and metrics over a loader, by default the validation loader of `fit`; disturbs nothing."""
+        """Mean loss and metrics over a loader, by default the validation loader of `fit`; disturbs nothing.
+
+        A label smoothing that is tuned is left out of this loss, so that losses of two values of it compare.
+        """
         loader = self._val_loader if loader is None else loader
         if self.model is None or loader is None:
             raise RuntimeError("there is nothing to validate: call fit first, and give a loader to it or here.")
         was_training, sums, count = self.model.training, {}, 0
+        is_smoothed = self._tuner is not None and "label_smoothing" in self._tuner.space
         self.model.eval()
-        with _rng.untouched(), torch.no_grad():
+        unsmoothed = _parts.unsmoothed(self.loss_fn, self._loss_options, is_tuned=is_smoothed)
+        with _rng.untouched(), torch.no_grad(), unsmoothed as options:
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
                     outputs, targets = self._forward(self.model, batch)
-                    values = {"loss": self.loss_fn(outputs, targets, **self._loss_options)}
+                    values = {"loss": self.loss_fn(outputs, targets, **options)}
                 for name, metric in _parts.metrics_for(self._metrics, outputs, targets).items():
                     values[name] = metric(outputs, targets)
                 size = rows(targets)
@@ -301,7 +320,7 @@ class Trainer:
                     found = self.model(batch) if is_input else self._forward(self.model, batch)[0]
                 outputs.append(map_tensors(lambda tensor: tensor.cpu(), found))
         self.model.train(was_training)
-        return torch.cat(outputs) if isinstance(outputs[0], torch.Tensor) else outputs
+        return torch.cat(outputs) if outputs and isinstance(outputs[0], torch.Tensor) else outputs
 
     def _measure(self, *, is_last: bool = False) -> float:
         """Validates and keeps the best state; returns the monitored metric."""
@@ -336,13 +355,14 @@ class Trainer:
     def _own_targets(self, loader: Iterable[Any]) -> dict[str, Any]:
         """What can be tuned because this loop does it."""
         self._batch_size, self._loss_options = None, {}
-        space, targets = self._tuner.space, {}
-        if "batch_size" in space:
-            start = getattr(loader, "batch_size", None) or rows(next(iter(loader)))
-            targets["batch_size"] = _parts.Field(self, "_batch_size", start)
-        if "clip_norm" in space:
-            targets["clip_norm"] = _parts.Field(self, "clip_norm", self.clip_norm)
-        if "label_smoothing" in space and _parts.takes(self.loss_fn, "label_smoothing"):
+        size = None
+        if "batch_size" in self._tuner.space:
+            size = getattr(loader, "batch_size", None) or rows(next(iter(loader)))
+        targets: dict[str, Any] = {
+            "batch_size": _parts.Field(self, "_batch_size", size),
+            "clip_norm": _parts.Field(self, "clip_norm", self.clip_norm),
+        }
+        if _parts.takes(self.loss_fn, "label_smoothing"):
             targets["label_smoothing"] = _parts.Entry(self._loss_options, "label_smoothing")
         return targets
 
@@ -371,7 +391,7 @@ class Trainer:
         _durable.save(store, tuner._attached().step, tree, metric=tuner._last_eval)
 
     def _resume(self, store: atn.Snapshots | None, source: ReplayBuffer) -> None:
-        found = None if store is None else _durable.restore(store)
+        found = None if store is None else _durable.restore_together(store)
         if found is None:
             return
         step, tree = found

@@ -42,8 +42,9 @@ class AutoTuneNet:
       param_space: What may be tuned, a mapping or `autotunenet_jax.SearchSpace`. Known names: ``learning_rate`` (or
         ``lr``), ``weight_decay``, ``momentum``, ``beta1``, ``beta2``, ``eps`` and other numbers of the optimizer's
         groups, for all groups or as ``"group_name/learning_rate"``; ``dropout`` for all dropout modules or as
-        ``"module.path/dropout"``; ``label_smoothing`` of the loss; ``batch_size``; and the names in ``targets``. Groups
-        keep the proportions of their rates and weight decays.
+        ``"module.path/dropout"``; any other number that a module keeps, as ``"module.path/attribute"``;
+        ``label_smoothing`` of the loss; ``batch_size``; and the names in ``targets``. Groups keep the proportions of
+        their rates and weight decays.
       total_steps: Optimizer steps of the whole run, forks included; may be given to `attach` instead. None for an
         open-ended run.
       initial: Values to start from. Others start where the optimizer and the model have them, if inside their range.
@@ -91,7 +92,7 @@ class AutoTuneNet:
         }
         self.space = atn.SearchSpace(param_space)
         self.mode: Literal["min", "max"] = mode
-        self.total_steps = total_steps
+        self.total_steps = self._planned_steps = total_steps
         self._initial = dict(initial or {})
         self._setters = dict(targets or {})
         for name, setter in self._setters.items():

@@ -17,6 +17,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
     [
         ("torch_quickstart", "sklearn", ["--epochs", "10", "--quiet"], "accuracy 9"),
         ("torch_loop", "torch", ["--steps", "120"], "validation loss"),
+        ("torch_accelerate", "accelerate", ["--epochs", "6"], "validation loss"),
         ("torch_lightning", "lightning", ["--epochs", "5"], "validation loss"),
         ("torch_transformers", "transformers", ["--steps", "100"], "evaluation loss"),
     ],

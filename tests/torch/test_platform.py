@@ -30,7 +30,7 @@ def test_jax_stays_on_the_cpu_unless_told_otherwise():
 def test_import_is_light():
     code = """
 import sys, time
-import torch, jax, optax
+import torch, jax
 start = time.process_time()
 import autotunenet_torch
 print(time.process_time() - start)

@@ -87,6 +87,19 @@ def test_label_smoothing_and_batch_size():
     assert [len(batch) for batch in loader] == [10, 10]
 
 
+def test_any_number_of_a_module():
+    model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(4, 4, num_layers=2, dropout=0.1), "act": torch.nn.LeakyReLU(0.2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dropout = find("rnn/dropout", model, optimizer)
+    assert dropout.read() == 0.1
+    dropout.write(0.3)
+    find("act/negative_slope", model, optimizer).write(0.05)
+    assert (model["rnn"].dropout, model["act"].negative_slope) == (0.3, 0.05)
+    for name in ("rnn/training", "rnn/width", "lost/dropout"):  # no number, no attribute, no module
+        with pytest.raises(ValueError, match="nothing here goes by that name"):
+            find(name, model, optimizer)
+
+
 def test_unknown_name_lists_what_there_is():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -35,7 +35,7 @@ def test_the_example(rows, loader):
     assert values["loss"] < 0.6 and values["accuracy"] > 0.8
     assert run.best_value <= history.evals[0]["value"] and set(run.best_state) == set(model.state_dict())
     assert history.evals[-1]["value"] == pytest.approx(values["loss"])
-    assert run.predict(loader).shape == (192, 3)
+    assert run.predict(loader).shape == (192, 3) and run.predict([]) == []
     assert model.training
 
 
@@ -191,6 +191,17 @@ def test_tunes_batch_size_label_smoothing_and_clipping(loader):
     assert 0.1 <= run.clip_norm <= 10.0
 
 
+@pytest.mark.parametrize("loss_fn", [cross_entropy, torch.nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_tuned_label_smoothing_is_left_out_of_validation(loss_fn, loader):
+    run = Trainer(loss_fn, epochs=6, progress=False)
+    space = {**SPACE, "label_smoothing": (0.1, 0.3)}
+    run.fit(net(), loader, loader, tuner=AutoTuneNet(space, initial={"label_smoothing": 0.2}))
+    with torch.no_grad():
+        expected = [cross_entropy(run.model.eval()(x), y) for x, y in list(loader)]
+    assert run.validate()["loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    assert getattr(loss_fn, "label_smoothing", 0.2) == pytest.approx(0.2)  # training goes on with it
+
+
 def test_metric_of_ones_own(loader):
     metrics = {"hits": lambda outputs, targets: (outputs.argmax(1) == targets).float().mean()}
     tuner = AutoTuneNet(SPACE, mode="max")
@@ -262,8 +273,15 @@ class Endless(torch.utils.data.IterableDataset):
             yield torch.ones(4, 6), torch.zeros(4, dtype=torch.long)
 
 
-def test_endless_data_with_steps():
-    history = Trainer(cross_entropy, steps=64, progress=False).fit(
-        net(), torch.utils.data.DataLoader(Endless(), batch_size=None), tuner=AutoTuneNet(SPACE)
-    )
+@pytest.mark.parametrize("given", ["trainer", "tuner"])
+def test_endless_data_with_steps(given):
+    run = Trainer(cross_entropy, steps=64, progress=False) if given == "trainer" else trainer()
+    tuner = AutoTuneNet(SPACE, total_steps=None if given == "trainer" else 64)
+    history = run.fit(net(), torch.utils.data.DataLoader(Endless(), batch_size=None), tuner=tuner)
     assert history.summary["steps"] == 64
+
+
+def test_two_budgets_are_told_apart(loader):
+    with pytest.warns(UserWarning, match="total_steps=100, and this training takes 72"):
+        history = trainer(epochs=6).fit(net(), loader, tuner=AutoTuneNet(SPACE, total_steps=100))
+    assert history.summary["steps"] == 72
