@@ -15,7 +15,7 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
 from . import _acquisition, _guard, _observations, _surrogate
-from ._plan import FAST, MAX_FORKS, NEVER, SLOW
+from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, SLOW
 from ._space import Choice, SearchSpace
 from ._space import Float as FloatParameter
 from ._space import Int as IntParameter
@@ -50,11 +50,14 @@ class Policy:
     """Constants of the decisions; scores are in units of the progress that the best fork of a round made.
 
     Args:
-      resolution: Shortfall, as a share of the gain of a round's best fork, below which scores count in proportion.
+      fast_resolution: Shortfall, as a share of the gain of a round's best fork, below which scores of fast rounds count
+        in proportion.
+      slow_resolution: The same in slow rounds, where small differences say little of what the rest of the run brings.
       drop_below: A fork is dropped at its early score when its probability of beating the kept one is below this.
       move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
       move_slow: The same in slow rounds.
-      price: Least expected improvement worth another fork.
+      price: Least expected improvement worth another fast fork.
+      slow_price: The same for a slow fork.
       sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
       cut_offset: The same where the loss was still falling at the upper bound, below that bound.
       sweep_curvature: Expected loss of score at one decade from there, doubled.
@@ -70,11 +73,13 @@ class Policy:
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
     """
 
-    resolution: float = 0.05
+    fast_resolution: float = 0.05
+    slow_resolution: float = 1.0
     drop_below: float = 0.4
     move_fast: float = 0.5
     move_slow: float = 0.6
     price: float = 0.003
+    slow_price: float = 0.01
     sweep_offset: float = 0.5
     cut_offset: float = 0.15
     sweep_curvature: float = 1.6
@@ -124,7 +129,7 @@ def directions(space: SearchSpace) -> Directions:
     )
 
 
-def normalised(obs: _observations.Observations, *, resolution: float) -> _observations.Observations:
+def normalised(obs: _observations.Observations, *, resolution: Float[Array, "n"] | float) -> _observations.Observations:
     """Scores as logarithms of how far they are from the best of their group, in shares of what the best one gained.
 
     Raw scores are differences to the group's reference, so the best one, negated, is the gain over the state they all
@@ -140,7 +145,7 @@ def normalised(obs: _observations.Observations, *, resolution: float) -> _observ
     mean_excess = jnp.sum(jnp.where(same, excess[None, :], 0.0), axis=1) / jnp.maximum(jnp.sum(same, axis=1), 1)
     scale = jnp.maximum(jnp.maximum(-lowest, 2.0 * mean_excess), 1e-12)
     share = jnp.clip(excess / scale, 0.0, _WORST_SHARE)
-    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / math.log1p(1.0 / resolution), 0.0))
+    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
 
 
 def _expected_improvement(mean: Array, covariance: Array, best: Array) -> Array:
@@ -312,7 +317,10 @@ def decide(
     prior = _select(in_sweep, _prior_after_sweep(policy, space_of, ts), ts.prior)
     ts = ts._replace(prior=prior)
 
-    scores = normalised(observations, resolution=policy.resolution)
+    # Groups are numbered two to a round.
+    is_slow = plan.kind[jnp.clip(observations.group // 2, 0, MAX_ROUNDS - 1)] == SLOW
+    resolution = jnp.where(is_slow, policy.slow_resolution, policy.fast_resolution)
+    scores = normalised(observations, resolution=resolution)
     belief = _recentred(policy, space_of, scores, prior)
     posterior = _surrogate.fit(config, scores, start=ts.hyper, key=fit_key, prior_mean=belief)
     held_x = held.x
@@ -371,7 +379,9 @@ def decide(
     gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
     may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
     # A fast round looks to either side before it weighs any price.
-    is_worth_it = (gain > policy.price) | ((kind == FAST) & (fork <= jnp.where(ts.rounds_held == 0, 1, 0)))
+    is_worth_it = (gain > jnp.where(kind == FAST, policy.price, policy.slow_price)) | (
+        (kind == FAST) & (fork <= jnp.where(ts.rounds_held == 0, 1, 0))
+    )
     forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
 

@@ -84,7 +84,7 @@ class Recipe:
     fast_forks: int = 5
     slow: float = 0.08
     slow_forks: int = 4
-    slow_starts: tuple[float, ...] = (0.15, 0.6)
+    slow_starts: tuple[float, ...] = (0.4, 0.65)
     fast_share: float = 0.15
     slow_share: float = 0.45
 

@@ -55,7 +55,7 @@ class _Average:
         self.hyper, self.observations = hyper, observations
 
 
-def twin_surrogate(observations, runs, lower, upper):
+def twin_surrogate(kinds, observations, runs, lower, upper):
     groups = {}
     for _, y, group in observations:
         if y is not None:
@@ -66,7 +66,8 @@ def twin_surrogate(observations, runs, lower, upper):
             column = np.array(groups[group])
             scale = max(-column.min(), 2 * np.mean(column - column.min()), 1e-12)
             share = np.clip((np.clip(y, -1e15, 1e15) - column.min()) / scale, 0, 4)
-            known.append((x, np.log1p(share / 0.05) / np.log(21.0)))
+            resolution = 0.05 if kinds[group // 2] == 0 else 1.0
+            known.append((x, np.log1p(share / resolution) / np.log1p(1 / resolution)))
     proposal = where_next(lower, upper, sum(runs)).astype(np.float32)
 
     def mean(x):
@@ -156,7 +157,7 @@ def test_every_step_is_that_of_the_plain_twin(kind, total_steps, count, seed):
         is_rate=space_of.is_rate,
         is_slow=space_of.is_slow,
         decades=space_of.decades,
-        surrogate=twin_surrogate,
+        surrogate=functools.partial(twin_surrogate, tuned.plan.kind),
     )
     rows, _ = run(losses, metrics, total_steps=total_steps)
     wants_eval = True
