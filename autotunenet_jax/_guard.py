@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED = range(5)
+HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED = range(6)
 
 MESSAGES = {
     HEALTHY: "The loss is healthy.",
@@ -15,6 +15,7 @@ MESSAGES = {
     NON_FINITE: "The loss is not finite; the last healthy snapshot was restored.",
     SPIKE: "The loss jumped and did not come back; the last healthy snapshot was restored.",
     DIVERGED: "The loss rose above where it started; the last healthy snapshot was restored.",
+    STALLED: "The loss has not fallen for a long time; training goes on, nothing is undone.",
 }
 
 # Mean absolute deviation of a normal variable, in standard deviations.
@@ -23,12 +24,18 @@ _MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
 # Values before which the statistics say nothing yet.
 _FIRST_VALUES = 4
 
+# Counters stop here instead of wrapping round.
+_MANY = 2**30
+
 # A value below this share of the last peak's height is on its way back; the peak is forgotten at this rate per step.
 _RETURNING_SHARE = 0.3
 _PEAK_MEMORY = 0.92
 
 # How far above the level, in standard deviations, a value still counts for what it is.
 _REACH_SIGMAS = 20.0
+
+# A level this far below the lowest one, in standard deviations, is progress: more than noise moves an average by.
+_PROGRESS_SIGMAS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,15 +45,22 @@ class Guard:
     A value is unusual when it lies more than ``sigmas`` of the loss's own recent spread above its recent level.
     Unusual and non-finite values never enter the running statistics. One unusual value does nothing; ``patience`` of
     them, with healthy values taking one back each, are a spike. While the loss comes back from a peak, values well
-    below that peak do not count: a single bad batch is not answered with a rollback, a loss that stays up is. Only
-    differences of losses are used, so adding a constant to the loss changes no verdict.
+    below that peak do not count: a single bad batch is not answered with a rollback, a loss that stays up is. A loss
+    that has stopped falling is only told of. Only differences of losses are used, so adding a constant to the loss
+    changes no verdict.
+
+    The loss is all that the guard sees. A gradient or an update that is not finite shows in the loss of the next step,
+    and the snapshot that is restored then is from before it; a loop of your own can pass NaN as the loss at once.
 
     Args:
       sigmas: Height of an unusual value, in robust standard deviations.
       patience: Unusual values, net of healthy ones, that make a spike.
       window: Memory of the running statistics, in steps.
       warmup: Values seen before the first spike can be called.
-      max_rollbacks: Rollbacks for spikes and divergence in one run; a non-finite loss is always rolled back.
+      max_rollbacks: Rollbacks for spikes and divergence in one run; a non-finite loss is always rolled back. When the
+        next one is due after the last, the loss is taken as it is, and the hyperparameters in force are held from then
+        on: no more rounds. With 0 nothing is rolled back for these reasons and rounds go on.
+      stall_steps: Steps without progress after which the loss has stalled.
 
     Raises:
       TypeError: A threshold is not a number.
@@ -62,6 +76,7 @@ class Guard:
     window: int = 100
     warmup: int = 48
     max_rollbacks: int = 8
+    stall_steps: int = 1000
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -74,7 +89,18 @@ class Guard:
 
 
 class GuardState(NamedTuple):
-    """Running statistics of the healthy losses, and the height of the last peak above their level; scalars."""
+    """Running statistics of the healthy losses; scalars.
+
+    Attributes:
+      level: Running mean.
+      spread: Running mean absolute deviation from it.
+      short: Running mean of a few steps, of all finite losses.
+      count: Losses in ``level`` since it last started afresh.
+      strikes: Unusual losses, net of healthy ones.
+      peak: Height of the last peak above the level.
+      lowest: Lowest level so far.
+      since_lowest: Finite losses since it was reached.
+    """
 
     level: Float[Array, ""]
     spread: Float[Array, ""]
@@ -82,12 +108,23 @@ class GuardState(NamedTuple):
     count: Int[Array, ""]
     strikes: Int[Array, ""]
     peak: Float[Array, ""]
+    lowest: Float[Array, ""]
+    since_lowest: Int[Array, ""]
 
 
 def init() -> GuardState:
     """Statistics of no value yet."""
-    zero = jnp.zeros((), jnp.float32)
-    return GuardState(zero, zero, zero, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return GuardState(
+        level=zero,
+        spread=zero,
+        short=zero,
+        count=none,
+        strikes=none,
+        peak=zero,
+        lowest=jnp.full((), jnp.finfo(jnp.float32).max),
+        since_lowest=none,
+    )
 
 
 def watch(
@@ -137,7 +174,12 @@ def watch(
     short_rate = jnp.maximum(0.2, 1.0 / (state.count + 1.0))
     short = jnp.where(is_finite, state.short + short_rate * (clipped - state.short), state.short)
 
-    verdict = jnp.where(is_unusual, WATCHING, HEALTHY)
+    # A level of few values is too uncertain to be a record.
+    progresses = accepted & is_warm & (level < state.lowest - _PROGRESS_SIGMAS * sigma - slack)
+    since_lowest = jnp.where(progresses, 0, jnp.minimum(state.since_lowest + (is_finite & is_warm), _MANY))
+
+    verdict = jnp.where(since_lowest >= guard.stall_steps, STALLED, HEALTHY)
+    verdict = jnp.where(is_unusual, WATCHING, verdict)
     verdict = jnp.where(strikes >= guard.patience, SPIKE, verdict)
     verdict = jnp.where((state.count >= _FIRST_VALUES) & (short > ceiling), DIVERGED, verdict)
     verdict = jnp.where(is_finite, verdict, NON_FINITE).astype(jnp.int32)
@@ -148,9 +190,11 @@ def watch(
         count=jnp.where(accepted, state.count + 1, state.count),
         strikes=strikes,
         peak=peak,
+        lowest=jnp.where(progresses, level, state.lowest),
+        since_lowest=since_lowest.astype(jnp.int32),
     ), verdict
 
 
 def is_failure(verdict: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether a verdict asks for a rollback."""
-    return verdict >= NON_FINITE
+    return (verdict >= NON_FINITE) & (verdict <= DIVERGED)

@@ -24,13 +24,14 @@ class Progress:
 
         self._bar = Bar(
             TextColumn("[bold]{task.fields[phase]:>5}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[values]}"),
             TextColumn("forks {task.fields[share]}"),
             TimeRemainingColumn(),
             refresh_per_second=4,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=total, phase="", loss="-", values="", share="0 %")
         self._bar.start()

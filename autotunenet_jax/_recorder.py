@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _plan
+from . import _guard, _plan
 from ._history import History
 from ._progress import Progress
 from ._space import SearchSpace
@@ -15,7 +15,6 @@ from ._state import (
     FORK_FINISHED,
     FORK_STATUSES,
     OUTCOME_RETRIED,
-    OUTCOME_ROLLBACK,
     OUTCOMES,
     PHASES,
     SWEEP,
@@ -29,6 +28,12 @@ _PENDING_LIMIT = 256
 
 # A run that fails at every step has said so often enough by then; the totals go on counting.
 _MAX_EVENTS = 1000
+
+_NO_ROLLBACK = "The loss stays high and the guard has no rollback for that; it is taken as it is."
+_BUDGET_SPENT = (
+    "The loss stays high and the guard's rollbacks for that are used up; it is taken as it is, and the hyperparameters "
+    "in force are held from here on."
+)
 
 _KINDS = {_plan.FAST: "fast", _plan.SLOW: "slow"}
 
@@ -65,7 +70,7 @@ class Recorder:
         """Takes the device scalars of one step; reads them later, many at once."""
         self._steps_seen += 1
         if self._steps_seen % self.history.stride:
-            entry = {name: entry[name] for name in ("step", "rewound")}
+            entry = {name: entry[name] for name in ("step", "rewound", "verdict")}
         self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
         if len(self._pending) >= _PENDING_LIMIT:
             self.flush()
@@ -91,7 +96,19 @@ class Recorder:
                 )
             if rewound >= 0:
                 self.history.discard(rewound, step)
-                self.note(step, "rollback", OUTCOMES[OUTCOME_ROLLBACK])
+                # Healthy training goes back as well, to the state of its best validation metric.
+                if bool(_guard.is_failure(row["verdict"])):
+                    self.note(step, "rollback", _guard.MESSAGES[int(row["verdict"])])
+            elif phase == TRAIN:
+                self._tell(step, int(row["verdict"]))
+
+    def _tell(self, step: int, verdict: int) -> None:
+        """Notes, once a run each, what the guard saw and nothing was done about."""
+        seen = {row["kind"] for row in self.history.events}
+        if verdict == _guard.STALLED and "stall" not in seen:
+            self.note(step, "stall", _guard.MESSAGES[verdict])
+        elif verdict in (_guard.SPIKE, _guard.DIVERGED) and "budget" not in seen:
+            self.note(step, "budget", _BUDGET_SPENT if "rollback" in seen else _NO_ROLLBACK)
 
     def note(self, step: int, kind: str, message: str) -> None:
         """Records something the user should know of."""

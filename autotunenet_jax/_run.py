@@ -39,14 +39,17 @@ def _step_jit(
     Compiled once for each train step and core, however many runs use them.
     """
     state, loss = train_step(copies.state, batch, hyperparams)
-    saved_step, kept_step = ts.slots.saved_step, ts.slots.kept_step
+    # A snapshot that the tuner distrusts is dated before the run.
+    saved_step, kept_step = (jnp.maximum(step, 0) for step in (ts.slots.saved_step, ts.slots.kept_step))
     ts, directive, due = core.tick(ts, loss)
     copies = _obey.obey(directive, Copies(state, copies.saved, copies.kept))
+    copies = copies._replace(state=_obey.refresh_keys(directive, copies.state, ts.rollbacks))
     log = {
         "step": ts.step,
         "data_step": ts.data_step,
         "loss": jnp.asarray(loss, jnp.float32),
         # Budget step of the snapshot a rollback went back to.
+        "verdict": directive.verdict,
         "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
     }
     return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
@@ -58,9 +61,9 @@ def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array:
 
 
 @jax.jit
-def _has_nan_jit(tree: Any) -> Array:
+def _count_non_finite_jit(tree: Any) -> Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.any(jnp.stack([jnp.any(jnp.isnan(leaf)) for leaf in leaves])) if leaves else jnp.zeros((), bool)
+    return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves), jnp.zeros((), jnp.int32))
 
 
 class Run:
@@ -103,14 +106,25 @@ class Run:
     def snapshot(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, as a tree that `Snapshots` can store."""
         self.recorder.flush()
-        host = {"evaluated_at": self.evaluated_at, "last_eval": self.last_eval, "recorder": self.recorder.to_dict()}
-        return {"copies": self.copies, "tuner": self.ts, "host": json.dumps(host)}
+        host = {
+            "evaluated_at": self.evaluated_at,
+            "last_eval": self.last_eval,
+            "best_eval": self.best_eval,
+            "recorder": self.recorder.to_dict(),
+        }
+        best = None
+        if self.eval_step is not None:
+            # The tree must not change its structure with the first finite metric.
+            best = self.copies.state if self.best is None else self.best.to_device()
+        return {"copies": self.copies, "tuner": self.ts, "best": best, "host": json.dumps(host)}
 
     def resume(self, tree: dict[str, Any]) -> None:
         """Goes on from what `snapshot` gave."""
         self.copies, self.ts = tree["copies"], tree["tuner"]
         host = json.loads(str(tree["host"]))
         self.evaluated_at, self.last_eval = host["evaluated_at"], host["last_eval"]
+        self.best_eval = host["best_eval"]
+        self.best = None if self.best_eval is None else copy_tree_to_host(tree["best"])
         self.recorder.load(host["recorder"])
         self.hyperparams = hyperparams_jit(self.core, self.ts)
         self.retreats = int(self.ts.validation.retreats)
@@ -145,7 +159,8 @@ class Run:
                     self.decide()
                     on_step()
                     return
-                self.segment_left = max(self.segment_left, 1)
+                # A rollback, or the end of all rounds, has moved the next decision.
+                self.segment_left = int(self.ts.segment_left)
             on_step()
             if stop.is_requested:
                 return
@@ -169,7 +184,10 @@ class Run:
         if retreats > self.retreats:
             self.retreats = retreats
             self.hyperparams = hyperparams_jit(self.core, self.ts)
-            message = "The validation metric got worse while the training loss fell; the rate was lowered."
+            message = (
+                "The validation metric got worse while the training loss fell: training goes on from the best state, "
+                "at a lower rate."
+            )
             self.recorder.note(self.step, "retreat", message)
 
     def _keep_best(self, value: float) -> None:
@@ -208,16 +226,17 @@ class Run:
         state, which no later loss could tell, it is the newest snapshot.
         """
         self._settle_round()
-        has_nan = [bool(_has_nan_jit(tree)) for tree in self.copies]
-        if not has_nan[0]:
-            return
+        # Counted, since a state may hold infinities of its own, such as those of a mask.
+        broken, in_saved, in_kept = (int(_count_non_finite_jit(tree)) for tree in self.copies)
         saved_step, kept_step = (int(value) for value in jax.device_get(self.ts.slots[1::2]))
-        candidates = [(saved_step, has_nan[1], self.copies.saved), (kept_step, has_nan[2], self.copies.kept)]
-        sound = [(step, tree) for step, is_broken, tree in candidates if not is_broken]
+        candidates = [(saved_step, in_saved, self.copies.saved), (kept_step, in_kept, self.copies.kept)]
+        sound = [(step, tree) for step, count, tree in candidates if count < broken]
         if sound:
             step, tree = max(sound, key=lambda entry: entry[0])
             self.copies = self.copies._replace(state=copy_tree(tree))
-            self.recorder.note(self.step, "rollback", f"The last state held NaN; that of step {step} was restored.")
+            self.recorder.note(
+                self.step, "rollback", f"The last state was not finite; that of step {step} was restored."
+            )
 
     def _settle_round(self) -> None:
         if self.phase == TRAIN:

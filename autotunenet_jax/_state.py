@@ -101,15 +101,27 @@ class Validation(NamedTuple):
       first: The first one; NaN before it.
       best: The lowest one; infinite before the first.
       level: Running level of the training loss at the lowest one.
+      last: The last one; NaN before the first.
+      change: What it changed by; NaN before the second.
+      noise: Running mean of how much that change differs from the one before, which a trend does not and noise does.
       rises: How often in a row the metric has been above the lowest one while the training loss was below its level.
       retreats: How often the rates were lowered for that.
+      keeps: Whether the next step's state, one step past the best one, is still to be kept.
+      returns: Whether the kept state is still to be returned to.
+      is_kept: Whether the kept state is that of the lowest metric.
     """
 
     first: Float[Array, ""]
     best: Float[Array, ""]
     level: Float[Array, ""]
+    last: Float[Array, ""]
+    change: Float[Array, ""]
+    noise: Float[Array, ""]
     rises: Int[Array, ""]
     retreats: Int[Array, ""]
+    keeps: Bool[Array, ""]
+    returns: Bool[Array, ""]
+    is_kept: Bool[Array, ""]
 
 
 class Round(NamedTuple):
@@ -223,7 +235,8 @@ def empty_window() -> Window:
 def no_validation() -> Validation:
     """Before the first metric."""
     nan, inf = jnp.full((), jnp.nan, jnp.float32), jnp.full((), jnp.inf, jnp.float32)
-    return Validation(nan, inf, inf, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    return Validation(nan, inf, inf, nan, nan, jnp.zeros((), jnp.float32), zero, zero, no, no, no)
 
 
 def empty_round(dims: int, *, index: Array | int, group: Array | int) -> Round:

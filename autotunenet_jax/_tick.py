@@ -28,7 +28,7 @@ COOL_SHARE = 0.3
 _SCORED_SHARE = 0.15
 """Last part of a fork's stretch whose losses are its score."""
 
-# Losses of sweeps and forks beyond this magnitude count as not finite.
+# Losses of sweeps and forks, and the first ones of training, beyond this magnitude count as not finite.
 _LOSS_LIMIT = 1e15
 
 _SWEEP_MEMORY = 0.75
@@ -53,8 +53,10 @@ _RATE_RETREAT_WITHIN = 250
 _BLUE_RETREAT_WITHIN = 20
 
 
-# A validation metric this share of its whole improvement above its best, so many times in a row, has risen for good.
+# A validation metric this share of its whole improvement above its best, and as much as its noise explains, so many
+# times in a row, has risen for good. Of independent noise a bend is two standard deviations on average.
 _RISE_SHARE = 0.015
+_RISE_BENDS = 1.5
 _RISES = 2
 _RISE_RETREAT_DECADES = 1.0
 
@@ -119,7 +121,8 @@ def tick(
     pos = position(ts)
     in_train, in_fork, in_sweep = ts.phase == TRAIN, ts.phase == FORK, ts.phase == SWEEP
     # Where a few losses decide, one beyond all measure tells as little as one that is not finite.
-    loss = jnp.where(in_train | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
+    is_known = in_train & (ts.guard.count >= _FIRST_LOSSES)
+    loss = jnp.where(is_known | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
 
     guard_state, verdict = _guard.watch(guard, ts.guard, loss, ceiling=ceiling(ts))
     unhealthy = _guard.is_failure(verdict)
@@ -177,6 +180,9 @@ def tick(
         peak=zero,
     )
     guard_state = _where(gives_up, accepting, _where(rolls_back, fresh, guard_state))
+    # The budget of rollbacks is spent: what is in force, lowered by them, is held from here on.
+    holds_for_good = gives_up & (guard.max_rollbacks > 0)
+    plan = ts.plan._replace(start=jnp.where(holds_for_good, NEVER, ts.plan.start))
     initial_loss = jnp.where(gives_up, jnp.fmax(initial_loss, value), initial_loss)
 
     has_faulted = (in_fork | in_sweep) & ~is_finite & ~climbed & (ts.retries < _MAX_RETRIES)
@@ -184,13 +190,27 @@ def tick(
     step = ts.step + 1
     segment_left = ts.segment_left - 1
     segment_left = jnp.where(rolls_back, jnp.maximum(segment_left, 1), segment_left)
+    segment_left = jnp.where(holds_for_good, NEVER, segment_left)
     has_failed = in_fork & unhealthy
     due = (segment_left <= 0) | has_failed | sweep_ends
 
     # Two snapshots taken in turn, so that one is always old enough to predate what the guard notices late.
-    calm = in_train & (verdict == _guard.HEALTHY) & ~due & (guard_state.strikes == 0)
+    is_well = (verdict == _guard.HEALTHY) | (verdict == _guard.STALLED)
+    calm = in_train & is_well & ~due & (guard_state.strikes == 0)
     takes = calm & (jnp.minimum(saved_age, kept_age) >= ts.plan.save_every)
     save, keep = takes & ~saved_is_newer, takes & saved_is_newer
+    # After the last round the kept copy is the state of the best validation metric: what to return to.
+    seen = ts.validation
+    owns_kept = in_train & (ts.plan.start[ts.round.index] >= NEVER) & (seen.is_kept | seen.keeps)
+    returns = calm & seen.returns & seen.is_kept
+    save = jnp.where(owns_kept, calm & (saved_age >= ts.plan.save_every) & ~returns, save)
+    keep = jnp.where(owns_kept, calm & seen.keeps & ~returns, keep)
+    validation = seen._replace(
+        keeps=seen.keeps & ~keep, returns=seen.returns & ~calm, is_kept=seen.is_kept | (seen.keeps & keep)
+    )
+    # The training loss of another state: the guard learns it anew.
+    learning = guard_state._replace(count=jnp.zeros_like(guard_state.count), peak=zero)
+    guard_state = _where(returns, learning, guard_state)
     data_step = ts.data_step + 1
     # A snapshot passed over may hold the damage: it becomes the older one, which is overwritten next.
     distrusts = rolls_back & ~newer_is_safe
@@ -202,7 +222,7 @@ def tick(
         kept_data=jnp.where(keep, data_step, ts.slots.kept_data),
         kept_step=jnp.where(keep, step, kept_step),
     )
-    has_next_round = ts.plan.start[ts.round.index] < NEVER
+    has_next_round = plan.start[ts.round.index] < NEVER
     outcome = jnp.where(rolls_back, OUTCOME_ROLLBACK, OUTCOME_NONE)
     new = ts._replace(
         step=step,
@@ -221,12 +241,14 @@ def tick(
         round=ts.round._replace(reference=reference),
         slots=slots,
         guard=guard_state,
+        validation=validation,
+        plan=plan,
     )
     directive = Directive(
         save=save,
         restore=rolls_back & restores,
         keep=keep,
-        adopt=rolls_back & ~restores,
+        adopt=(rolls_back & ~restores) | returns,
         evaluate=(segment_left == 1) & (in_fork | (in_train & has_next_round)),
         data_step=data_step,
         outcome=outcome.astype(jnp.int32),
@@ -240,24 +262,35 @@ def validate(
 ) -> TunerState:
     """Takes a validation metric of ordinary training in; lowers the rates when training fits what does not generalise.
 
-    That shows when the metric stays above its best while the training loss keeps falling. A lower rate then ends it
-    where it is, as stopping early would. While a round is still to come, that round has the better remedies.
+    That shows when the metric stays above its best while the training loss keeps falling. Training then goes on from
+    the best state at a lower rate. While a round is still to come, that round has the better remedies.
     """
     seen, level = ts.validation, ts.guard.short
     first = jnp.where(is_settled & jnp.isnan(seen.first), metric, seen.first)
     is_best = is_settled & (metric < seen.best)
-    margin = _RISE_SHARE * jnp.maximum(first - seen.best, 0.0)
+    change = metric - seen.last
+    bend = jnp.abs(change - seen.change)
+    noise = jnp.where(seen.noise > 0.0, 0.5 * (seen.noise + bend), bend)
+    noise = jnp.where(is_settled & jnp.isfinite(bend), noise, seen.noise)
+    margin = _RISE_SHARE * jnp.maximum(first - seen.best, 0.0) + _RISE_BENDS * noise
     has_risen = is_settled & (metric > seen.best + margin) & (level < seen.level)
     rises = jnp.where(has_risen, seen.rises + 1, jnp.where(is_settled, 0, seen.rises))
-    retreats = (rises >= _RISES) & (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
+    is_last = (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
+    retreats = (rises >= _RISES) & is_last
     return ts._replace(
         incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),
         validation=Validation(
             first=first,
             best=jnp.where(is_best, metric, seen.best),
             level=jnp.where(is_best, level, seen.level),
+            last=jnp.where(is_settled, metric, seen.last),
+            change=jnp.where(is_settled, change, seen.change),
+            noise=noise,
             rises=jnp.where(retreats, 0, rises),
             retreats=seen.retreats + retreats,
+            keeps=seen.keeps | (is_best & is_last),
+            returns=retreats & seen.is_kept & ~is_best,
+            is_kept=seen.is_kept & ~is_best,
         ),
     )
 

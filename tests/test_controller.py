@@ -22,6 +22,10 @@ OUTCOMES += ("rollback", "retried")
 STATUSES = ("unused", "running", "dropped", "failed", "finished")
 
 
+# Besides when the tuner asks for it, as loops do.
+EVAL_EVERY = 10
+
+
 def where_next(lower, upper, runs):
     return lower + (upper - lower) * ((runs * np.float32(0.381966) + np.float32(0.1)) % 1)
 
@@ -100,6 +104,7 @@ def step(carry, inputs):
     ts, wants_eval = carry
     loss, metric = inputs
     seen = tuner().core.observe_eval(ts, metric)
+    wants_eval = wants_eval | (ts.step % EVAL_EVERY == 0)
     ts = jax.tree.map(lambda a, b: jnp.where(wants_eval, a, b), seen, ts)
     ts, directive = tuner().core.update(ts, loss)
     return (ts, directive.evaluate), view(ts, directive)
@@ -163,7 +168,7 @@ def test_every_step_is_that_of_the_plain_twin(kind, total_steps, count, seed):
     wants_eval = True
     with np.errstate(all="ignore"):
         for i, row in enumerate(rows):
-            if wants_eval:
+            if wants_eval or i % EVAL_EVERY == 0:
                 twin.observe_eval(metrics[i])
             expected = twin.update(losses[i])
             directive, where = row["directive"], f"step {i}"
@@ -447,3 +452,39 @@ def test_twenty_thousand_steps():
     assert int(ts.rounds_held) == int(np.sum(tuned.plan.start < 20_000))
     assert same_layout(start, ts)
     assert np.all(np.isfinite(rates)) and rates[-2] < 1e-4
+
+
+def overfitting(count=TOTAL, turn=120):
+    """Losses that fall all the time, and metrics that rise from a turning point on."""
+    rng = np.random.default_rng(5)
+    losses = 2.0 * np.exp(-np.arange(count) / 60) + 0.01 * rng.normal(size=count)
+    metrics = 0.1 + np.where(np.arange(count) < turn, losses, losses[turn] + 0.02 * (np.arange(count) - turn))
+    return losses.astype(np.float32), metrics.astype(np.float32)
+
+
+def test_when_validation_rises_training_goes_on_from_the_best_state_at_a_lower_rate():
+    losses, metrics = overfitting()
+    tuned = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, TOTAL, initial={"learning_rate": 1e-3})
+
+    def one(carry, inputs):
+        loss, metric = inputs
+        ts = jax.lax.cond(carry.step % EVAL_EVERY == 0, lambda t: tuned.observe_eval(t, metric), lambda t: t, carry)
+        ts, directive = tuned.update(ts, loss)
+        return ts, (directive, ts.incumbent[0], ts.phase, ts.slots.kept_step)
+
+    run_it = jax.jit(lambda ts: jax.lax.scan(one, ts, (losses, metrics)))
+    _, (directive, incumbent, phase, kept_step) = jax.device_get(run_it(tuned.init(jax.random.key(0))))
+    settled = np.flatnonzero(phase == _state.TRAIN)
+    returned = [i for i in np.flatnonzero(directive.adopt) if phase[i - 1] == _state.TRAIN]
+    assert returned, "the best state was never returned to"
+    first = returned[0]
+    # Of 4 decades one is a quarter; the copy is that of the step after the best metric.
+    assert incumbent[first] == pytest.approx(max(incumbent[settled[0]] - 0.25, 0.0), abs=1e-6)
+    assert 110 <= kept_step[first] <= 125
+    assert not np.any(directive.restore[settled]), "nothing was unhealthy"
+
+
+def test_validation_that_is_noisy_or_rises_with_the_training_loss_changes_no_rate():
+    for losses, metrics in (losses_like_training(0), [overfitting()[1]] * 2):
+        _, ts = run(losses, metrics)
+        assert int(ts.validation.retreats) == 0

@@ -30,9 +30,12 @@ class Watch:
     count: int = 0
     strikes: int = 0
     peak: Any = ZERO
+    lowest: Any = np.finfo(F).max
+    since_lowest: int = 0
 
     def see(self, guard: Any, loss: Any, ceiling: Any) -> str:
         is_warm = self.count >= guard.warmup
+        self.since_lowest += is_warm and bool(np.isfinite(loss))
         if not np.isfinite(loss):
             self.strikes = max(self.strikes - 1, 0)
             self.peak = F(_guard._PEAK_MEMORY) * self.peak if is_warm else ZERO
@@ -56,11 +59,15 @@ class Watch:
             if self.count > 0:
                 self.spread += rate * (abs(clipped - self.level) - self.spread)
             self.count += 1
+            if is_warm and self.level < self.lowest - F(_guard._PROGRESS_SIGMAS) * sigma - slack:
+                self.lowest, self.since_lowest = self.level, 0
         if diverged:
             return "diverged"
         if self.strikes >= guard.patience:
             return "spike"
-        return "watching" if unusual else "healthy"
+        if unusual:
+            return "watching"
+        return "stalled" if self.since_lowest >= guard.stall_steps else "healthy"
 
 
 @dataclasses.dataclass
@@ -120,6 +127,9 @@ class PhaseMachine:
         self.knows_rate = False
         self.first_metric, self.best_metric, self.best_short = F(np.nan), F(np.inf), F(np.inf)
         self.rises = 0
+        self.last_metric = self.last_change = F(np.nan)
+        self.bends = ZERO
+        self.keeps = self.returns = self.is_kept = False
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
         self.since_rollback = NEVER
@@ -158,14 +168,24 @@ class PhaseMachine:
         """Lowers the rates when validation gets worse while training goes on getting better."""
         if np.isnan(self.first_metric):
             self.first_metric = metric
+        change = metric - self.last_metric
+        bend = abs(change - self.last_change)
+        if np.isfinite(bend):
+            self.bends = F(0.5) * (self.bends + bend) if self.bends > 0 else bend
+        self.last_metric, self.last_change = metric, change
         margin = F(_tick._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
+        margin += F(_tick._RISE_BENDS) * self.bends
         has_risen = metric > self.best_metric + margin and self.watch.short < self.best_short
+        is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
         if metric < self.best_metric:
             self.best_metric, self.best_short = metric, self.watch.short
+            self.keeps, self.is_kept = self.keeps or is_last, False
         self.rises = self.rises + 1 if has_risen else 0
-        if self.rises >= _tick._RISES and self.phase == "train" and self.plan.start[self.row] >= NEVER:
+        self.returns = False
+        if self.rises >= _tick._RISES and is_last:
             self._retreat(_tick._RISE_RETREAT_DECADES)
             self.rises = 0
+            self.returns = self.is_kept
 
     def _retreat(self, decades: float) -> None:
         lower = self.incumbent - F(decades) / self.decades
@@ -176,7 +196,8 @@ class PhaseMachine:
     def update(self, loss: Any) -> Result:
         result = Result()
         position = self.length - self.left
-        if self.phase != "train" and abs(loss) >= _tick._LOSS_LIMIT:
+        is_known = self.phase == "train" and self.watch.count >= FIRST
+        if not is_known and abs(loss) >= _tick._LOSS_LIMIT:
             loss = F(np.nan)
         ceiling = F(np.inf)
         if self.step >= FIRST:
@@ -222,9 +243,12 @@ class PhaseMachine:
         if self.phase == "train" and failed:
             self._train_failed(verdict, loss, ages, newer, older, climbed, result)
         due = due or self.left <= 0
-        is_calm = self.phase == "train" and verdict == "healthy" and not due and self.watch.strikes == 0
-        if is_calm and min(ages.values()) >= self.plan.save_every:
-            here = (self.data_step, self.step)
+        is_calm = self.phase == "train" and verdict in ("healthy", "stalled") and not due and self.watch.strikes == 0
+        here = (self.data_step, self.step)
+        if self.phase == "train" and self.plan.start[self.row] >= NEVER and (self.is_kept or self.keeps):
+            if is_calm:
+                self._in_last_stretch(here, ages, result)
+        elif is_calm and min(ages.values()) >= self.plan.save_every:
             if older == "saved":
                 self.saved, result.save = here, True
             else:
@@ -237,11 +261,27 @@ class PhaseMachine:
         result.data_step = self.data_step
         return result
 
+    def _in_last_stretch(self, here: tuple[int, int], ages: dict[str, int], result: Result) -> None:
+        """The kept copy is that of the best metric; the saved one is the newest."""
+        if self.returns and self.is_kept:
+            result.adopt, self.returns = True, False
+            self.watch.count, self.watch.peak = 0, ZERO
+            return
+        self.returns = False
+        if ages["saved"] >= self.plan.save_every:
+            self.saved, result.save = here, True
+        if self.keeps:
+            self.kept_copy, result.keep = here, True
+            self.keeps, self.is_kept = False, True
+
     def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, climbed: bool,
                       result: Result) -> None:  # fmt: skip
         if verdict != "non-finite" and self.rollbacks >= self.guard.max_rollbacks:
             self.watch = dataclasses.replace(self.watch, level=loss, short=loss, count=0, strikes=0, peak=ZERO)
             self.initial_loss = np.fmax(self.initial_loss, loss)
+            if self.guard.max_rollbacks > 0:
+                self.plan = self.plan._replace(start=np.full_like(self.plan.start, NEVER))
+                self.left = NEVER
             return
         result.outcome = "rollback"
         was_damaged = verdict == "non-finite" and self.since_rollback == 1
@@ -456,7 +496,8 @@ class PhaseMachine:
             z = gain / deviation
             density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
             improvement = gain * better(gain) + deviation * density
-            is_worth_it = improvement > self.policy.price or (is_fast and number <= (self.rounds_held == 0))
+            price = self.policy.price if is_fast else self.policy.slow_price
+            is_worth_it = improvement > price or (is_fast and number <= (self.rounds_held == 0))
             has_room = number + 1 < self.plan.forks[self.row]
         if has_room and is_worth_it and self.discarded + late <= budget and remaining > late:
             self.data_step = self.saved[0]
