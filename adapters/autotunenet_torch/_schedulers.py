@@ -66,6 +66,29 @@ def _refuse(scheduler: Any) -> None:
         )
 
 
+def _place(scheduler: Any) -> int | None:
+    """How often a scheduler was stepped; None for one that answers to a metric in place of counting."""
+    inner = list(leaves(scheduler))
+    if any(isinstance(leaf, lr_scheduler.ReduceLROnPlateau) for leaf in inner):
+        return None
+    return getattr(scheduler, "last_epoch", inner[0].last_epoch)
+
+
+def places(schedulers: Sequence[Any]) -> list[int | None]:
+    """Where each scheduler stands, see `advance`."""
+    return [_place(scheduler) for scheduler in schedulers]
+
+
+def advance(schedulers: Sequence[Any], steps: Sequence[int]) -> None:
+    """Steps each scheduler so many times, as if training had.
+
+    Cost: that of the schedulers' own ``step``.
+    """
+    for scheduler, count in zip(schedulers, steps, strict=True):
+        for _ in range(count):
+            scheduler.step()
+
+
 def cycles_momentum(schedulers: Sequence[Any]) -> bool:
     """Whether some scheduler writes the momentum too."""
     return any(getattr(item, "cycle_momentum", False) for item in everything(schedulers))

@@ -10,7 +10,7 @@ from torch import nn
 
 import autotunenet_jax as atn
 
-from . import _plain, _reduce, _schedulers, _targets
+from . import _given, _plain, _reduce, _schedulers, _targets
 from ._engine import FORK, TRAIN, Engine, Tick
 from ._snapshot import TrainingState
 
@@ -97,7 +97,9 @@ class AutoTuneNet:
         self._setters = dict(targets or {})
         for name, setter in self._setters.items():
             if name not in self.space:
-                raise ValueError(f"targets names {name!r}, which is not in param_space; it has {_listed(self.space)}.")
+                raise ValueError(
+                    f"targets names {name!r}, which is not in param_space; it has {', '.join(self.space.names)}."
+                )
             if not callable(setter) and not hasattr(setter, "write"):
                 raise TypeError(f"targets[{name!r}] must be a function (model, value) -> None; got {setter!r}.")
         self._seed, self._snapshot_device = seed, snapshot_device
@@ -138,7 +140,8 @@ class AutoTuneNet:
           model: The model; lazy parameters initialised.
           optimizer: Its optimizer.
           scheduler: A scheduler of ``torch.optim.lr_scheduler``, or several. It keeps its shape, and the tuner moves
-            its height; step it as usual. OneCycleLR is refused.
+            its height; step it as usual. Forks of a round all start from its place at the round's beginning; after the
+            round it is stepped on to the budget spent. OneCycleLR is refused.
           scaler: The ``GradScaler``, if any.
           total_steps: Optimizer steps of the whole run, in place of the constructor's.
           loss_fn: The loss module, when its ``label_smoothing`` is tuned.
@@ -159,11 +162,11 @@ class AutoTuneNet:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        optimizer = _unwrap(optimizer)
+        optimizer = _given.bare_optimizer(optimizer)
         schedulers = _schedulers.as_list(scheduler)
         total_steps = self.total_steps if total_steps is None else total_steps
         state = TrainingState(
-            model, optimizer, schedulers=schedulers, scaler=_usable(scaler), device=self._snapshot_device
+            model, optimizer, schedulers=schedulers, scaler=_given.live_scaler(scaler), device=self._snapshot_device
         )
         self._targets = {
             name: _targets.find(
@@ -188,6 +191,7 @@ class AutoTuneNet:
             callbacks,
         )
         self._values: dict[str, Any] = {}
+        self._behind = [0 for _ in schedulers]
         self._wants_validation = True
         self._last_eval: float | None = None
         self._eval_step = -1
@@ -244,6 +248,7 @@ class AutoTuneNet:
             extra = self._obey(said.directive, rewinds=said.directive.data_step != data_step)
         if said.step == self.total_steps and not self._is_settled:
             self._settle()
+        self._catch_up()
         self._apply()
         return said, extra
 
@@ -284,7 +289,7 @@ class AutoTuneNet:
 
     def _explain_skip(self, kind: int) -> None:
         """Says once why slow hyperparameters stay where they are."""
-        slow = slow_names(self.space)
+        slow = _given.slow_names(self.space)
         if kind == 0 or not slow or self._told_slow or math.isfinite(self._attached().state.eval_level):
             return
         self._told_slow = True
@@ -311,12 +316,24 @@ class AutoTuneNet:
         return {"training": self._state.copy_out(), "values": dict(self._values), "loop": self._extra()}
 
     def _copy_back(self, slot: dict[str, Any]) -> None:
+        stood = _schedulers.places(self._state.schedulers)
         self._state.copy_back(slot["training"])
+        stands = _schedulers.places(self._state.schedulers)
+        self._behind = [
+            0 if before is None or now is None else behind + before - now
+            for behind, before, now in zip(self._behind, stood, stands, strict=True)
+        ]
         for name, target in self._targets.items():
             if isinstance(target, _targets.RateTarget):
                 target.applied = slot["values"][name]
         # State first, hyperparameters after: all of them are written again.
         self._values = {}
+
+    def _catch_up(self) -> None:
+        """Outside rounds schedulers run on the budget spent: one made for the whole run ends with it."""
+        if any(self._behind) and (self._is_settled or self._attached().phase == TRAIN):
+            _schedulers.advance(self._state.schedulers, self._behind)
+            self._behind = [0 for _ in self._behind]
 
     def _apply(self) -> None:
         values = self._attached().hyperparams()
@@ -386,6 +403,7 @@ class AutoTuneNet:
         """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic."""
         if not self._is_settled:
             self._settle()
+            self._catch_up()
 
     @property
     def history(self) -> atn.History:
@@ -412,6 +430,7 @@ class AutoTuneNet:
             "engine": {name: torch.from_numpy(array) for name, array in engine.arrays().items()},
             "saved": _plain.to_plain(self._saved) if in_round else None,
             "kept": _plain.to_plain(self._kept) if in_round else None,
+            "behind": list(self._behind),
             "recorder": self._recorder.to_dict(),
         }
 
@@ -425,6 +444,7 @@ class AutoTuneNet:
         _plain.check(state, _FORMAT, space=self.space.fingerprint(), total_steps=self.total_steps)
         engine.load_arrays({name: tensor.numpy() for name, tensor in state["engine"].items()})
         self._recorder.load(state["recorder"])
+        self._behind = list(state["behind"])
         self._wants_validation = False
         self._values = {}
         self._apply()
@@ -458,26 +478,5 @@ class AutoTuneNet:
         self._recorder.load(tree["recorder"])
         self._eval_step, self._last_eval, self._wants_validation = tree["evals"]
         self._copy_back(now)
+        self._behind = [0 for _ in self._behind]  # written outside rounds only
         self._apply()
-
-
-def slow_names(space: atn.SearchSpace) -> list[str]:
-    """The hyperparameters that only long forks, compared on validation data, can tell apart."""
-    return [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
-
-
-def _listed(space: atn.SearchSpace) -> str:
-    return ", ".join(space.names)
-
-
-def _usable(scaler: Any) -> Any:
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside the wrappers of other libraries."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
-    return optimizer

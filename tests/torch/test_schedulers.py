@@ -30,6 +30,7 @@ MAKE = {
 }
 REFUSED = {"OneCycleLR": lambda o: lrs.OneCycleLR(o, max_lr=0.1, total_steps=20)}
 ABSTRACT = {"LRScheduler", "_LRScheduler"}
+STEPS = 100
 VALUES = [0.1, 0.1, 0.02, 0.02, 0.3, 0.3, 0.3, 0.05, 0.05, 0.05, 0.05, 0.05, 0.2, 0.2]
 
 
@@ -112,6 +113,38 @@ def test_restore_then_apply(name):
     target.applied = applied
     target.write(0.2)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2 * rate for rate in rates])
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "ReduceLROnPlateau"])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_ends_with_the_budget(name, side):
+    """Steps that rounds discard count: in the end the scheduler stands where it would without a tuner."""
+    optimizer = make_optimizer()
+    plain = MAKE[name](optimizer)
+    for _ in range(STEPS):
+        advance(optimizer, plain)
+    shape = [group["lr"] / 0.1 for group in optimizer.param_groups]
+
+    optimizer = make_optimizer()
+    model = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
+    scheduler = MAKE[name](optimizer)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=STEPS)
+    tuner.attach(model, optimizer, scheduler)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = sum((p - 3.0).square().sum() for p in model)
+        loss.backward()
+        optimizer.step()
+        if side == "after":
+            scheduler.step()
+        tuner.step(loss)
+        if side == "before":
+            scheduler.step()
+    assert tuner.history.summary["discarded_steps"] > 0
+    height = tuner._targets["learning_rate"].applied
+    expected = [share * height for share in shape]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -26,14 +26,20 @@ def train(model, optimizer, scheduler, x, steps):
         scheduler.step()
 
 
+def make_lazy():
+    return torch.nn.Sequential(torch.nn.LazyLinear(5), torch.nn.LazyBatchNorm1d(), torch.nn.LazyLinear(3))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("before", [0, 3])
-def test_restore_is_bitwise(name, before, make_tied, training_bits):
+@pytest.mark.parametrize("kind", ["tied", "lazy"])
+def test_restore_is_bitwise(name, before, kind, make_tied, training_bits):
     """Also where the optimizer had no state yet when the copy was made."""
-    model = make_tied()
+    model = {"tied": make_tied, "lazy": make_lazy}[kind]()
+    x = torch.randn(8, 6)
+    model(x)
     optimizer = OPTIMIZERS[name](model.parameters())
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-    x = torch.randn(8, 6)
     state = TrainingState(model, optimizer, schedulers=[scheduler])
     train(model, optimizer, scheduler, x, before)
     saved = state.copy_out()
