@@ -7,6 +7,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax import _guard
+from tests.reference.phase_machine import Watch
 
 GUARD = atn.Guard()
 LONG = 200
@@ -121,6 +122,70 @@ def test_a_slow_climb_over_the_ceiling_is_divergence():
     assert 60 < first < 100
 
 
+def test_a_loss_that_has_stopped_falling_is_told_of_and_forgiven_when_it_falls_again():
+    steps = GUARD.stall_steps
+    falling = np.linspace(2.0, 1.0, 500)
+    flat = falling[-1] + 0.0 * np.arange(2 * steps)
+    again = np.linspace(1.0, 0.5, 300)
+    clean = np.concatenate([falling, flat, again])
+    for losses in (clean, clean + noise(level=0.0, scale=0.02, count=len(clean))):
+        codes, *_ = verdicts(losses)
+        assert set(codes) == {_guard.HEALTHY, _guard.STALLED}
+        first, last = np.flatnonzero(codes == _guard.STALLED)[[0, -1]]
+        # The running mean follows the fall for hundreds of steps.
+        assert len(falling) + steps <= first < len(falling) + 2 * steps
+        assert len(falling) + len(flat) <= last < len(clean) - 100
+
+
+def test_a_slow_fall_under_noise_is_no_stall():
+    count = 10 * GUARD.stall_steps
+    codes, *_ = verdicts(noise(scale=0.1, count=count) - 0.1 * np.arange(count) / GUARD.stall_steps)
+    assert _guard.STALLED not in codes
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_a_stall_is_seen_through_values_that_do_not_count(bad):
+    losses = np.full(3 * GUARD.stall_steps, 1.0)
+    losses[25::50] = bad
+    codes, *_ = verdicts(losses)
+    assert np.count_nonzero(codes == _guard.STALLED) > GUARD.stall_steps
+
+
+def test_a_stall_asks_for_no_rollback_and_stops_no_snapshot():
+    """Snapshots go on being taken: the one that a later spike goes back to must not be from before the stall."""
+    tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=1500, guard=atn.Guard(stall_steps=50))
+
+    @jax.jit
+    def run(ts, losses):
+        def step(ts, loss):
+            ts, directive = tuner.update(ts, loss)
+            return ts, (directive.verdict, directive.save | directive.keep, ts.phase, ts.rollbacks)
+
+        return jax.lax.scan(step, ts, losses)[1]
+
+    codes, saves, phases, rollbacks = map(np.asarray, run(tuner.init(jax.random.key(0)), jnp.ones(1500)))
+    stalled = (codes == _guard.STALLED) & (phases == 0)
+    assert stalled[800:].mean() > 0.9 and rollbacks[-1] == 0
+    assert np.count_nonzero(saves & stalled) > 5
+
+
+def test_the_plain_twin_sees_the_same():
+    guard = atn.Guard(stall_steps=60)
+    losses = np.concatenate([noise(1, 120) + np.linspace(1, 0, 120, dtype=np.float32), noise(2, 400)])
+    losses[[30, 200, 260]] = np.nan, np.inf, 1e30
+    losses[300:310] += 4.0
+    names = {0: "healthy", 1: "watching", 2: "non-finite", 3: "spike", 4: "diverged", 5: "stalled"}
+
+    @jax.jit
+    def run(losses):
+        return jax.lax.scan(lambda s, loss: _guard.watch(guard, s, loss, ceiling=6.0), _guard.init(), losses)[1]
+
+    twin = Watch()
+    expected = [twin.see(guard, np.float32(loss), np.float32(6.0)) for loss in losses]
+    assert [names[code] for code in np.asarray(run(jnp.asarray(losses))).tolist()] == expected
+    assert {"healthy", "watching", "non-finite", "spike", "stalled"} <= set(expected)
+
+
 @pytest.mark.parametrize("shift", [-64.0, 64.0])
 def test_only_differences_count(shift):
     losses = np.round(noise(3) * 2**8) / 2**8
@@ -147,6 +212,7 @@ def test_noise_is_no_failure(heavy):
 
 
 def test_every_verdict_has_a_message_for_the_user():
-    assert set(_guard.MESSAGES) == set(range(5))
-    failures = [bool(_guard.is_failure(jnp.int32(code))) for code in range(5)]
-    assert failures == [False, False, True, True, True]
+    assert set(_guard.MESSAGES) == set(range(6))
+    assert all(message.endswith(".") and len(message.split()) >= 4 for message in _guard.MESSAGES.values())
+    failures = [bool(_guard.is_failure(jnp.int32(code))) for code in range(6)]
+    assert failures == [False, False, True, True, True, False]
