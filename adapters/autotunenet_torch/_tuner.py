@@ -244,7 +244,9 @@ class AutoTuneNet:
         if self._wants_validation and self._validate is not None:
             self.validate(self._validate())
         if said.is_due:
+            verdict = said.directive.verdict
             said = self._decide(phase)
+            said = said._replace(directive=said.directive._replace(verdict=verdict))
             extra = self._obey(said.directive, rewinds=said.directive.data_step != data_step)
         if said.step == self.total_steps and not self._is_settled:
             self._settle()
@@ -265,7 +267,8 @@ class AutoTuneNet:
 
     def _log(self, loss: float, phase: int, said: Tick) -> None:
         if said.directive.restore or said.directive.adopt:
-            rewound = said.saved_step if said.directive.restore else said.kept_step
+            # A state that the tuner distrusts is dated before the run.
+            rewound = max(said.saved_step if said.directive.restore else said.kept_step, 0)
         else:
             rewound = -1
         entry = {
