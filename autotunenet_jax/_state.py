@@ -105,7 +105,7 @@ class Validation(NamedTuple):
       change: What it changed by; NaN before the second.
       noise: Running mean of how much that change differs from the one before, which a trend does not and noise does.
       rises: How often in a row the metric has been above the lowest one while the training loss was below its level.
-      retreats: How often the rates were lowered for that.
+      retreats: How often training went on from the best state for that.
       keeps: Whether the next step's state, one step past the best one, is still to be kept.
       returns: Whether the kept state is still to be returned to.
       is_kept: Whether the kept state is that of the lowest metric.

@@ -57,6 +57,8 @@ _BLUE_RETREAT_WITHIN = 20
 # times in a row, has risen for good. Of independent noise a bend is two standard deviations on average.
 _RISE_SHARE = 0.015
 _RISE_BENDS = 1.5
+# In the last part of the budget any rise by that share counts.
+_ENDING_SHARE = 0.125
 _RISES = 2
 _RISE_RETREAT_DECADES = 1.0
 
@@ -263,7 +265,8 @@ def validate(
     """Takes a validation metric of ordinary training in; lowers the rates when training fits what does not generalise.
 
     That shows when the metric stays above its best while the training loss keeps falling. Training then goes on from
-    the best state at a lower rate. While a round is still to come, that round has the better remedies.
+    the best state at a lower rate, which near the end the schedule sees to. While a round is still to come, that round
+    has the better remedies.
     """
     seen, level = ts.validation, ts.guard.short
     first = jnp.where(is_settled & jnp.isnan(seen.first), metric, seen.first)
@@ -272,11 +275,15 @@ def validate(
     bend = jnp.abs(change - seen.change)
     noise = jnp.where(seen.noise > 0.0, 0.5 * (seen.noise + bend), bend)
     noise = jnp.where(is_settled & jnp.isfinite(bend), noise, seen.noise)
-    margin = _RISE_SHARE * jnp.maximum(first - seen.best, 0.0) + _RISE_BENDS * noise
-    has_risen = is_settled & (metric > seen.best + margin) & (level < seen.level)
+    margin = _RISE_SHARE * jnp.maximum(first - seen.best, 0.0)
+    is_above = is_settled & (metric > seen.best + margin) & (level < seen.level)
+    has_risen = is_above & (metric > seen.best + margin + _RISE_BENDS * noise)
     rises = jnp.where(has_risen, seen.rises + 1, jnp.where(is_settled, 0, seen.rises))
     is_last = (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
     retreats = (rises >= _RISES) & is_last
+    # Towards the end the schedule has lowered the rates already, and no time is left to wait and see.
+    is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step <= _ENDING_SHARE * ts.plan.total)
+    ends = is_above & is_last & is_ending & ~retreats
     return ts._replace(
         incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),
         validation=Validation(
@@ -287,9 +294,9 @@ def validate(
             change=jnp.where(is_settled, change, seen.change),
             noise=noise,
             rises=jnp.where(retreats, 0, rises),
-            retreats=seen.retreats + retreats,
+            retreats=seen.retreats + (retreats | (ends & seen.is_kept)),
             keeps=seen.keeps | (is_best & is_last),
-            returns=retreats & seen.is_kept & ~is_best,
+            returns=(retreats | ends) & seen.is_kept,
             is_kept=seen.is_kept & ~is_best,
         ),
     )

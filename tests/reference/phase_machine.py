@@ -174,8 +174,8 @@ class PhaseMachine:
             self.bends = F(0.5) * (self.bends + bend) if self.bends > 0 else bend
         self.last_metric, self.last_change = metric, change
         margin = F(_tick._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
-        margin += F(_tick._RISE_BENDS) * self.bends
-        has_risen = metric > self.best_metric + margin and self.watch.short < self.best_short
+        is_above = metric > self.best_metric + margin and self.watch.short < self.best_short
+        has_risen = is_above and metric > self.best_metric + margin + F(_tick._RISE_BENDS) * self.bends
         is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
         if metric < self.best_metric:
             self.best_metric, self.best_short = metric, self.watch.short
@@ -186,6 +186,9 @@ class PhaseMachine:
             self._retreat(_tick._RISE_RETREAT_DECADES)
             self.rises = 0
             self.returns = self.is_kept
+        elif is_above and is_last and self.plan.total:
+            is_ending = self.plan.total - self.step <= F(_tick._ENDING_SHARE) * self.plan.total
+            self.returns = bool(is_ending) and self.is_kept
 
     def _retreat(self, decades: float) -> None:
         lower = self.incumbent - F(decades) / self.decades
