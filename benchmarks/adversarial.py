@@ -135,6 +135,7 @@ def main():
         mine, other = (float(TASK.test_step(state)["loss"]) for state in (result.state, plain(seed, args.steps, plan)))
         is_finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(result.state.params))
         rows.append({"kind": kind, "start": start, "faults": len(plan), "ratio": mine / other, "is_finite": is_finite,
+                     "seed": seed, "mine": mine, "other": other, "rate": result.hyperparams["learning_rate"],
                      "rollbacks": result.history.summary["rollbacks"]})  # fmt: skip
     print(f"{'fault':>12} {'runs':>5} {'non-finite':>10} {'median':>7} {'90 %':>7} {'worst':>7} {'rollbacks':>9}")
     for kind in (*KINDS, "all"):
@@ -145,6 +146,8 @@ def main():
             back = np.mean([row["rollbacks"] for row in these])
             print(f"{kind:>12} {len(these):5} {lost:10} {np.median(ratios):7.3f} {np.quantile(ratios, 0.9):7.3f} "
                   f"{ratios.max():7.3f} {back:9.1f}")  # fmt: skip
+    ratios = np.array([row["ratio"] for row in rows])
+    print(f"geometric mean {np.exp(np.mean(np.log(ratios))):.3f}; above 1.1: {np.sum(ratios > 1.1)} of {len(rows)}")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"false_alarms": alarms, "runs": rows}, file, indent=1)
