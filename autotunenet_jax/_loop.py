@@ -24,6 +24,9 @@ from ._stop import Stop
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
 
+# A snapshot that is due waits for at most so many steps; until then nothing but the clock is looked at.
+_STEPS_PER_STRETCH = 32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitResult:
@@ -207,7 +210,7 @@ def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, sto
         run.evaluate(is_settled=True)
     while run.step < total and not stop.is_requested:
         until_eval = interval - run.step % interval if run.phase == TRAIN else total
-        run.train_stretch(min(until_eval, total - run.step), stop, on_step=show)
+        run.train_stretch(min(until_eval, total - run.step, _STEPS_PER_STRETCH), stop, on_step=show)
         if run.phase == TRAIN and run.step % interval == 0 and run.step < total:
             run.evaluate(is_settled=True)
         if store is not None and store.is_due():
