@@ -45,8 +45,10 @@ def import_seconds(code):
 
 def main():
     torch.set_num_threads(1)
-    trained, decisions = per_step(2000)
-    for name, times in (("step outside rounds", trained), ("decision", decisions[1:])):
+    per_step(100)  # compiles
+    runs = [per_step(1000) for _ in range(5)]
+    trained, decisions = (np.concatenate(times) for times in zip(*runs, strict=True))
+    for name, times in (("step outside rounds", trained), ("decision", decisions)):
         least, median, high = np.percentile(times, [1, 50, 95])
         print(f"{name}: {1e3 * least:.3f} / {1e3 * median:.3f} / {1e3 * high:.3f} ms (1st, 50th, 95th percentile)")
     print(f"a step of {1e3 * STEP_S:.0f} ms becomes {1 + np.median(trained) / STEP_S:.3f} times as long")
