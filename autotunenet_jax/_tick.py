@@ -57,7 +57,7 @@ _BLUE_RETREAT_WITHIN = 20
 # times in a row, has risen for good. Of independent noise a bend is two standard deviations on average.
 _RISE_SHARE = 0.015
 _RISE_BENDS = 1.5
-# In the last part of the budget any rise by that share counts.
+# In the last part of the budget one rise by that share and a bend is enough.
 _ENDING_SHARE = 0.125
 _RISES = 2
 _RISE_RETREAT_DECADES = 1.0
@@ -283,7 +283,7 @@ def validate(
     retreats = (rises >= _RISES) & is_last
     # Towards the end the schedule has lowered the rates already, and no time is left to wait and see.
     is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step <= _ENDING_SHARE * ts.plan.total)
-    ends = is_above & is_last & is_ending & ~retreats
+    ends = is_above & (metric > seen.best + margin + noise) & is_last & is_ending & ~retreats
     return ts._replace(
         incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),
         validation=Validation(

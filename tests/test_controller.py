@@ -485,6 +485,8 @@ def test_when_validation_rises_training_goes_on_from_the_best_state_at_a_lower_r
 
 
 def test_validation_that_is_noisy_or_rises_with_the_training_loss_changes_no_rate():
-    for losses, metrics in (losses_like_training(0), [overfitting()[1]] * 2):
-        _, ts = run(losses, metrics)
+    losses, _ = losses_like_training(0)
+    noisy = losses + 0.03 * np.random.default_rng(1).normal(size=len(losses)).astype(np.float32)
+    for metrics, seen in ((noisy, losses), [overfitting()[1]] * 2):
+        _, ts = run(seen, metrics)
         assert int(ts.validation.retreats) == 0

@@ -174,8 +174,10 @@ class PhaseMachine:
             self.bends = F(0.5) * (self.bends + bend) if self.bends > 0 else bend
         self.last_metric, self.last_change = metric, change
         margin = F(_tick._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
-        is_above = metric > self.best_metric + margin and self.watch.short < self.best_short
-        has_risen = is_above and metric > self.best_metric + margin + F(_tick._RISE_BENDS) * self.bends
+        # The best metric may be this one: it is compared with the best before it.
+        best = self.best_metric
+        is_above = metric > best + margin and self.watch.short < self.best_short
+        has_risen = is_above and metric > best + margin + F(_tick._RISE_BENDS) * self.bends
         is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
         if metric < self.best_metric:
             self.best_metric, self.best_short = metric, self.watch.short
@@ -188,7 +190,7 @@ class PhaseMachine:
             self.returns = self.is_kept
         elif is_above and is_last and self.plan.total:
             is_ending = self.plan.total - self.step <= F(_tick._ENDING_SHARE) * self.plan.total
-            self.returns = bool(is_ending) and self.is_kept
+            self.returns = bool(is_ending) and self.is_kept and metric > best + margin + self.bends
 
     def _retreat(self, decades: float) -> None:
         lower = self.incumbent - F(decades) / self.decades
