@@ -59,14 +59,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, call, number):
 
 
 def test_the_best_state_outlives_the_process_that_reached_it(tmp_path):
-    """Labels are wrong after the interruption, so that nothing later is better."""
+    """Validation is worse after the interruption whatever the state, so that nothing later is better."""
     stopped = run(interrupted_at(120, signal.SIGTERM), snapshots=tmp_path)
-
-    def wrong(step, hp):
-        x, y, number = problem.batch(step)
-        return x, -y, number
-
-    resumed = run(wrong, snapshots=tmp_path, resume=True)
+    resumed = run(snapshots=tmp_path, resume=True, eval_step=lambda state: problem.eval_step(state) + 1.0)
     assert resumed.eval > stopped.best_eval
     assert resumed.best_eval == stopped.best_eval
     assert problem.same(resumed.best_state, stopped.best_state)
@@ -175,7 +170,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped):
     """Killed in the sweep, in forks and in training, and while it saves; the benchmark kills more often."""
     rng = np.random.default_rng(0)
     resumed = 0
-    for _ in range(3):
+    for _ in range(5):
         process = subprocess.Popen(
             [sys.executable, "-c", _VICTIM, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -187,5 +182,5 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped):
         process.kill()
         process.wait()
         process.stdout.close()
-    assert resumed >= 1
+    assert resumed >= 2
     assert problem.same(run(snapshots=tmp_path, resume=True).state, unstopped.state)
