@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _decide, _guard, _observations, _plan, _surrogate, _tick
+from . import _belief, _decide, _guard, _observations, _plan, _policy, _surrogate, _tick
 from ._guard import Guard
 from ._plan import NEVER
 from ._space import Float as FloatParameter
@@ -49,14 +49,14 @@ class Core:
 
     space: SearchSpace
     guard: Guard
-    policy: _decide.Policy
+    policy: _policy.Policy
     surrogate: _surrogate.SurrogateConfig
     decay: Decay
     warmup_steps: int
 
     def hyperparams(self, ts: TunerState) -> dict[str, Array]:
         pos = _tick.position(ts)
-        is_rate = jnp.asarray(_decide.directions(self.space).is_rate)
+        is_rate = jnp.asarray(_policy.directions(self.space).is_rate)
         sweep_u = pos / jnp.maximum(ts.segment_length - 1, 1)
         swept = jnp.where(is_rate, jnp.clip(sweep_u, 0.0, 1.0), ts.incumbent)
         u = jnp.where(ts.phase == SWEEP, swept, jnp.where(ts.phase == FORK, ts.trial, ts.incumbent))
@@ -91,7 +91,7 @@ class Core:
         return jnp.where(ts.phase == FORK, jnp.minimum(cool, jnp.minimum(warm, 1.0)), 1.0)
 
     def retreat(self, u: Array, decades: Array) -> Array:
-        space_of = _decide.directions(self.space)
+        space_of = _policy.directions(self.space)
         return jnp.clip(jnp.where(space_of.is_rate, u - decades / space_of.decades, u), 0.0, 1.0)
 
     def tick(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive, Array]:
@@ -127,7 +127,7 @@ class Core:
 
 
 def _surrogate_config(space: SearchSpace) -> _surrogate.SurrogateConfig:
-    space_of = _decide.directions(space)
+    space_of = _policy.directions(space)
     # A rate's effect changes over about a decade; other hyperparameters' over about half of their range.
     lengthscales = np.where(space_of.is_rate, 1.2 / space_of.decades, 0.7)
     return _surrogate.SurrogateConfig(
@@ -227,7 +227,7 @@ class AutoTuneNet:
         warmup_steps: int = 5,
         capacity: int = 64,
         recipe: _plan.Recipe | None = None,
-        policy: _decide.Policy | None = None,
+        policy: _policy.Policy | None = None,
     ):
         self.space = SearchSpace(param_space)
         self.total_steps = _check_total_steps(total_steps)
@@ -251,7 +251,7 @@ class AutoTuneNet:
         self.core = Core(
             space=self.space,
             guard=guard or Guard(),
-            policy=policy or _decide.Policy(),
+            policy=policy or _policy.Policy(),
             surrogate=_surrogate_config(self.space),
             decay=decay,
             warmup_steps=warmup_steps,
@@ -322,7 +322,7 @@ class AutoTuneNet:
             slots=Slots(zero_i, zero_i, zero_i, zero_i),
             guard=_guard.init(),
             observations=_observations.empty(self.capacity, dims),
-            prior=_decide.first_prior(self.core.policy, _decide.directions(self.space), incumbent),
+            prior=_belief.first_prior(self.core.policy, _policy.directions(self.space), incumbent),
             hyper=_surrogate.initial_hyper(self.core.surrogate),
             plan=plan,
         )

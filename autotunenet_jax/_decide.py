@@ -4,21 +4,15 @@ One call scores the fork that ended, refits the surrogate, and either lets the f
 the round. Fit, acquisition and posterior appear once each, so that the whole decision compiles quickly.
 """
 
-import dataclasses
-import math
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
-from . import _acquisition, _guard, _observations, _surrogate
+from . import _acquisition, _belief, _guard, _observations, _surrogate
 from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, SLOW
-from ._space import Choice, SearchSpace
-from ._space import Float as FloatParameter
-from ._space import Int as IntParameter
+from ._policy import Directions, Policy, directions
+from ._space import SearchSpace
 from ._state import (
     FORK,
     FORK_DROPPED,
@@ -41,111 +35,13 @@ from ._state import (
     empty_round,
     empty_window,
 )
-from ._targets import group_median
 from ._tick import position
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy:
-    """Constants of the decisions; scores are in units of the progress that the best fork of a round made.
-
-    Args:
-      fast_resolution: Shortfall, as a share of the gain of a round's best fork, below which scores of fast rounds count
-        in proportion.
-      slow_resolution: The same in slow rounds, where small differences say little of what the rest of the run brings.
-      drop_below: A fork is dropped at its early score when its probability of beating the kept one is below this.
-      move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
-      move_slow: The same in slow rounds.
-      price: Least expected improvement worth another fast fork.
-      slow_price: The same for a slow fork.
-      sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
-      cut_offset: The same where the loss was still falling at the upper bound, below that bound.
-      sweep_curvature: Expected loss of score at one decade from there, doubled.
-      center_decades: Standard deviation of the best rate about where the sweep says it is.
-      center_noise: Standard deviation of a score about the prior mean's shape.
-      spread_decades: How far below and above its first fork the second and third of the first round are, at least.
-      slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
-      slow_curvature: Expected loss of score at distance one from there, doubled.
-      plausible_decades: A starting rate this close to the expected best is tried first.
-      fast_reach_decades: How far from the expected best rate the first round may look.
-      blur_decades: How far the best rate of the whole run may lie from that of a fork, to either side: a rate is chosen
-        for the scores around it, so that it keeps its distance from where training breaks.
-      later_reach: Half-width, in the unit cube, of the trust region of later rounds.
-    """
-
-    fast_resolution: float = 0.05
-    slow_resolution: float = 1.0
-    drop_below: float = 0.4
-    move_fast: float = 0.5
-    move_slow: float = 0.6
-    price: float = 0.003
-    slow_price: float = 0.01
-    sweep_offset: float = 0.5
-    cut_offset: float = 0.15
-    sweep_curvature: float = 1.6
-    center_decades: float = 0.6
-    center_noise: float = 0.08
-    spread_decades: float = 0.5
-    slow_center: float = 0.5
-    slow_curvature: float = 0.6
-    plausible_decades: float = 0.3
-    fast_reach_decades: float = 1.0
-    blur_decades: float = 0.3
-    later_reach: float = 0.3
-
 
 # What a rate lowered, kept and raised weighs where a choice is judged by its surroundings.
 _WEIGHTS = (0.25, 0.5, 0.25)
 
-# The posterior of the centre is computed on a grid of offsets, in decades, under Student's t of few degrees of freedom.
-_CENTER_REACH, _CENTER_GRID, _CENTER_DEGREES = 1.5, 61, 3.0
-
-# A fork that lost more than this many times what the best one gained is as bad as any.
-_WORST_SHARE = 4.0
-
 # Between the best fork and each other one, the points where the choice may fall; 0 is the fork itself.
 _BETWEEN = (0.0, 0.25, 0.5, 0.75)
-
-
-class Directions(NamedTuple):
-    """Constants of a search space, as arrays over its dimensions."""
-
-    is_rate: np.ndarray
-    is_slow: np.ndarray
-    decades: np.ndarray
-
-
-def directions(space: SearchSpace) -> Directions:
-    """Which dimensions are rates or slow, and how many decades each spans (its whole range, when linear, counts 4)."""
-
-    def span(p: FloatParameter | IntParameter | Choice) -> float:
-        return math.log10(p.hi / p.lo) if not isinstance(p, Choice) and p.log else 4.0
-
-    roles = space.roles
-    return Directions(
-        is_rate=np.array([role == "rate" for role in roles]),
-        is_slow=np.array([role == "slow" for role in roles]),
-        decades=np.array([span(p) for _, p in space.params], np.float32),
-    )
-
-
-def normalised(obs: _observations.Observations, *, resolution: Float[Array, "n"] | float) -> _observations.Observations:
-    """Scores as logarithms of how far they are from the best of their group, in shares of what the best one gained.
-
-    Raw scores are differences to the group's reference, so the best one, negated, is the gain over the state they all
-    started from. Where there was none, the spread of the group stands in. Shortfalls well below ``resolution`` of the
-    gain count in proportion, larger ones by their logarithm: 0 is the best fork, 1 one that gained nothing. Adding a
-    constant to the loss changes nothing, nor does scaling it.
-    """
-    usable = _observations.mask(obs) & ~obs.failed
-    same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
-    lowest = jnp.min(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
-    lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
-    excess = obs.y - lowest
-    mean_excess = jnp.sum(jnp.where(same, excess[None, :], 0.0), axis=1) / jnp.maximum(jnp.sum(same, axis=1), 1)
-    scale = jnp.maximum(jnp.maximum(-lowest, 2.0 * mean_excess), 1e-12)
-    share = jnp.clip(excess / scale, 0.0, _WORST_SHARE)
-    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
 
 
 def _expected_improvement(mean: Array, covariance: Array, best: Array) -> Array:
@@ -165,62 +61,6 @@ def _probability_better(mean: Array, covariance: Array, challenger: Array, holde
 
 def _select(condition: Array, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def _prior_after_sweep(policy: Policy, space_of: Directions, ts: TunerState) -> _surrogate.PriorMean:
-    # A loss still falling at the upper bound has not shown its lowest point: the best rate is near the bound.
-    is_cut = ts.sweep.position >= 1.0 - 2.5 / jnp.maximum(ts.segment_length - 1, 1)
-    offset = jnp.where(is_cut, policy.cut_offset, policy.sweep_offset) / space_of.decades
-    center = jnp.clip(ts.sweep.position - offset, 0.0, 1.0)
-    curvature = policy.sweep_curvature * jnp.asarray(space_of.decades) ** 2
-    return _surrogate.PriorMean(
-        center=jnp.where(space_of.is_rate, center, ts.prior.center),
-        curvature=jnp.where(space_of.is_rate, curvature, ts.prior.curvature),
-    )
-
-
-def _recentred(
-    policy: Policy, space_of: Directions, obs: _observations.Observations, prior: _surrogate.PriorMean
-) -> _surrogate.PriorMean:
-    """Moves the centre of the prior mean to where the scores say it is, one rate at a time.
-
-    Scores rise on both sides of the best rate much alike whatever is trained, so forks far from it tell where it is,
-    and better than those near it, which noise ranks. Taken is the mean of the centre's posterior under a heavy-tailed
-    error, about what the sweep said.
-
-    Cost: O(dims * grid * capacity).
-    """
-    usable = _observations.mask(obs) & ~obs.failed
-    same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
-    offsets = jnp.linspace(-_CENTER_REACH, _CENTER_REACH, _CENTER_GRID)
-
-    def error(residual: Array) -> Array:
-        return jnp.square(residual / policy.center_noise) / _CENTER_DEGREES
-
-    def centre(axis: Array, decades: Array) -> Array:
-        def log_posterior(offset: Array) -> Array:
-            mean = prior._replace(center=prior.center + axis * offset / decades)
-            residual = obs.y - jnp.minimum(_surrogate.bowl(mean, obs.x), 1.0)
-            # The group's intercept: a mean of which scores far from the median are no part.
-            trust = same / (1.0 + error(residual - group_median(residual, same))[None, :])
-            residual -= trust @ residual / jnp.maximum(jnp.sum(trust, axis=1), 1e-6)
-            likelihood = -0.5 * (_CENTER_DEGREES + 1.0) * jnp.sum(jnp.where(usable, jnp.log1p(error(residual)), 0.0))
-            return likelihood - 0.5 * jnp.square(offset / policy.center_decades)
-
-        weight = jax.nn.softmax(jax.vmap(log_posterior)(offsets))
-        return jnp.sum(weight * offsets) / decades
-
-    shift = jax.vmap(centre)(jnp.eye(len(space_of.decades)), jnp.asarray(space_of.decades))
-    is_known = space_of.is_rate & (prior.curvature > 0)
-    return prior._replace(center=jnp.where(is_known, jnp.clip(prior.center + shift, 0.0, 1.0), prior.center))
-
-
-def first_prior(policy: Policy, space_of: Directions, incumbent: Float[Array, "d"]) -> _surrogate.PriorMean:
-    """What is believed before the run: nothing of the fast hyperparameters, moderate values of the slow ones."""
-    return _surrogate.PriorMean(
-        center=jnp.where(space_of.is_slow, policy.slow_center, incumbent),
-        curvature=jnp.where(space_of.is_slow, policy.slow_curvature, 0.0).astype(jnp.float32),
-    )
 
 
 def _box(policy: Policy, space_of: Directions, ts: TunerState, kind: Array) -> tuple[Array, Array]:
@@ -314,14 +154,14 @@ def decide(
         failed=~succeeded,
     )
     observations = _select(in_fork, added, ts.observations)
-    prior = _select(in_sweep, _prior_after_sweep(policy, space_of, ts), ts.prior)
+    prior = _select(in_sweep, _belief.prior_after_sweep(policy, space_of, ts), ts.prior)
     ts = ts._replace(prior=prior)
 
     # Groups are numbered two to a round.
     is_slow = plan.kind[jnp.clip(observations.group // 2, 0, MAX_ROUNDS - 1)] == SLOW
     resolution = jnp.where(is_slow, policy.slow_resolution, policy.fast_resolution)
-    scores = normalised(observations, resolution=resolution)
-    belief = _recentred(policy, space_of, scores, prior)
+    scores = _belief.normalised(observations, resolution=resolution)
+    belief = _belief.recentred(policy, space_of, scores, prior)
     posterior = _surrogate.fit(config, scores, start=ts.hyper, key=fit_key, prior_mean=belief)
     held_x = held.x
     is_run = (jnp.arange(MAX_FORKS) <= fork) & (held.steps > 0)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._decide import directions
 from ._plan import FAST, MAX_ROUNDS, NEVER, SLOW, Plan
+from ._policy import directions
 from ._space import SearchSpace
 from ._state import FORK, TRAIN, TunerState
 

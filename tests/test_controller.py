@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import autotunenet_jax as atn
-from autotunenet_jax import _acquisition, _decide, _guard, _observations, _state, _surrogate, _tick
+from autotunenet_jax import _acquisition, _guard, _observations, _policy, _state, _surrogate, _tick
 from autotunenet_jax._plan import Recipe
 from tests.reference.phase_machine import PhaseMachine
 
@@ -153,7 +153,7 @@ FAULTS = {
 def test_every_step_is_that_of_the_plain_twin(kind, total_steps, count, seed):
     losses, metrics = losses_like_training(seed, faults=FAULTS[kind], count=count)
     tuned = tuner(total_steps)
-    space_of = _decide.directions(tuned.space)
+    space_of = _policy.directions(tuned.space)
     twin = PhaseMachine(
         tuned.plan,
         guard=tuned.core.guard,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _decide, _observations, _surrogate
+from autotunenet_jax import _belief, _decide, _observations, _policy, _surrogate
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-5, 1e-1), "momentum": (0.5, 0.99)})
-POLICY = _decide.Policy()
-SPACE_OF = _decide.directions(SPACE)
+POLICY = _policy.Policy()
+SPACE_OF = _policy.directions(SPACE)
 
 
 def observed(positions, scores, *, failed=()):
@@ -31,7 +31,7 @@ def prior(center):
 
 @jax.jit
 def recentred(obs, center):
-    return _decide._recentred(POLICY, SPACE_OF, obs, prior(center)).center
+    return _belief.recentred(POLICY, SPACE_OF, obs, prior(center)).center
 
 
 def scores_about(best, positions, noise=0.0):
@@ -79,9 +79,9 @@ def test_a_rate_is_chosen_for_its_surroundings_between_the_forks():
 
 def test_scores_are_shares_of_what_the_best_fork_gained_whatever_the_unit():
     raw = [-2.0, -1.9, -1.0, 0.0]
-    plain = _decide.normalised(observed([0.1, 0.2, 0.3, 0.4], raw), resolution=0.05).y[:4]
+    plain = _belief.normalised(observed([0.1, 0.2, 0.3, 0.4], raw), resolution=0.05).y[:4]
     assert float(plain[0]) == 0.0
     np.testing.assert_allclose(plain[3], 1.0, atol=1e-5)
     assert np.all(np.diff(plain) > 0)
-    scaled = _decide.normalised(observed([0.1, 0.2, 0.3, 0.4], [1e-4 * y for y in raw]), resolution=0.05).y[:4]
+    scaled = _belief.normalised(observed([0.1, 0.2, 0.3, 0.4], [1e-4 * y for y in raw]), resolution=0.05).y[:4]
     np.testing.assert_allclose(plain, scaled, rtol=1e-4)

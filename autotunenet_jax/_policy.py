@@ -1,0 +1,82 @@
+"""The constants of the decisions, and what they need to know of a search space."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ._space import Choice, SearchSpace
+from ._space import Float as FloatParameter
+from ._space import Int as IntParameter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Constants of the decisions; scores are in units of the progress that the best fork of a round made.
+
+    Args:
+      fast_resolution: Shortfall, as a share of the gain of a round's best fork, below which scores of fast rounds count
+        in proportion.
+      slow_resolution: The same in slow rounds, where small differences say little of what the rest of the run brings.
+      drop_below: A fork is dropped at its early score when its probability of beating the kept one is below this.
+      move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
+      move_slow: The same in slow rounds.
+      price: Least expected improvement worth another fast fork.
+      slow_price: The same for a slow fork.
+      sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
+      cut_offset: The same where the loss was still falling at the upper bound, below that bound.
+      sweep_curvature: Expected loss of score at one decade from there, doubled.
+      center_decades: Standard deviation of the best rate about where the sweep says it is.
+      center_noise: Standard deviation of a score about the prior mean's shape.
+      spread_decades: How far below and above its first fork the second and third of the first round are, at least.
+      slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
+      slow_curvature: Expected loss of score at distance one from there, doubled.
+      plausible_decades: A starting rate this close to the expected best is tried first.
+      fast_reach_decades: How far from the expected best rate the first round may look.
+      blur_decades: How far the best rate of the whole run may lie from that of a fork, to either side: a rate is chosen
+        for the scores around it, so that it keeps its distance from where training breaks.
+      later_reach: Half-width, in the unit cube, of the trust region of later rounds.
+    """
+
+    fast_resolution: float = 0.05
+    slow_resolution: float = 1.0
+    drop_below: float = 0.4
+    move_fast: float = 0.5
+    move_slow: float = 0.6
+    price: float = 0.003
+    slow_price: float = 0.01
+    sweep_offset: float = 0.5
+    cut_offset: float = 0.15
+    sweep_curvature: float = 1.6
+    center_decades: float = 0.6
+    center_noise: float = 0.08
+    spread_decades: float = 0.5
+    slow_center: float = 0.5
+    slow_curvature: float = 0.6
+    plausible_decades: float = 0.3
+    fast_reach_decades: float = 1.0
+    blur_decades: float = 0.3
+    later_reach: float = 0.3
+
+
+class Directions(NamedTuple):
+    """Constants of a search space, as arrays over its dimensions."""
+
+    is_rate: np.ndarray
+    is_slow: np.ndarray
+    decades: np.ndarray
+
+
+def directions(space: SearchSpace) -> Directions:
+    """Which dimensions are rates or slow, and how many decades each spans (its whole range, when linear, counts 4)."""
+
+    def span(p: FloatParameter | IntParameter | Choice) -> float:
+        return math.log10(p.hi / p.lo) if not isinstance(p, Choice) and p.log else 4.0
+
+    roles = space.roles
+    return Directions(
+        is_rate=np.array([role == "rate" for role in roles]),
+        is_slow=np.array([role == "slow" for role in roles]),
+        decades=np.array([span(p) for _, p in space.params], np.float32),
+    )
