@@ -74,6 +74,8 @@ class Recipe:
       slow: Length of a slow fork.
       slow_forks: Forks of a slow round.
       slow_starts: When slow rounds begin.
+      slow_least: Steps of a slow fork below which a run holds one slow round of two forks only: what shows slowly
+        hardly shows in them, and a short run has few steps to give away.
       fast_share: Most of the budget that discarded steps of fast rounds may take.
       slow_share: The same when slow hyperparameters are tuned too.
     """
@@ -85,6 +87,7 @@ class Recipe:
     slow: float = 0.08
     slow_forks: int = 4
     slow_starts: tuple[float, ...] = (0.4, 0.65)
+    slow_least: int = 60
     fast_share: float = 0.15
     slow_share: float = 0.45
 
@@ -162,8 +165,10 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
             rounds.append({"start": 0, **_fast_round(recipe, space, total_steps, cap)})
         if has_slow:
             length = max(round(recipe.slow * total_steps), 8)
-            for start in recipe.slow_starts:
-                rounds.append({"start": math.ceil(start * total_steps), "kind": SLOW, "forks": recipe.slow_forks,
+            is_short = has_fast and length < recipe.slow_least
+            forks = min(recipe.slow_forks, 2) if is_short else recipe.slow_forks
+            for start in recipe.slow_starts[: 1 if is_short else None]:
+                rounds.append({"start": math.ceil(start * total_steps), "kind": SLOW, "forks": forks,
                                "early": length, "late": length, "sweep": 0})  # fmt: skip
     # The last row stays empty: a run that has held every round waits there.
     rounds = rounds[: MAX_ROUNDS - 1]

@@ -124,3 +124,13 @@ def test_plans_of_all_budgets_share_one_layout():
         tuple((leaf.shape, leaf.dtype) for leaf in plan_of(SPACES["both"], total)) for total in (64, 10**6, None)
     }
     assert len(layouts) == 1
+
+
+def test_a_short_run_compares_one_proposal_for_what_shows_slowly():
+    def slow_forks(space, total_steps):
+        return [row["forks"] for row in rows(plan_of(SPACES[space], total_steps)) if row["kind"] == _plan.SLOW]
+
+    assert [slow_forks("both", total) for total in (100, 400, 700)] == [[2]] * 3
+    assert [slow_forks("both", total) for total in (750, 10_000)] == [[4, 4]] * 2
+    # Where nothing else is tuned the budget is all theirs.
+    assert slow_forks("slow", 400) == [4, 4]
