@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from . import _drift, _hyperparams
+from . import _drift, _hyperparams, _packed
 from . import _tuned_trees as _trees
-from ._controller import AutoTuneNet, Decay
+from ._controller import AutoTuneNet, Decay, when
 from ._guard import Guard
 from ._tuned_access import warn_if_silent
 from ._tuned_start import build, starting_values
 from ._tuned_state import (
     MEMORIES,
     AutotuneState,
+    Course,
     Memory,
     Order,
     Settings,
@@ -25,7 +26,6 @@ from ._tuned_state import (
     in_force,
     no_order,
     take_loss,
-    when,
     where,
     write_in_force,
 )
@@ -133,9 +133,9 @@ def autotune(
         inner: Any = optimizer
     else:
         inner = build(optimizer, tuner, arguments)
-    settings = Settings(core=tuner.core, memory=memory, is_max=mode == "max", is_on=bool(enabled))
+    options = {"core": tuner.core, "memory": memory, "is_max": mode == "max", "is_on": bool(enabled)}
     # The protocols of optax name their arguments; a partial hides them from the type checker.
-    init: Any = functools.partial(_init, inner, tuner, settings, key, _trees.as_seen if is_given else _as_is)
+    init: Any = functools.partial(_init, inner, tuner, options, key, _trees.as_seen if is_given else _as_is)
     update: Any = functools.partial(_update, inner, _trees.as_seen if is_given else _as_is)
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -147,7 +147,7 @@ def _as_is(params: Any) -> Any:
 def _init(
     optimizer: Any,
     tuner: AutoTuneNet,
-    settings: Settings,
+    options: dict[str, Any],
     key: PRNGKeyArray | None,
     seen: Callable[[Any], Any],
     params: Any,
@@ -155,21 +155,24 @@ def _init(
     inner = _trees.copied(optimizer.init(seen(params)))
     start = starting_values(tuner, inner)
     ts = tuner.init(jax.random.key(0) if key is None else key, start=start)
-    slots = {"keep-winner": 2, "rewind": 1, "drift": 0}[settings.memory] if settings.is_on else 0
+    slots = {"keep-winner": 2, "rewind": 1, "drift": 0}[options["memory"]] if options["is_on"] else 0
     zero = jnp.zeros((), jnp.int32)
-    state = AutotuneState(
+    course = Course(
         tuner=ts,
-        inner=_hyperparams.write(inner, start, _hyperparams.resolve(start, inner)),
-        saved=Snapshot(params, _trees.without_values(inner)) if slots > 0 else None,
-        kept=Snapshot(params, _trees.without_values(inner)) if slots > 1 else None,
         start=tuple(start[name] for name in tuner.space.names),
         lag=zero,
         order=no_order(),
         is_spoiled=_off(),
         home=zero,
         attempts=zero,
-        drift=_drift.init() if settings.memory == "drift" else None,
-        settings=settings,
+        drift=_drift.init() if options["memory"] == "drift" else None,
+    )
+    state = AutotuneState(
+        packed=_packed.pack(course),
+        inner=_hyperparams.write(inner, start, _hyperparams.resolve(start, inner)),
+        saved=Snapshot(params, _trees.without_values(inner)) if slots > 0 else None,
+        kept=Snapshot(params, _trees.without_values(inner)) if slots > 1 else None,
+        settings=Settings(**options, layout=_packed.layout(course)),
     )
     return _trees.copied(state)
 
@@ -211,22 +214,29 @@ def _update(
         new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, gradients), _trees.cast_like(stepped, inner)
 
+    course = state.course
     if not settings.is_on:
         new, inner = step(updates, state.inner, value)
-        return new, state._replace(inner=inner, lag=state.lag + 1)
+        return new, state._replace(inner=inner).having(course._replace(lag=course.lag + 1))
 
     # What is left from the last update, or was asked for by `observe` since; its parameters are here now.
-    state = _carry_out_left(state, params)
-    away = _is_away(state, params)
+    left = course.order
+    is_left = left.restore | left.adopt
+    course = course._replace(
+        order=no_order(),
+        home=jnp.where(is_left, _home(left), course.home),
+        attempts=jnp.where(is_left, _MAX_ATTEMPTS, course.attempts),
+    )
+    away = _is_away(state, left, course, params)
     usable = _trees.is_usable(updates)
     if value is not None:
         usable &= jnp.isfinite(value)
     is_taken = usable & ~away
-    inner = write_in_force(state.inner, in_force(state, is_silent=value is None))
-    ts, drift, order = _listen(state, value, usable, away)
+    values = in_force(settings, course, is_silent=value is None)
+    ts, drift, order = _listen(settings, course, value, usable, away)
     is_back = order.restore | order.adopt | away
 
-    def usual(gradients: Any, is_taken: Array) -> tuple[Any, Any]:
+    def usual(gradients: Any, inner: Any, is_taken: Array) -> tuple[Any, Any]:
         """The optimizer's own update, zero where it is not to be made or a parameter would overflow."""
         heard = None if value is None else jnp.where(is_taken, value, _HOPELESS)
         new, stepped = step(where(is_taken, gradients, 0), inner, heard)
@@ -236,69 +246,43 @@ def _update(
     # Whatever is seldom is done before the usual update and apart from it, which so stays one pass over the arrays,
     # the addition to the parameters included. The way back takes the place of the gradients.
     given, saved, kept = updates, state.saved, state.kept
+    inner = write_in_force(state.inner, values)
     if saved is not None:
 
-        def obey(given: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
-            new, stepped = usual(given, is_taken)
+        def obey(given: Any, inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
+            inner, saved, kept = _trees.with_left(left, course.home, params, inner, saved, kept)
+            inner = write_in_force(inner, values)
+            new, stepped = usual(given, inner, is_taken)
             current = Snapshot(_trees.moved(params, new), _trees.without_values(stepped))
             saved, kept = _trees.copy_into(order, current, saved, kept)
-            home = jnp.where(order.restore | order.adopt, _home(order), state.home)
-            way = _trees.way(params, _target(home, saved, kept), given)
-            return where(is_back, way, given), saved, kept
+            home = jnp.where(order.restore | order.adopt, _home(order), course.home)
+            way = _trees.way(params, _target(home, saved.params, None if kept is None else kept.params), given)
+            return where(is_back, way, given), inner, saved, kept
 
-        is_asked = order.save | order.keep | is_back
-        given, saved, kept = when(is_asked, obey, given, saved, kept)
+        is_asked = left.save | left.keep | (course.home > 0) | order.save | order.keep | is_back
+        given, inner, saved, kept = when(is_asked, obey, given, inner, saved, kept)
 
-    new, inner = usual(given, is_taken & ~is_back)
+    new, inner = usual(given, inner, is_taken & ~is_back)
     returns = order.restore | order.adopt
-    return where(is_back, given, new), state._replace(
+    course = course._replace(
         tuner=ts,
         drift=drift,
-        inner=inner,
-        saved=saved,
-        kept=kept,
-        lag=state.lag + 1 if value is None else jnp.zeros_like(state.lag),
+        lag=course.lag + 1 if value is None else jnp.zeros_like(course.lag),
         is_spoiled=~usable & ~away if value is None else _off(),
-        home=jnp.where(returns, _home(order), jnp.where(away, state.home, 0)),
-        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, state.attempts - 1, 0)),
+        home=jnp.where(returns, _home(order), jnp.where(away, course.home, 0)),
+        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, course.attempts - 1, 0)),
     )
+    return where(is_back, given, new), state._replace(inner=inner, saved=saved, kept=kept).having(course)
 
 
-def _listen(state: AutotuneState, value: Any, usable: Array, away: Array) -> tuple[Any, Any, Order]:
+def _listen(settings: Settings, course: Course, value: Any, usable: Array, away: Array) -> tuple[Any, Any, Order]:
     """The tuner, the levels of drift mode and the order, after one update's loss."""
     if value is None:
-        return state.tuner, state.drift, no_order()
+        return course.tuner, course.drift, no_order()
     loss = jnp.where(usable, jnp.asarray(value, jnp.float32), jnp.nan)
     # On the way back nothing is learned.
-    is_heard = None if state.saved is None else ~away
-    return take_loss(state.settings, state.tuner, state.drift, loss, lag=state.lag, is_heard=is_heard)
-
-
-def _carry_out_left(state: AutotuneState, params: Any) -> AutotuneState:
-    """Brings back the inner state that belongs to where the last update went, and does what `observe` asked for."""
-    if state.saved is None:
-        return state
-    order = state.order
-    returns = order.restore | order.adopt
-    home = jnp.where(returns, _home(order), state.home)
-
-    def obey(inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
-        now = _trees.without_values(inner)
-        saved, kept = _trees.copy_into(order, Snapshot(params, now), saved, kept)
-        now = where(home == 1, saved.inner, now)
-        now = now if kept is None else where(home == 2, kept.inner, now)
-        return _trees.with_values(now, inner), saved, kept
-
-    is_asked = order.save | order.keep | (home > 0)
-    inner, saved, kept = when(is_asked, obey, state.inner, state.saved, state.kept)
-    return state._replace(
-        inner=inner,
-        saved=saved,
-        kept=kept,
-        order=no_order(),
-        home=home,
-        attempts=jnp.where(returns, _MAX_ATTEMPTS, state.attempts),
-    )
+    is_heard = None if settings.memory == "drift" else ~away
+    return take_loss(settings, course.tuner, course.drift, loss, lag=course.lag, is_heard=is_heard)
 
 
 def _off() -> Array:
@@ -309,17 +293,19 @@ def _home(order: Order) -> Array:
     return jnp.where(order.restore, 1, jnp.where(order.adopt, 2, 0)).astype(jnp.int32)
 
 
-def _target(home: Array, saved: Snapshot, kept: Snapshot | None) -> Any:
+def _target(home: Array, saved: Any, kept: Any) -> Any:
     """Parameters of the snapshot that the run is returning to."""
-    return saved.params if kept is None else where(home == 2, kept.params, saved.params)
+    return saved if kept is None else where(home == 2, kept, saved)
 
 
-def _is_away(state: AutotuneState, params: Any) -> Array:
+def _is_away(state: AutotuneState, left: Order, course: Course, params: Any) -> Array:
     """Whether the run is returning to a snapshot and not there yet."""
-    saved, kept = state.saved, state.kept
-    if saved is None:
+    if state.saved is None:
         return _off()
-    returning = (state.home > 0) & (state.attempts > 0)
-    return jax.lax.cond(
-        returning, lambda: ~_trees.has_arrived(params, _target(state.home, saved, kept)), lambda: _off()
-    )
+    saved, kept = state.saved.params, None if state.kept is None else state.kept.params
+
+    def is_far() -> Array:
+        slots = where(left.save, params, saved), None if kept is None else where(left.keep, params, kept)
+        return ~_trees.has_arrived(params, _target(course.home, *slots))
+
+    return jax.lax.cond((course.home > 0) & (course.attempts > 0), is_far, _off)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -40,6 +40,19 @@ _COOL_FLOOR = 0.02
 
 # Where slow hyperparameters on a linear scale start when the user names no value: little regularisation, not none.
 _SLOW_START = 0.2
+
+
+def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(*operands)`` where the condition holds, else the operands as they are.
+
+    A loop of at most one turn: what passes through it unchanged stays in its place. ``jax.lax.cond`` would copy it, and
+    under ``jax.vmap`` run the function at every step.
+    """
+
+    def turn(carry: Any) -> Any:
+        return jnp.zeros_like(condition), function(*carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, operands))[1]
 
 
 @jax.tree_util.register_static
@@ -101,13 +114,17 @@ class Core:
         return _decide.decide(self.surrogate, self.policy, self.space, ts)
 
     def update(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive]:
-        ts, first, due = self.tick(ts, loss)
+        ts, directive, due = self.tick(ts, loss)
+        return self.decide_when(due, ts, directive)
 
-        def decided(ts: TunerState) -> tuple[TunerState, Directive]:
+    def decide_when(self, due: Array, ts: TunerState, directive: Directive) -> tuple[TunerState, Directive]:
+        """What `tick` gave, or the decision where one is due."""
+
+        def decided(ts: TunerState, first: Directive) -> tuple[TunerState, Directive]:
             ts, second, _ = self.decide(ts)
             return ts, second._replace(verdict=first.verdict)
 
-        return jax.lax.cond(due, decided, lambda ts: (ts, first), ts)
+        return when(due, decided, ts, directive)
 
     def observe_eval(self, ts: TunerState, metric: Array) -> TunerState:
         metric = jnp.asarray(metric, jnp.float32)

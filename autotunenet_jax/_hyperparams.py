@@ -23,7 +23,7 @@ def is_injected(node: Any) -> bool:
 
 def is_tuned(node: Any) -> bool:
     """Whether a node of a tree is the state of `autotune`."""
-    return "tuner" in _fields(node) and "settings" in _fields(node)
+    return "packed" in _fields(node) and "settings" in _fields(node)
 
 
 def is_accumulating(node: Any) -> bool:
@@ -31,14 +31,19 @@ def is_accumulating(node: Any) -> bool:
     return "mini_step" in _fields(node) and "acc_grads" in _fields(node)
 
 
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is an array that a module library has put in a box, such as an NNX variable."""
+    return hasattr(leaf, "get_value")
+
+
 def unboxed(leaf: Any) -> Any:
-    """The array of a leaf that a module library has put in a box, such as an NNX variable."""
-    return leaf.get_value() if hasattr(leaf, "get_value") else leaf
+    """The array of a leaf, out of its box."""
+    return leaf.get_value() if is_box(leaf) else leaf
 
 
 def reboxed(leaf: Any, value: Any) -> Any:
     """``value`` in a box like that of ``leaf``."""
-    return leaf.replace(value) if hasattr(leaf, "get_value") else value
+    return leaf.replace(value) if is_box(leaf) else value
 
 
 def _is_stop(node: Any) -> bool:

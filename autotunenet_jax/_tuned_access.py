@@ -1,6 +1,7 @@
 """Reading and telling a tuned optimizer's state from outside, wherever other libraries have put it."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool
 
-from . import _hyperparams
+from . import _hyperparams, _packed
 from . import _tuned_trees as _trees
 from ._tuned_state import (
     AutotuneState,
+    Course,
     Order,
+    Settings,
     in_force,
     take_loss,
     take_metric,
@@ -48,12 +51,8 @@ def _find(holder: Any) -> AutotuneState | None:
     return found[0] if found else None
 
 
-def _is_box(leaf: Any) -> bool:
-    return hasattr(leaf, "get_value")
-
-
 def _unboxed(tree: Any) -> Any:
-    return jax.tree.map(_hyperparams.unboxed, tree, is_leaf=_is_box)
+    return jax.tree.map(_hyperparams.unboxed, tree, is_leaf=_hyperparams.is_box)
 
 
 def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
@@ -66,7 +65,7 @@ def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
     def change(node: Any) -> Any:
         if not _hyperparams.is_tuned(node):
             return node
-        return jax.tree.map(_hyperparams.reboxed, node, new, is_leaf=_is_box)
+        return jax.tree.map(_hyperparams.reboxed, node, new, is_leaf=_hyperparams.is_box)
 
     tree = _tree_of(holder)
     changed = jax.tree.map(change, tree, is_leaf=_hyperparams.is_tuned)
@@ -82,7 +81,7 @@ def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
 
 @jax.jit
 def _in_force(state: AutotuneState) -> dict[str, Array]:
-    values = in_force(state)
+    values = in_force(state.settings, state.course)
     if not state.settings.is_on:
         return values
     inner = write_in_force(_trees.found_next(state), values)
@@ -91,13 +90,14 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
 
 def warn_if_silent(state: AutotuneState) -> None:
     """Says to the caller's caller, on the host, that the tuner hears nothing; never waits for the device."""
-    heard: Any = state.tuner.step
-    lag: Any = state.lag
-    if not state.settings.is_on or isinstance(lag, Tracer) or np.ndim(lag):
+    counters: Any = state.packed.ints
+    if not state.settings.is_on or isinstance(counters, Tracer) or np.ndim(counters) > 1:
         return
-    if hasattr(lag, "is_ready") and not (lag.is_ready() and heard.is_ready()):
+    if hasattr(counters, "is_ready") and not counters.is_ready():
         return
-    if int(heard) == 0 and int(lag) >= _SILENT_STEPS:
+    places: Course = _packed.positions(state.settings.layout)
+    counters = np.asarray(counters)
+    if counters[places.tuner.step] == 0 and counters[places.lag] >= _SILENT_STEPS:
         warnings.warn(_SILENT, UserWarning, stacklevel=3)
 
 
@@ -167,21 +167,19 @@ def observe(opt_state: Any, loss: Any) -> Any:
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        # The snapshots stay outside: a loss changes nothing in them.
-        small = state._replace(inner=None, saved=None, kept=None)
-        new = _observe(small, loss.astype(jnp.float32))
-        return new._replace(inner=state.inner, saved=state.saved, kept=state.kept)
+        return state._replace(packed=_observe(state.settings, state.packed, loss.astype(jnp.float32)))
 
     return _told(opt_state, tell)
 
 
-@jax.jit
-def _observe(state: AutotuneState, loss: Array) -> AutotuneState:
-    unreported = jnp.maximum(state.lag - 1, 0)
-    loss = jnp.where(state.is_spoiled, jnp.nan, loss)
-    ts, drift, order = take_loss(state.settings, state.tuner, state.drift, loss, lag=unreported)
-    merged = Order(*(new | old for new, old in zip(order, state.order, strict=True)))
-    return state._replace(tuner=ts, drift=drift, order=merged, lag=jnp.zeros_like(state.lag))
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(settings: Settings, packed: _packed.Packed, loss: Array) -> _packed.Packed:
+    course: Course = _packed.unpack(packed, settings.layout)
+    unreported = jnp.maximum(course.lag - 1, 0)
+    loss = jnp.where(course.is_spoiled, jnp.nan, loss)
+    ts, drift, order = take_loss(settings, course.tuner, course.drift, loss, lag=unreported)
+    merged = Order(*(new | old for new, old in zip(order, course.order, strict=True)))
+    return _packed.pack(course._replace(tuner=ts, drift=drift, order=merged, lag=jnp.zeros_like(course.lag)))
 
 
 def observe_eval(opt_state: Any, metric: Any) -> Any:
@@ -202,16 +200,16 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
     """
 
     def tell(state: AutotuneState) -> AutotuneState:
-        small = state._replace(inner=None, saved=None, kept=None)
-        new = _observe_eval(small, jnp.asarray(metric, jnp.float32))
-        return new._replace(inner=state.inner, saved=state.saved, kept=state.kept)
+        if not state.settings.is_on:
+            return state
+        return state._replace(packed=_observe_eval(state.settings, state.packed, jnp.asarray(metric, jnp.float32)))
 
     return _told(opt_state, tell)
 
 
-@jax.jit
-def _observe_eval(state: AutotuneState, metric: Array) -> AutotuneState:
-    return take_metric(state, metric)
+@functools.partial(jax.jit, static_argnums=0)
+def _observe_eval(settings: Settings, packed: _packed.Packed, metric: Array) -> _packed.Packed:
+    return _packed.pack(take_metric(settings, _packed.unpack(packed, settings.layout), metric))
 
 
 def wants_eval(opt_state: Any) -> Bool[Array, ""]:
@@ -234,5 +232,6 @@ def wants_eval(opt_state: Any) -> Bool[Array, ""]:
     if state is None:
         raise ValueError(_NOT_TUNED)
     state = _unboxed(state)
-    wants = wants_metric(state.tuner) & (state.lag == 0)
+    course = state.course
+    wants = wants_metric(course.tuner) & (course.lag == 0)
     return wants if state.settings.is_on else jnp.zeros_like(wants)

@@ -1,14 +1,13 @@
 """The state of `autotune`, and what it says: which hyperparameters are in force, and what a loss makes of it."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from . import _drift, _hyperparams
+from . import _drift, _hyperparams, _packed
 from ._controller import Core
 from ._plan import NEVER
 from ._state import FORK, TRAIN, Directive, TunerState
@@ -27,12 +26,14 @@ class Settings:
       memory: Which copies are kept.
       is_max: Whether the validation metric is maximised.
       is_on: Whether the tuner runs at all.
+      layout: How the course of the run is packed.
     """
 
     core: Core
     memory: Memory
     is_max: bool
     is_on: bool
+    layout: _packed.Layout
 
 
 class Order(NamedTuple):
@@ -51,14 +52,11 @@ class Snapshot(NamedTuple):
     inner: Any
 
 
-class AutotuneState(NamedTuple):
-    """The state of `autotune`: the tuner, the inner optimizer and their snapshots.
+class Course(NamedTuple):
+    """What the wrapper knows of the run, the arrays being trained apart.
 
     Attributes:
       tuner: What the tuner knows.
-      inner: State of the inner optimizer.
-      saved: The saved snapshot; None where the memory mode has none.
-      kept: The kept snapshot, likewise.
       start: Values the run started from, in the order of the space.
       lag: Steps taken since a loss was last reported.
       order: Copies to make before the next step, asked for by `observe`.
@@ -67,13 +65,9 @@ class AutotuneState(NamedTuple):
         with the next update.
       attempts: Updates left for getting there.
       drift: Running levels of the loss; None but in drift mode.
-      settings: Static; no array in it.
     """
 
     tuner: TunerState
-    inner: Any
-    saved: Snapshot | None
-    kept: Snapshot | None
     start: tuple[Array, ...]
     lag: Int[Array, ""]
     order: Order
@@ -81,7 +75,39 @@ class AutotuneState(NamedTuple):
     home: Int[Array, ""]
     attempts: Int[Array, ""]
     drift: _drift.Drift | None
+
+
+class AutotuneState(NamedTuple):
+    """The state of `autotune`: the tuner, the inner optimizer and their snapshots.
+
+    Attributes:
+      packed: The `Course` of the run, its hundred small arrays in four: a step pays for each array of its state.
+      inner: State of the inner optimizer.
+      saved: The saved snapshot; None where the memory mode has none.
+      kept: The kept snapshot, likewise.
+      settings: Static; no array in it.
+    """
+
+    packed: _packed.Packed
+    inner: Any
+    saved: Snapshot | None
+    kept: Snapshot | None
     settings: Settings
+
+    @property
+    def course(self) -> Course:
+        """What is packed."""
+        packed = jax.tree.map(_hyperparams.unboxed, self.packed, is_leaf=_hyperparams.is_box)
+        return _packed.unpack(packed, self.settings.layout)
+
+    @property
+    def tuner(self) -> TunerState:
+        """What the tuner knows."""
+        return self.course.tuner
+
+    def having(self, course: Course) -> "AutotuneState":
+        """The state with another course."""
+        return self._replace(packed=_packed.pack(course))
 
 
 def where(condition: Array, new: Any, old: Any) -> Any:
@@ -89,18 +115,6 @@ def where(condition: Array, new: Any, old: Any) -> Any:
     if isinstance(old, int):
         return jax.tree.map(lambda a: jnp.where(condition, a, jnp.asarray(old, a.dtype)), new)
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:
-    """``function(*operands)`` where the condition holds, else the operands as they are.
-
-    A loop of at most one turn: what passes through it unchanged stays in its place; ``jax.lax.cond`` would copy it.
-    """
-
-    def turn(carry: Any) -> Any:
-        return jnp.zeros_like(condition), function(*carry[1])
-
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, operands))[1]
 
 
 def no_order() -> Order:
@@ -117,23 +131,23 @@ def _advanced(ts: TunerState, steps: Array) -> TunerState:
     )
 
 
-def in_force(state: AutotuneState, *, is_silent: bool = False) -> dict[str, Array]:
+def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> dict[str, Array]:
     """Values for the next step, by name.
 
     Args:
-      state: Before the step.
+      settings: Of the wrapper.
+      course: Before the step.
       is_silent: Whether the step comes without its loss; the very first one then is no part of an experiment.
     """
-    settings, ts = state.settings, state.tuner
-    core = settings.core
-    start = dict(zip(core.space.names, state.start, strict=True))
+    core, ts, lag = settings.core, course.tuner, course.lag
+    start = dict(zip(core.space.names, course.start, strict=True))
     if not settings.is_on:
         return start
-    values = core.hyperparams(_advanced(ts, state.lag))
+    values = core.hyperparams(_advanced(ts, lag))
     # Without losses there is no experiment to run: the values in force outside experiments, and the schedule.
-    waits = (ts.phase != TRAIN) & (state.lag >= ts.segment_left)
-    is_unheard = (ts.step == 0) & ((state.lag > 0) | is_silent)
-    resting = _advanced(ts, state.lag)._replace(phase=jnp.full_like(ts.phase, TRAIN))
+    waits = (ts.phase != TRAIN) & (lag >= ts.segment_left)
+    is_unheard = (ts.step == 0) & ((lag > 0) | is_silent)
+    resting = _advanced(ts, lag)._replace(phase=jnp.full_like(ts.phase, TRAIN))
     calm = core.hyperparams(resting)
     factor = core.schedule(resting)
     exact = {
@@ -182,7 +196,7 @@ def take_loss(
 
 
 def _update(core: Core, ts: TunerState, loss: Array, is_heard: Array | None) -> tuple[TunerState, Directive]:
-    """`AutoTuneNet.update`, without copying the state at every step that decides nothing."""
+    """`AutoTuneNet.update`; a loss that is not heard only lets time pass."""
     after, directive, due = core.tick(ts, loss)
     if is_heard is not None:
         after = where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
@@ -190,11 +204,7 @@ def _update(core: Core, ts: TunerState, loss: Array, is_heard: Array | None) -> 
         directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
         due &= is_heard
 
-    def decide(ts: TunerState, first: Directive) -> tuple[TunerState, Directive]:
-        ts, second, _ = core.decide(ts)
-        return ts, second._replace(verdict=first.verdict)
-
-    return when(due, decide, after, directive)
+    return core.decide_when(due, after, directive)
 
 
 def _read(memory: Memory, before: TunerState, after: TunerState, directive: Directive) -> Any:
@@ -209,21 +219,18 @@ def _read(memory: Memory, before: TunerState, after: TunerState, directive: Dire
     return after, None, Order(directive.save, off, directive.restore | directive.adopt, off)
 
 
-def take_metric(state: AutotuneState, metric: Array) -> AutotuneState:
+def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
     """Tells the tuner a validation metric of the current parameters."""
-    settings = state.settings
-    if not settings.is_on:
-        return state
     metric = jnp.asarray(metric, jnp.float32)
     metric = -metric if settings.is_max else metric
-    ts = _advanced(state.tuner, state.lag)
-    drift = state.drift
+    ts = _advanced(course.tuner, course.lag)
+    drift = course.drift
     fed = metric
     if drift is not None:
         drift, fed = _drift.feed_eval(drift, ts, metric)
     told = settings.core.observe_eval(ts, fed)
-    tuner = state.tuner._replace(window=told.window, eval_level=told.eval_level)
-    return state._replace(tuner=tuner, drift=drift)
+    tuner = course.tuner._replace(window=told.window, eval_level=told.eval_level)
+    return course._replace(tuner=tuner, drift=drift)
 
 
 def wants_metric(ts: TunerState) -> Bool[Array, ""]:

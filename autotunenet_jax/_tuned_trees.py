@@ -133,14 +133,33 @@ def copy_into(order: Order, current: Snapshot, saved: Snapshot, kept: Snapshot |
     return where(order.save, current, saved), None if kept is None else where(order.keep, current, kept)
 
 
+def with_left(order: Order, home: Array, params: Any, inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
+    """The inner state that belongs to where the last update went, and both snapshots after what was asked for since.
+
+    Args:
+      order: What `observe` asked for.
+      home: The snapshot that the parameters have been sent to: 1 saved, 2 kept, or 0.
+      params: The parameters now.
+      inner: State of the inner optimizer.
+      saved: The saved snapshot.
+      kept: The kept one, or None.
+    """
+    now = without_values(inner)
+    saved, kept = copy_into(order, Snapshot(params, now), saved, kept)
+    now = where(home == 1, saved.inner, now)
+    now = now if kept is None else where(home == 2, kept.inner, now)
+    return with_values(now, inner), saved, kept
+
+
 def found_next(state: AutotuneState) -> Any:
     """The inner state with its counters as the next update finds them, once it has done what was left to it.
 
     Arrays are left as they are: which values are in force depends on counters alone.
     """
-    order = state.order
-    goes_to_saved = jnp.where(order.restore | order.adopt, order.restore, state.home == 1)
-    goes_to_kept = jnp.where(order.restore | order.adopt, order.adopt, state.home == 2)
+    course = state.course
+    order = course.order
+    goes_to_saved = jnp.where(order.restore | order.adopt, order.restore, course.home == 1)
+    goes_to_kept = jnp.where(order.restore | order.adopt, order.adopt, course.home == 2)
 
     def choose(now: Any, saved: Any, *kept: Any) -> Any:
         if jnp.ndim(now) or not jnp.issubdtype(now.dtype, jnp.integer):

@@ -51,7 +51,7 @@ def test_the_real_tuner_trains_in_one_program():
 def test_starts_where_the_optimizer_is_unless_told():
     for options, expected in (({}, 1e-2), ({"initial": {"learning_rate": 0.3}}, 0.3)):
         state = atn.autotune(injected(), SPACE, 100, **options).init(PARAMS)
-        (start,) = state.start
+        (start,) = state.course.start
         assert float(start) == np.float32(expected)
         assert float(state.inner.hyperparams["learning_rate"]) == np.float32(expected)
 

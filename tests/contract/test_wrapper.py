@@ -135,9 +135,9 @@ def test_every_way_back_brings_parameters_and_moments(toy, asked, slot):
         jax.tree.map(lambda leaf, k=k: leaf * k if leaf.ndim else leaf, snapshot)
         for k, snapshot in ((1.25, state.saved), (1.5, state.kept))
     )
-    order = state.order._replace(**{asked: jnp.ones((), bool)})
+    order = state.course.order._replace(**{asked: jnp.ones((), bool)})
     target = {"saved": saved, "kept": kept}[slot]
-    carry = (params, state._replace(saved=saved, kept=kept, order=order), i)
+    carry = (params, state._replace(saved=saved, kept=kept).having(state.course._replace(order=order)), i)
     carry, _ = step(carry, toy.draws(1)[0])
     assert_same(carry[0], target.params, rtol=1e-5, atol=1e-6)
     # The next update is the optimizer's own, from the snapshot's parameters and moments.
@@ -149,7 +149,7 @@ def test_every_way_back_brings_parameters_and_moments(toy, asked, slot):
     inner = atn.set_hyperparams(inner, {"learning_rate": rate})
     updates, inner = plain.update(loss_grads, inner, carry[0])
     assert_same(after[1].inner.inner_state, inner.inner_state, rtol=1e-4, atol=1e-6)
-    if not int(after[1].home):
+    if not int(after[1].course.home):
         assert_same(after[0], optax.apply_updates(carry[0], updates), rtol=1e-4, atol=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_rewind_goes_back_to_where_the_round_began(toy):
     for key in toy.draws(40):
         before = carry[1]
         carry, _ = step(carry, key)
-        if int(carry[1].home) == 1:
+        if int(carry[1].course.home) == 1:
             returns += 1
             jax.tree.map(lambda p, s: np.testing.assert_allclose(p, s, rtol=1e-5, atol=1e-6), carry[0],
                          before.saved.params)  # fmt: skip
@@ -190,7 +190,7 @@ def test_drift_never_undoes_and_moves_in_small_steps(toy):
     for key in toy.draws():
         carry, _ = step(carry, key)
         incumbents.append(float(carry[1].tuner.incumbent[0]))
-        assert int(carry[1].home) == 0
+        assert int(carry[1].course.home) == 0
         if int(carry[1].tuner.phase) == 2:
             trials.add(float(carry[1].tuner.trial[0]))
             assert abs(max(trials, key=lambda u: abs(u - incumbents[-1])) - incumbents[-1]) <= 0.6 / 4 + 1e-5
