@@ -328,6 +328,7 @@ class AutoTuneNet:
             validation=no_validation(),
             discarded=zero_i,
             rollbacks=zero_i,
+            relapses=zero_i,
             since_rollback=jnp.int32(NEVER),
             rounds_held=zero_i,
             anneal_start=jnp.int32(-1),

@@ -14,6 +14,7 @@ from ._state import (
     FORK,
     FORK_FINISHED,
     FORK_STATUSES,
+    OUTCOME_ACCEPTED,
     OUTCOME_RETRIED,
     OUTCOMES,
     PHASES,
@@ -70,7 +71,7 @@ class Recorder:
         """Takes the device scalars of one step; reads them later, many at once."""
         self._steps_seen += 1
         if self._steps_seen % self.history.stride:
-            entry = {name: entry[name] for name in ("step", "rewound", "verdict")}
+            entry = {name: entry[name] for name in ("step", "rewound", "verdict", "outcome")}
         self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
         if len(self._pending) >= _PENDING_LIMIT:
             self.flush()
@@ -99,6 +100,8 @@ class Recorder:
                 # Healthy training goes back as well, to the state of its best validation metric.
                 if bool(_guard.is_failure(row["verdict"])):
                     self.note(step, "rollback", _guard.MESSAGES[int(row["verdict"])])
+            elif int(row["outcome"]) == OUTCOME_ACCEPTED:
+                self.note(step, "shift", OUTCOMES[OUTCOME_ACCEPTED])
             elif phase == TRAIN:
                 self._tell(step, int(row["verdict"]))
 

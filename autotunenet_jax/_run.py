@@ -48,8 +48,9 @@ def _step_jit(
         "step": ts.step,
         "data_step": ts.data_step,
         "loss": jnp.asarray(loss, jnp.float32),
-        # Budget step of the snapshot a rollback went back to.
         "verdict": directive.verdict,
+        "outcome": directive.outcome,
+        # Budget step of the snapshot a rollback went back to.
         "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
     }
     return copies, ts, core.hyperparams(ts), due, directive.evaluate, log

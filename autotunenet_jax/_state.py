@@ -22,7 +22,8 @@ PHASES = ("train", "sweep", "fork")
     OUTCOME_ROUND_SKIPPED,
     OUTCOME_ROLLBACK,
     OUTCOME_RETRIED,
-) = range(10)
+    OUTCOME_ACCEPTED,
+) = range(11)
 
 OUTCOMES = {
     OUTCOME_NONE: "Training goes on.",
@@ -35,6 +36,7 @@ OUTCOMES = {
     OUTCOME_ROUND_SKIPPED: "A round was skipped: nothing to learn from, or its price exceeds its expected gain.",
     OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",
     OUTCOME_RETRIED: "The loss was not finite out of the blue; the sweep or fork began again on the data after it.",
+    OUTCOME_ACCEPTED: "The loss is as high on healthy snapshots: the data changed. Training goes on.",
 }
 
 FORK_UNUSED, FORK_RUNNING, FORK_DROPPED, FORK_FAILED, FORK_FINISHED = range(5)
@@ -187,6 +189,7 @@ class TunerState(NamedTuple):
       validation: What validation metrics outside rounds have shown so far.
       discarded: Steps spent on forks that were not kept, and on sweeps.
       rollbacks: Rollbacks so far.
+      relapses: Rollbacks in a row for a loss that was high on the restored snapshot itself.
       since_rollback: Steps since the last one.
       rounds_held: Rounds ended so far.
       anneal_start: Budget step at which the decay begins, with ``anneal_steps`` its length; -1 for the plan's own.
@@ -210,6 +213,7 @@ class TunerState(NamedTuple):
     validation: Validation
     discarded: Int[Array, ""]
     rollbacks: Int[Array, ""]
+    relapses: Int[Array, ""]
     since_rollback: Int[Array, ""]
     rounds_held: Int[Array, ""]
     anneal_start: Int[Array, ""]

@@ -12,6 +12,7 @@ from . import _guard
 from ._plan import NEVER
 from ._state import (
     FORK,
+    OUTCOME_ACCEPTED,
     OUTCOME_NONE,
     OUTCOME_ROLLBACK,
     SWEEP,
@@ -20,6 +21,7 @@ from ._state import (
     Sweep,
     TunerState,
     Validation,
+    no_validation,
 )
 
 COOL_SHARE = 0.3
@@ -154,20 +156,24 @@ def tick(
 
     # A rate that is too large announces itself: the loss climbs before it overflows. Out of the blue, it is the data.
     climbed = ts.guard.short > jnp.fmax(ts.guard.level, ts.initial_loss) + _CALM_SIGMAS * ts.guard.spread
+    # High from the restored snapshot on, before any step from there: that is not the hyperparameters' doing. It is the
+    # snapshot's, and where the other one is no better it is the data's.
+    at_once = in_train & unhealthy & is_finite & (guard_state.strikes > ts.since_rollback)
+    accepts = at_once & (ts.relapses > 0)
     # A rollback: training only; an unhealthy fork or sweep just ends.
     may_retry = (verdict == _guard.NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
-    rolls_back = in_train & unhealthy & may_retry
-    gives_up = in_train & unhealthy & ~may_retry
+    rolls_back = in_train & unhealthy & may_retry & ~accepts
+    gives_up = in_train & unhealthy & ~may_retry & ~accepts
     saved_age, kept_age = ts.step - ts.slots.saved_step, ts.step - ts.slots.kept_step
     saved_is_newer = saved_age < kept_age
-    # Not finite at once after a rollback: that snapshot, the newer one since, holds the damage itself.
-    was_damaged = (ts.since_rollback == 0) & ~is_finite
+    # Not finite or high at once after a rollback: that snapshot, the newer one since, may hold the damage itself.
+    was_damaged = ((ts.since_rollback == 0) & ~is_finite) | at_once
     newer_is_safe = (jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE) & ~was_damaged
     restores = jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer)
     within = jnp.where(climbed | is_finite, _RATE_RETREAT_WITHIN, _BLUE_RETREAT_WITHIN)
     repeated = rolls_back & (ts.since_rollback < within) & ~was_damaged
     incumbent = jnp.where(
-        repeated | (rolls_back & (verdict == _guard.DIVERGED)),
+        repeated | (rolls_back & (verdict == _guard.DIVERGED) & ~at_once),
         retreat(ts.incumbent, jnp.float32(_RATE_RETREAT_DECADES)),
         ts.incumbent,
     )
@@ -180,12 +186,14 @@ def tick(
         count=jnp.zeros_like(guard_state.count),
         strikes=jnp.zeros_like(guard_state.strikes),
         peak=zero,
+        lowest=value,
+        since_lowest=jnp.zeros_like(guard_state.since_lowest),
     )
-    guard_state = _where(gives_up, accepting, _where(rolls_back, fresh, guard_state))
+    guard_state = _where(gives_up | accepts, accepting, _where(rolls_back, fresh, guard_state))
     # The budget of rollbacks is spent: what is in force, lowered by them, is held from here on.
     holds_for_good = gives_up & (guard.max_rollbacks > 0)
     plan = ts.plan._replace(start=jnp.where(holds_for_good, NEVER, ts.plan.start))
-    initial_loss = jnp.where(gives_up, jnp.fmax(initial_loss, value), initial_loss)
+    initial_loss = jnp.where(gives_up | accepts, jnp.fmax(initial_loss, value), initial_loss)
 
     has_faulted = (in_fork | in_sweep) & ~is_finite & ~climbed & (ts.retries < _MAX_RETRIES)
 
@@ -202,7 +210,8 @@ def tick(
     takes = calm & (jnp.minimum(saved_age, kept_age) >= ts.plan.save_every)
     save, keep = takes & ~saved_is_newer, takes & saved_is_newer
     # After the last round the kept copy is the state of the best validation metric: what to return to.
-    seen = ts.validation
+    # Metrics from before the data changed are no measure any more.
+    seen = _where(accepts, no_validation(), ts.validation)
     owns_kept = in_train & (ts.plan.start[ts.round.index] >= NEVER) & (seen.is_kept | seen.keeps)
     returns = calm & seen.returns & seen.is_kept
     save = jnp.where(owns_kept, calm & (saved_age >= ts.plan.save_every) & ~returns, save)
@@ -225,7 +234,7 @@ def tick(
         kept_step=jnp.where(keep, step, kept_step),
     )
     has_next_round = plan.start[ts.round.index] < NEVER
-    outcome = jnp.where(rolls_back, OUTCOME_ROLLBACK, OUTCOME_NONE)
+    outcome = jnp.where(rolls_back, OUTCOME_ROLLBACK, jnp.where(accepts, OUTCOME_ACCEPTED, OUTCOME_NONE))
     new = ts._replace(
         step=step,
         data_step=data_step,
@@ -236,8 +245,9 @@ def tick(
         initial_loss=initial_loss,
         best_level=best_level,
         rollbacks=ts.rollbacks + rolls_back,
+        relapses=jnp.where(rolls_back, jnp.where(at_once, ts.relapses + 1, 0), jnp.where(accepts, 0, ts.relapses)),
         since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
-        outcome=jnp.where(rolls_back, OUTCOME_ROLLBACK, ts.outcome).astype(jnp.int32),
+        outcome=jnp.where(rolls_back | accepts, outcome, ts.outcome).astype(jnp.int32),
         window=window,
         sweep=sweep,
         round=ts.round._replace(reference=reference),

@@ -18,7 +18,7 @@ SPACE = {"learning_rate": (1e-5, 1.0), "dropout": (0.0, 0.5)}
 TOTAL = 200
 VARIANCE = 0.01
 OUTCOMES = ("none", "round started", "fork started", "fork continues", "moved", "stayed", "failed", "skipped")
-OUTCOMES += ("rollback", "retried")
+OUTCOMES += ("rollback", "retried", "accepted")
 STATUSES = ("unused", "running", "dropped", "failed", "finished")
 
 
@@ -133,6 +133,9 @@ def losses_like_training(seed, *, faults=(), count=TOTAL):
             losses[position:] += 0.3 * np.arange(count - position)
         elif fault == "jump":
             losses[position : position + 12] += 5.0
+        elif fault == "shift":  # for good, each time to the same level
+            begin = round(0.8 * count) + position // 10
+            losses[begin:] = 4.0 + 0.05 * rng.normal(size=count - begin)
         else:
             losses[position] = fault
     return losses.astype(np.float32), (losses + 0.1 * rng.normal(size=count)).astype(np.float32)
@@ -144,6 +147,7 @@ FAULTS = {
     "huge": (1e30,),
     "jumps": ("jump",),
     "rise": ("rise",),
+    "shifts": ("shift",),
     "everything": (np.nan, np.inf, 1e30, "jump", "rise"),
 }
 
@@ -490,3 +494,31 @@ def test_validation_that_is_noisy_or_rises_with_the_training_loss_changes_no_rat
     for metrics, seen in ((noisy, losses), [overfitting()[1]] * 2):
         _, ts = run(seen, metrics)
         assert int(ts.validation.retreats) == 0
+
+
+def test_a_shift_of_the_data_is_accepted_and_costs_no_rate():
+    """The loss is as high on both snapshots: after two rollbacks training goes on, at the rate that was in force."""
+    losses, metrics = losses_like_training(0)
+    losses[160:] += 4.0
+    rows, _ = run(losses, metrics)
+    outcomes = [int(row["directive"].outcome) for row in rows]
+    assert outcomes.count(_state.OUTCOME_ROLLBACK) == 2
+    assert outcomes.count(_state.OUTCOME_ACCEPTED) == 1
+    at = outcomes.index(_state.OUTCOME_ACCEPTED)
+    assert at < 160 + 3 * 5
+    np.testing.assert_array_equal(rows[at]["incumbent"], rows[159]["incumbent"])
+    # Both snapshots were tried.
+    rollbacks = [row["directive"] for row, outcome in zip(rows, outcomes, strict=True) if outcome == 8]
+    assert {bool(directive.restore) for directive in rollbacks} == {True, False}
+
+
+def test_a_rate_that_is_too_hot_is_still_lowered():
+    """Each time the loss is low on the restored snapshot and climbs from there."""
+    losses, metrics = losses_like_training(0)
+    for begin in range(160, 200, 12):
+        losses[begin + 6 : begin + 12] += 4.0
+    rows, _ = run(losses, metrics)
+    outcomes = [int(row["directive"].outcome) for row in rows]
+    assert outcomes.count(_state.OUTCOME_ROLLBACK) >= 2
+    assert _state.OUTCOME_ACCEPTED not in outcomes
+    assert rows[-1]["incumbent"][0] < rows[159]["incumbent"][0]

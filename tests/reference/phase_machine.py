@@ -125,13 +125,10 @@ class PhaseMachine:
         self.incumbent, self.trial = start, start
         self.prior_center = np.where(is_slow, F(policy.slow_center), start)
         self.knows_rate = False
-        self.first_metric, self.best_metric, self.best_short = F(np.nan), F(np.inf), F(np.inf)
-        self.rises = 0
-        self.last_metric = self.last_change = F(np.nan)
-        self.bends = ZERO
-        self.keeps = self.returns = self.is_kept = False
+        self._forget_metrics()
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
+        self.relapses = 0
         self.since_rollback = NEVER
         self.row = 0
         self.initial_loss, self.best_level, self.eval_level = F(np.nan), F(np.inf), F(np.nan)
@@ -191,6 +188,13 @@ class PhaseMachine:
         elif is_above and is_last and self.plan.total:
             is_ending = self.plan.total - self.step <= F(_tick._ENDING_SHARE) * self.plan.total
             self.returns = bool(is_ending) and self.is_kept and metric > best + margin + self.bends
+
+    def _forget_metrics(self) -> None:
+        self.first_metric, self.best_metric, self.best_short = F(np.nan), F(np.inf), F(np.inf)
+        self.rises = 0
+        self.last_metric = self.last_change = F(np.nan)
+        self.bends = ZERO
+        self.keeps = self.returns = self.is_kept = False
 
     def _retreat(self, decades: float) -> None:
         lower = self.incumbent - F(decades) / self.decades
@@ -281,15 +285,22 @@ class PhaseMachine:
 
     def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, climbed: bool,
                       result: Result) -> None:  # fmt: skip
-        if verdict != "non-finite" and self.rollbacks >= self.guard.max_rollbacks:
-            self.watch = dataclasses.replace(self.watch, level=loss, short=loss, count=0, strikes=0, peak=ZERO)
+        at_once = verdict != "non-finite" and self.watch.strikes >= self.since_rollback
+        accepts = at_once and self.relapses > 0
+        if accepts or (verdict != "non-finite" and self.rollbacks >= self.guard.max_rollbacks):
+            self.watch = dataclasses.replace(
+                self.watch, level=loss, short=loss, count=0, strikes=0, peak=ZERO, lowest=loss, since_lowest=0
+            )
             self.initial_loss = np.fmax(self.initial_loss, loss)
-            if self.guard.max_rollbacks > 0:
+            if accepts:
+                result.outcome, self.relapses = "accepted", 0
+                self._forget_metrics()
+            elif self.guard.max_rollbacks > 0:
                 self.plan = self.plan._replace(start=np.full_like(self.plan.start, NEVER))
                 self.left = NEVER
             return
         result.outcome = "rollback"
-        was_damaged = verdict == "non-finite" and self.since_rollback == 1
+        was_damaged = at_once or (verdict == "non-finite" and self.since_rollback == 1)
         is_safe = min(ages.values()) >= _tick._MIN_SNAPSHOT_AGE and not was_damaged
         target = newer if is_safe else older
         result.restore, result.adopt = target == "saved", target == "kept"
@@ -299,10 +310,11 @@ class PhaseMachine:
             self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
         is_blue = verdict == "non-finite" and not climbed
         within = _tick._BLUE_RETREAT_WITHIN if is_blue else _tick._RATE_RETREAT_WITHIN
-        if (self.since_rollback <= within and not was_damaged) or verdict == "diverged":
+        if (self.since_rollback <= within and not was_damaged) or (verdict == "diverged" and not at_once):
             self._retreat(_tick._RATE_RETREAT_DECADES)
         self.watch.strikes, self.watch.short, self.watch.peak = 0, self.watch.level, ZERO
         self.rollbacks += 1
+        self.relapses = self.relapses + 1 if at_once else 0
         self.since_rollback = 0
         self.left = max(self.left, 1)
 
