@@ -230,6 +230,9 @@ def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
         drift, fed = _drift.feed_eval(drift, ts, metric)
     told = settings.core.observe_eval(ts, fed)
     tuner = course.tuner._replace(window=told.window, eval_level=told.eval_level)
+    # The way back from a metric that rises leads to the kept snapshot.
+    if settings.memory == "keep-winner":
+        tuner = tuner._replace(validation=told.validation, incumbent=told.incumbent)
     return course._replace(tuner=tuner, drift=drift)
 
 

@@ -214,3 +214,32 @@ def test_disabled_is_bit_identical_to_the_plain_optimizer(toy):
     got, opt_state, _ = toy.run(off)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert float(atn.hyperparams(opt_state)["learning_rate"]) == np.float32(3e-3)
+
+
+def test_rising_validation_brings_the_best_state_back_at_a_lower_rate(toy):
+    """The loss reported goes on falling; from two thirds of the run on the metric rises."""
+    optimizer = toy.wrapped()
+
+    @jax.jit
+    def step(params, opt_state, value, key):
+        grads = jax.grad(toy.loss_fn)(params, key)
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=value)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = toy.make_params()
+    opt_state = optimizer.init(params)
+    past, homes, rates = [], [], []
+    for i, key in enumerate(toy.draws()):
+        if i % 4 == 0 or bool(atn.wants_eval(opt_state)):
+            opt_state = atn.observe_eval(opt_state, 2.0 * np.exp(-min(i, 64) / 30) + 0.05 * max(i - 64, 0))
+        params, opt_state = step(params, opt_state, jnp.float32(2.0 * np.exp(-i / 30)), key)
+        course = opt_state.course
+        past.append(params)
+        homes.append(int(course.home) if int(course.tuner.phase) == 0 else 0)
+        rates.append(float(course.tuner.incumbent[0]))
+    back = next(i for i, home in enumerate(homes) if home == 2 and i > 64)
+    # One step past the best metric, which is when a copy can be made; a quarter of four decades lower.
+    best = past[64]
+    assert_same(past[back], best, rtol=1e-5, atol=1e-6)
+    assert rates[back] == pytest.approx(max(rates[64] - 0.25, 0.0), abs=1e-6)
+    assert rates[64] > 0.0
