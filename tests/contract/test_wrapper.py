@@ -117,7 +117,7 @@ def test_obeys_as_a_loop_of_ones_own_would(toy):
         if directive.adopt:
             state = kept
         asked |= {name for name in ("save", "keep", "restore", "adopt") if getattr(directive, name)}
-    assert {"keep", "restore"} <= asked
+    assert asked == {"save", "keep", "restore", "adopt"}
     assert_same(final, state[0], rtol=1e-3, atol=1e-5)
     assert int(ts.step) == int(opt_state.tuner.step) == toy.TOTAL
 
@@ -171,14 +171,14 @@ def test_rewind_goes_back_to_where_the_round_began(toy):
     optimizer = toy.wrapped(memory="rewind")
     step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
     returns = 0
-    for key in toy.draws(40):
+    for key in toy.draws():
         before = carry[1]
         carry, _ = step(carry, key)
         if int(carry[1].course.home) == 1:
             returns += 1
             jax.tree.map(lambda p, s: np.testing.assert_allclose(p, s, rtol=1e-5, atol=1e-6), carry[0],
                          before.saved.params)  # fmt: skip
-    assert returns >= 1
+    assert returns >= 3
     # The steps of a winner that could not be kept are counted as lost.
     assert int(carry[1].tuner.discarded) > 0
 
