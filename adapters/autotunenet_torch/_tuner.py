@@ -14,7 +14,7 @@ from . import _given, _plain, _reduce, _schedulers, _targets
 from ._engine import FORK, TRAIN, Engine, Tick
 from ._snapshot import TrainingState
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class AutoTuneNet:
@@ -278,6 +278,7 @@ class AutoTuneNet:
             "phase": phase,
             "rewound": rewound,
             "verdict": said.directive.verdict,
+            "outcome": said.directive.outcome,
             "hyperparams": self._values,
         }
         self._recorder.log(entry, phase)

@@ -190,7 +190,8 @@ def test_validation_is_asked_for_and_used():
         train_one(model, optimizer, tuner)
     assert len(asked) == tuner.history.summary["evals"] > 4
     assert {row["scored_by"] for row in tuner.history.rounds} == {"validation"}
-    assert [row["kind"] for row in tuner.history.rounds] == ["fast", "slow", "slow"]
+    kinds = [row["kind"] for row in tuner.history.rounds]
+    assert kinds[0] == "fast" and set(kinds[1:]) == {"slow"}
 
 
 def test_validation_by_hand():
