@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._acquisition import propose
 from ._observations import Observations, add, empty, mask
-from ._sampling import spread_table, turned, uniforms
+from ._sampling import branches, spread_table, turned, uniforms
 from ._space import SearchSpace
 from ._surrogate import Hyper, Posterior, SurrogateConfig, fit, initial_hyper, predict
 
@@ -20,7 +21,7 @@ _COMPARED = 16
 # moves the hyperparameters: the warm start needs fewer rivals.
 _LONG = 128
 # Standard deviations of the lower confidence bound that is minimised where the objective moves.
-_CONFIDENCE = 1.0
+_CONFIDENCE = 0.5
 # Side of the trust region: at first, at least, at most; doubled after three improvements in a row.
 _SIDE, _SIDE_MIN, _SIDE_MAX = 0.8, 2.0**-7, 1.6
 _WINS = 3
@@ -72,7 +73,7 @@ class BayesianOptimizer:
         ``d + 2`` at most 16 with `has_drift`.
       has_drift: Whether the objective moves with time. Old observations then count the less the older they are, and
         what is sought is the minimum at the time of the suggestion. Every trial counts, not only the best: suggestions
-        minimise a lower confidence bound of one standard deviation instead of maximising the expected improvement.
+        minimise a lower confidence bound of half a standard deviation instead of maximising the expected improvement.
       drift_time: In how much time the objective becomes another one, roughly; the fit corrects it. By default the unit
         is one observation.
       has_groups: Whether scores carry an unknown offset that all observations with the same ``group`` share: the level
@@ -157,14 +158,17 @@ class BayesianOptimizer:
         if size < 1:
             raise ValueError(f"count must be at least 1; got {count!r}.")
         obs, dims = state.observations, self.space.dims
-        key, fit_key, propose_key = jax.random.split(state.key, 3)
+        key, fit_key, propose_key = branches(state.key, 3)
         used = mask(obs)
         now = self._time(obs, time)
         posterior = fit(self.config, obs, start=state.hyper, key=fit_key)
         lower, upper = self._box(state, posterior, now)
 
-        reference = jnp.concatenate([jnp.where(used[:, None], obs.x, 0.5), jnp.full((size, dims), 0.5)])
-        is_reference = jnp.concatenate([used & ~obs.failed, jnp.zeros(size, bool)])
+        reference = jnp.where(used[:, None], obs.x, 0.5)
+        is_reference = used & ~obs.failed
+        if size > 1:
+            reference = jnp.concatenate([reference, np.full((size, dims), 0.5, np.float32)])
+            is_reference = jnp.concatenate([is_reference, np.zeros(size, bool)])
         pending = jnp.arange(used.size + size) >= used.size if size > 1 else None
 
         def one(carry, inputs):
@@ -186,12 +190,16 @@ class BayesianOptimizer:
             )
             is_design = obs.count + slot < self.initial
             point = jnp.where(is_design, state.design[(state.asked + slot) % self.initial], point)
+            if size == 1:
+                return carry, point
             index = used.size + slot
             return (reference.at[index].set(point), is_reference.at[index].set(True)), point
 
-        inputs = (jnp.arange(size), jax.random.split(propose_key, size))
-        _, points = jax.lax.scan(one, (reference, is_reference), inputs)
-        points = points[0] if count is None else points
+        if count is None:
+            _, points = one((reference, is_reference), (0, propose_key))
+        else:
+            inputs = (np.arange(size), branches(propose_key, size))
+            _, points = jax.lax.scan(one, (reference, is_reference), inputs)
         state = state._replace(key=key, hyper=posterior.hyper, asked=state.asked + size)
         return self.space.decode(points), state
 
@@ -266,7 +274,7 @@ class BayesianOptimizer:
 
     def _box(self, state: EngineState, posterior: Posterior, now: Float[Array, ""]):
         """Where to look: everywhere, or in the trust region."""
-        lower, upper = jnp.zeros(self.space.dims, jnp.float32), jnp.ones(self.space.dims, jnp.float32)
+        lower, upper = (jnp.asarray(np.full(self.space.dims, edge, np.float32)) for edge in (0.0, 1.0))
         if not self.has_trust_region:
             return lower, upper
         obs = state.observations

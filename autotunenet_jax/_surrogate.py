@@ -11,13 +11,15 @@ score; without groups there is one group, and its intercept is the mean level of
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._bfgs import minimise
 from ._observations import Observations
@@ -148,7 +150,7 @@ class Posterior(NamedTuple):
     white: Float[Array, "n"]
     location: Float[Array, ""]
     scale: Float[Array, ""]
-    prior_mean: PriorMean
+    prior_mean: PriorMean | None
     evidence: Float[Array, ""]
     """Log evidence plus log prior of the hyperparameters, in nats, up to a constant."""
 
@@ -156,11 +158,16 @@ class Posterior(NamedTuple):
 class _Data(NamedTuple):
     """What the evidence needs and the hyperparameters do not change."""
 
-    square: Float[Array, "d n n"]
-    lag: Float[Array, "n n"]
-    same_group: Bool[Array, "n n"]
-    used: Bool[Array, "n"]
-    noise: Float[Array, "n"]
+    square: Float[Array, "rates pairs"]
+    """Squared distances per dimension of all pairs; zeros for what is no lengthscale."""
+    lag: Float[Array, "pairs"]
+    """Time between the two of each pair."""
+    pair: Float[Array, "n n"]
+    """1 where both slots are used, 0 elsewhere."""
+    fixed: Float[Array, "n n"]
+    """Intercepts, known noise, and the identity where no slot is used: those drop out of every result exactly."""
+    used: Float[Array, "pairs"]
+    """1 on the diagonal of used slots, 0 elsewhere."""
     residual: Float[Array, "n"]
 
 
@@ -196,108 +203,159 @@ def _square(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n 
     return jnp.where(jnp.array(config.is_categorical)[:, None, None], is_other, jnp.square(delta))
 
 
-def _shape_kernel(
-    config: SurrogateConfig, hyper: Hyper, square: Float[Array, "d m n"], lag: Float[Array, "m n"]
-) -> Float[Array, "m n"]:
-    """Covariance of ``f``. A stationary kernel sees only the scaled distance, so that is what it is given."""
+@functools.cache
+def _profile(name: str) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
+    """A kernel of unit variance and lengthscale as a function of the distance, traced once per shape."""
     kernels = _kernels()
+    with jax.ensure_compile_time_eval():
+        kernel, origin = getattr(kernels, name)(n_dims=1), jnp.zeros(1, jnp.float32)
+    return jax.jit(lambda r: jax.vmap(lambda one: kernel(one[None], origin))(r.reshape(-1)).reshape(r.shape))
 
-    def of_distance(kernel, distance):
-        return jax.vmap(lambda r: kernel(r[None], jnp.zeros(1, jnp.float32)))(distance.reshape(-1)).reshape(lag.shape)
 
-    # A product, not a sum: XLA fuses a sum into what follows, which then is not vectorised.
-    total = jnp.dot(
-        jnp.exp(-2.0 * hyper.lengthscale), square.reshape(config.dims, -1), precision=jax.lax.Precision.HIGHEST
-    )
-    distance = jnp.sqrt(jnp.maximum(total, _SAME_PLACE))
-    one = jnp.float32(1.0)
-    covariance = of_distance(
-        kernels.Matern52(lengthscale=one, variance=jnp.exp(2.0 * hyper.signal), n_dims=1), distance
-    )
+def _shape_kernel(
+    config: SurrogateConfig,
+    total: Float[Array, "*many pairs"],
+    lag: Float[Array, "pairs"],
+    *,
+    variance: Float[Array, "*many"],
+    time_rate: Float[Array, "*many"],
+) -> Float[Array, "*many pairs"]:
+    """Covariance of ``f``. A stationary kernel sees only the scaled distance, so that is what it is given."""
+    covariance = variance[..., None] * _profile("Matern52")(jnp.sqrt(jnp.maximum(total, _SAME_PLACE)))
     if config.has_time:
-        covariance *= of_distance(kernels.Matern12(lengthscale=jnp.exp(hyper.time_lengthscale), n_dims=1), lag)
+        covariance *= _profile("Matern12")(lag * time_rate[..., None])
     return covariance
 
 
-def _gram(config: SurrogateConfig, data: _Data, hyper: Hyper) -> Float[Array, "n n"]:
-    """Covariance of the scores; unused slots are rows of the identity and drop out of every result exactly."""
-    covariance = _shape_kernel(config, hyper, data.square, data.lag)
-    covariance += jnp.where(data.same_group, config.intercept_scale**2, 0.0)
-    covariance = jnp.where(data.used[:, None] & data.used[None, :], covariance, 0.0)
-    noise = jnp.exp(2.0 * hyper.noise) + config.noise_floor**2 + data.noise
-    return covariance + jnp.diag(jnp.where(data.used, noise, 1.0))
+def _shape_slope(total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Slope of the logarithm of the Matern-5/2 kernel over the squared scaled distance."""
+    square = jnp.maximum(total, _SAME_PLACE)
+    near = 1.0 + jnp.sqrt(5.0 * square)
+    return -0.5 * near / (0.6 * near + square)
 
 
 def _inverse(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """Inverse of a lower triangle, by halves: matrix products run several times faster than substitution."""
     n = lower.shape[-1]
     if n <= _SMALL_TRIANGLE or n % 2:
-        identity = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), lower.shape)
-        return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+        identity = jnp.broadcast_to(np.eye(n, dtype=np.float32), lower.shape)
+        # Transposed, because LAPACK's results are stored by columns.
+        return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True, transpose_a=True).mT
     half = n // 2
-    corner = lower[..., half:, :half]
-    first, second = _inverse(jnp.stack([lower[..., :half, :half], lower[..., half:, half:]]))
-    corner = -(second @ (corner @ first))
-    return jnp.concatenate(
-        [jnp.concatenate([first, jnp.zeros_like(corner)], -1), jnp.concatenate([corner, second], -1)], -2
+    first, corner, second = lower[..., :half, :half], lower[..., half:, :half], lower[..., half:, half:]
+    if half <= _SMALL_TRIANGLE or half % 2:
+        first, second = _inverse(first), _inverse(second)
+    else:
+        first, second = _inverse(jnp.stack([first, second]))
+    corner = second @ (corner @ first)
+    # A sum of padded parts is one kernel, nested concatenations are three.
+    edge = [(0, 0, 0)] * (lower.ndim - 2)
+    place = lambda part, rows, columns: jax.lax.pad(part, jnp.float32(0.0), [*edge, rows, columns])  # noqa: E731
+    before, after = (0, half, 0), (half, 0, 0)
+    return place(first, before, before) + place(second, after, after) - place(corner, after, before)
+
+
+def _self_product(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """``L' L`` of lower triangles, by halves: a third of the work of the dense product."""
+    n = lower.shape[-1]
+    if n <= 2 * _SMALL_TRIANGLE or n % 2:
+        return lower.mT @ lower
+    half = n // 2
+    first, corner, second = lower[..., :half, :half], lower[..., half:, :half], lower[..., half:, half:]
+    top, low = _self_product(first) + corner.mT @ corner, second.mT @ corner
+    return jnp.concatenate([jnp.concatenate([top, low.mT], -1), jnp.concatenate([low, _self_product(second)], -1)], -2)
+
+
+def _prepare(
+    config: SurrogateConfig,
+    *,
+    x: Float[Array, "n d"],
+    time: Float[Array, "n"],
+    group: Int[Array, "n"],
+    used: Bool[Array, "n"],
+    noise: Float[Array, "n"],
+    residual: Float[Array, "n"],
+) -> _Data:
+    n = used.size
+    pair = (used[:, None] & used[None, :]).astype(jnp.float32)
+    identity = np.eye(n, dtype=np.float32)
+    level = config.intercept_scale**2 * pair
+    if config.has_groups:
+        level = jnp.where(group[:, None] == group[None, :], level, 0.0)
+    return _Data(
+        square=jnp.pad(_square(config, x, x).reshape(config.dims, -1), ((0, 4), (0, 0))),
+        lag=jnp.abs(time[:, None] - time[None, :]).reshape(-1),
+        pair=pair,
+        fixed=level + identity * jnp.where(used, noise + config.noise_floor**2, 1.0),
+        used=(jnp.asarray(identity) * pair).reshape(-1),
+        residual=residual,
     )
 
 
-def _self_product(lower: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """``L' L`` of a lower triangle, by halves: a third of the work of the dense product."""
-    n = lower.shape[-1]
-    if n <= 2 * _SMALL_TRIANGLE or n % 2:
-        return lower.T @ lower
-    half = n // 2
-    first, corner, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    top, low = _self_product(first) + corner.T @ corner, second.T @ corner
-    return jnp.block([[top, low.T], [low, _self_product(second)]])
-
-
 def _evidence(
-    config: SurrogateConfig, data: _Data, theta: Float[Array, "p"]
-) -> tuple[Float[Array, ""], Float[Array, "p"], tuple[Float[Array, "n n"], Float[Array, "n"]]]:
-    """Negative log posterior of the hyperparameters, its gradient, and ``L^-1`` with ``L^-1 r``.
+    config: SurrogateConfig, data: _Data, theta: Float[Array, "s p"]
+) -> tuple[Float[Array, "s"], Float[Array, "s p"], Float[Array, "s n n"]]:
+    """Negative log posterior of the hyperparameters, its gradient, and the whitener, for several at once.
 
-    With ``G = (K^-1 - alpha alpha') / 2`` the gradient is ``sum(G * dK)``, so only the kernel is differentiated by JAX
-    and the factorisation never is.
+    With ``G = (K^-1 - alpha alpha') / 2`` the gradient is ``sum(G * dK)``: neither the factorisation nor the kernel is
+    differentiated by JAX. Sums are matrix products where they can be, since those cost the compiler nothing.
     """
-    joint, pull = jax.vjp(lambda t: _gram(config, data, _unflatten(config, t)), theta)
-    cholesky = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
-    whitener = _inverse(cholesky)
+    (count, p), n, d = theta.shape, data.residual.size, config.dims
+    # Inverse squared lengthscales, variances of signal and noise, inverse time lengthscale, noise over signal.
+    rates = np.diag([-2.0] * d + [2.0, 2.0, -1.0, 0.0])[:p].astype(np.float32)
+    rates[d : d + 2, p] = -2.0, 2.0
+    natural = jnp.exp(jnp.dot(theta, rates, precision=jax.lax.Precision.HIGHEST))
+    # A product, not a sum: XLA fuses a sum into what follows, which then is not vectorised.
+    total = jnp.dot(natural, data.square, precision=jax.lax.Precision.HIGHEST)
+    shape = _shape_kernel(config, total, data.lag, variance=natural[:, d], time_rate=natural[:, d + 2])
+    shape = data.pair * shape.reshape(count, n, n)
+    joint = shape + data.fixed + natural[:, d + 1, None, None] * data.used.reshape(n, n)
+    whitener = _inverse(jax.lax.linalg.cholesky(joint, symmetrize_input=False))
     white = whitener @ data.residual
-    alpha = whitener.T @ white
-    (gradient,) = pull(0.5 * (_self_product(whitener) - alpha[:, None] * alpha[None, :]))
+    alpha = jnp.einsum("sij,si->sj", whitener, white)
+    weight = (_self_product(whitener) - alpha[:, :, None] * alpha[:, None, :]) * shape
+    weight = weight.reshape(count, n * n)
+
     loc, scale = _prior(config)
     standard = (theta - loc) / scale
-    value = 0.5 * jnp.sum(jnp.square(white)) - jnp.sum(jnp.log(jnp.diagonal(whitener)))
-    return value + 0.5 * jnp.sum(jnp.square(standard)), gradient + standard / scale, (whitener, white)
+    one_hot = np.eye(p, dtype=np.float32)
+    slopes = standard / scale - natural[:, :p] * ((weight * _shape_slope(total)) @ data.square.T)[:, :p]
+    slopes += one_hot[d] * jnp.sum(weight, axis=1)[:, None]
+    slopes += one_hot[d + 1] * (natural[:, p] * (weight @ data.used))[:, None]
+    if config.has_time:
+        slopes += one_hot[d + 2] * (0.5 * natural[:, d + 2] * (weight @ data.lag))[:, None]
+    diagonal = whitener.reshape(count, n * n)[:, :: n + 1]
+    terms = jnp.concatenate([jnp.square(white), jnp.square(standard), jnp.log(diagonal)], axis=1)
+    return terms @ np.repeat(np.array([0.5, -1.0], np.float32), [n + p, n]), slopes, whitener
 
 
 def _flatten(hyper: Hyper) -> Float[Array, "p"]:
     return jnp.concatenate([hyper.lengthscale, jnp.stack([hyper.signal, hyper.noise, hyper.time_lengthscale])])
 
 
-def _unflatten(config: SurrogateConfig, theta: Float[Array, "p"]) -> Hyper:
+def _unflatten(config: SurrogateConfig, theta: Float[Array, "*many p"]) -> Hyper:
     d = config.dims
-    return Hyper(theta[:d], theta[d], theta[d + 1], theta[d + 2])
+    return Hyper(theta[..., :d], theta[..., d], theta[..., d + 1], theta[..., d + 2])
 
 
 def _seeds(
     config: SurrogateConfig, start: Float[Array, "p"], key: PRNGKeyArray, low: np.ndarray, high: np.ndarray
-) -> Float[Array, "starts draws p"]:
+) -> Float[Array, "draws starts p"]:
     """Where the fit looks first: the warm start, a safe place, and draws around the prior's location."""
     loc, scale = _prior(config)
-    shape = (config.fit_starts, config.fit_draws, loc.size)
-    table = turned(spread_table(config.fit_starts * config.fit_draws, loc.size), uniforms(key, loc.size))
+    starts, draws, size = config.fit_starts, config.fit_draws, loc.size
+    table = spread_table(starts * draws, size).reshape(starts, draws, size).swapaxes(0, 1)
+    table = turned(table, uniforms(key, size))
     # Triangular, up to two scales to either side.
     offset = 2.0 * jnp.sign(table - 0.5) * (1.0 - jnp.sqrt(1.0 - jnp.abs(2.0 * table - 1.0)))
-    draws = jnp.reshape(jnp.clip(loc + scale * offset, low, high), shape)
     warm = jnp.where(jnp.isfinite(start), jnp.clip(start, low, high), loc)
     # With noise as large as the search allows a factor always exists, so that every fit has a result.
     safe = loc.copy()
     safe[-2] = high[-2]
-    return draws.at[0, 0].set(warm).at[-1, 0].set(safe).at[-1, -1].set(loc)
+    is_warm, is_safe, is_loc = np.zeros((3, draws, starts, 1), bool)
+    is_warm[0, 0], is_safe[0, -1], is_loc[-1, -1] = True, True, True
+    seeds = jnp.where(is_warm, warm, jnp.clip(loc + scale * offset, low, high))
+    return jnp.where(is_loc, loc, jnp.where(is_safe, safe, seeds))
 
 
 def fit(
@@ -325,50 +383,41 @@ def fit(
     Cost:
       ``fit_starts * (fit_draws + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
     """
-    prior_mean = flat_mean(config) if prior_mean is None else prior_mean
     used = used_slots(obs)
     x = jnp.where(used[:, None], obs.x, 0.5)
     group = obs.group if config.has_groups else jnp.zeros_like(obs.group)
     target = targets(
         obs,
         group=group,
-        level=bowl(prior_mean, x),
+        level=None if prior_mean is None else bowl(prior_mean, x),
         standardise=config.standardise,
         is_centred_apart=config.has_groups,
         outlier=config.outlier,
         failure_margin=config.failure_margin,
     )
-    data = _Data(
-        square=_square(config, x, x),
-        lag=obs.time[:, None] - obs.time[None, :],
-        same_group=group[:, None] == group[None, :],
-        used=used,
-        noise=target.noise,
-        residual=target.residual,
-    )
+    data = _prepare(config, x=x, time=obs.time, group=group, used=used, noise=target.noise, residual=target.residual)
 
     loc, scale = _prior(config)
     low, high = loc - _REACH * scale, loc + _REACH * scale
     seeds = _seeds(config, _flatten(start), key, low, high)
 
-    def descend(seed):
-        search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
-        return minimise(lambda theta: _evidence(config, data, theta), seed, **search)
-
-    thetas, values, factors = jax.vmap(descend)(seeds)
+    search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
+    thetas, values, whiteners = minimise(lambda theta: _evidence(config, data, theta), seeds, **search)
     best = jnp.argmin(values)
-    whitener, white = (part[best] for part in factors)
+    theta, value, whitener = (
+        jax.lax.dynamic_index_in_dim(part, best, keepdims=False) for part in (thetas, values, whiteners)
+    )
     return Posterior(
-        hyper=_unflatten(config, thetas[best]),
+        hyper=_unflatten(config, theta),
         x=x,
         time=obs.time,
         used=used,
         whitener=whitener,
-        white=white,
+        white=whitener @ target.residual,
         location=target.location,
         scale=target.scale,
         prior_mean=prior_mean,
-        evidence=-values[best],
+        evidence=-value,
     )
 
 
@@ -379,11 +428,25 @@ def covariance(
     z: Float[Array, "k d"],
     *,
     lag: Float[Array, "m k"] | float = 0.0,
-) -> Float[Array, "m k"]:
-    """Prior covariance of ``f`` between two sets of points ``lag`` apart in time, in the surrogate's unit."""
-    lag = jnp.broadcast_to(jnp.asarray(lag, jnp.float32), (x.shape[0], z.shape[0]))
-    prior = _shape_kernel(config, posterior.hyper, _square(config, x, z), lag)
-    return prior if config.has_groups else prior + config.intercept_scale**2
+) -> tuple[Float[Array, "m k"], Float[Array, "m k"]]:
+    """Prior covariance of ``f`` between two sets of points ``lag`` apart in time, in the surrogate's unit.
+
+    Returns:
+      The covariance, and what times ``(x - z) / lengthscale^2`` is its slope over each ``x`` with an order.
+    """
+    shape = (x.shape[0], z.shape[0])
+    lag = jnp.broadcast_to(jnp.abs(jnp.asarray(lag, jnp.float32)), shape).reshape(-1)
+    hyper = posterior.hyper
+    total = jnp.dot(
+        jnp.exp(-2.0 * hyper.lengthscale),
+        _square(config, x, z).reshape(config.dims, -1),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    variance, time_rate = jnp.exp(2.0 * hyper.signal), jnp.exp(-hyper.time_lengthscale)
+    prior = _shape_kernel(config, total, lag, variance=variance, time_rate=time_rate)
+    slope = 2.0 * prior * _shape_slope(total)
+    level = 0.0 if config.has_groups else config.intercept_scale**2
+    return prior.reshape(shape) + level, slope.reshape(shape)
 
 
 def prior_variance(config: SurrogateConfig, posterior: Posterior) -> Float[Array, ""]:
@@ -394,7 +457,18 @@ def prior_variance(config: SurrogateConfig, posterior: Posterior) -> Float[Array
 
 def level(posterior: Posterior, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
     """Prior mean of ``f``, in the surrogate's unit."""
+    if posterior.prior_mean is None:
+        return jnp.zeros(x.shape[:-1], jnp.float32)
     return bowl(posterior.prior_mean, x) / posterior.scale
+
+
+def level_slope(posterior: Posterior, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """Slope of `level` over each coordinate."""
+    if posterior.prior_mean is None:
+        return jnp.zeros_like(x)
+    curvature, away = posterior.prior_mean.curvature, x - posterior.prior_mean.center
+    root = jnp.sqrt(1.0 + 0.5 * jnp.sum(curvature * jnp.square(away), axis=-1, keepdims=True))
+    return curvature * away / (root * posterior.scale)
 
 
 def predict(
@@ -424,7 +498,7 @@ def predict(
     size = x.shape[0]
     time = jnp.broadcast_to(jnp.asarray(time, jnp.float32), (size,))
     everything, times = jnp.concatenate([posterior.x, x]), jnp.concatenate([posterior.time, time])
-    prior = covariance(config, posterior, x, everything, lag=time[:, None] - times[None, :])
+    prior, _ = covariance(config, posterior, x, everything, lag=time[:, None] - times[None, :])
     cross = jnp.where(posterior.used[None, :], prior[:, :-size], 0.0)
     white = cross @ posterior.whitener.T
     joint = prior[:, -size:] - white @ white.T

@@ -36,7 +36,7 @@ def improvement(post, x, reference, reference_mask):
     of, live, is_live = _acquisition.log_improvement(
         CONFIG, post, reference=reference, reference_mask=reference_mask, samples=8, compared=5
     )
-    return jax.vmap(of)(x), live, is_live
+    return of(x)[0], live, is_live
 
 
 @jax.jit
@@ -69,7 +69,10 @@ def test_the_gradient_of_log_h_is_right_and_finite_everywhere():
     z = np.float32(z).astype(np.float64)
     expected = np.exp(special.log_ndtr(z) - twin.log_expected_positive_part(z))
     np.testing.assert_allclose(gradient, expected, rtol=5e-5)
+    _, slope = jax.jit(_acquisition.log_h_and_slope)(jnp.asarray(z, jnp.float32))
+    np.testing.assert_allclose(slope, expected, rtol=5e-5)
     extreme = jax.vmap(jax.value_and_grad(_acquisition.log_h))(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
+    extreme += _acquisition.log_h_and_slope(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
     assert all(np.all(np.isfinite(part)) for part in extreme)
 
 
@@ -78,8 +81,25 @@ def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
     post = fit(obs, FLAT)
     of, *_ = _acquisition.log_improvement(CONFIG, post, reference=obs.x, reference_mask=_observations.mask(obs))
     x = jnp.concatenate([obs.x, jnp.asarray(np.random.default_rng(2).uniform(size=(50, DIMS)), jnp.float32)])
-    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(of)))(x)
+    value, gradient = jax.jit(of)(x)
     assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("confidence", [None, 1.0])
+def test_the_gradient_of_the_improvement_is_that_of_its_value(confidence):
+    obs = bowl_history()
+    post = fit(obs, _surrogate.PriorMean(jnp.array([0.7, 0.2]), jnp.array([3.0, 1.0])))
+    mask = _observations.mask(obs)
+    for reference_mask in (mask, jnp.zeros_like(mask)):
+        of, *_ = _acquisition.log_improvement(
+            CONFIG, post, reference=obs.x, reference_mask=reference_mask, time=0.5, confidence=confidence
+        )
+        x = jnp.asarray(np.random.default_rng(2).uniform(size=(20, DIMS)), jnp.float32)
+        value, gradient = jax.jit(of)(x)
+        expected = jax.jit(jax.grad(lambda x, of=of: jnp.sum(of(x)[0])))(x)
+        likely = np.asarray(value) > -8.0
+        assert likely.sum() > 5
+        np.testing.assert_allclose(gradient[likely], expected[likely], rtol=2e-3, atol=2e-3)
 
 
 def test_log_improvement_agrees_with_the_twin():
@@ -118,6 +138,26 @@ def test_log_improvement_agrees_with_the_twin():
             assert value < -9.0
 
 
+@pytest.mark.parametrize("is_pending", [False, True])
+def test_the_confidence_bound_is_that_of_the_posterior(is_pending):
+    obs = bowl_history()
+    post = fit(obs, FLAT)
+    x = jnp.asarray(np.random.default_rng(5).uniform(size=(10, DIMS)), jnp.float32)
+    place = jnp.array([[0.3, 0.9]], jnp.float32)
+    reference = jnp.concatenate([obs.x, place])
+    used = jnp.concatenate([_observations.mask(obs), jnp.array([is_pending])])
+    of, *_ = _acquisition.log_improvement(
+        CONFIG, post, reference=reference, reference_mask=used, pending=jnp.arange(CAPACITY + 1) == CAPACITY,
+        time=0.5, confidence=2.0,
+    )  # fmt: skip
+    mean, covariance = _surrogate.predict(CONFIG, post, jnp.concatenate([x, place]), time=0.5)
+    variance = jnp.diagonal(covariance)[:-1]
+    if is_pending:
+        variance -= jnp.square(covariance[-1, :-1]) / covariance[-1, -1]
+    expected = 2.0 * jnp.sqrt(variance) - (mean[:-1] - post.location)
+    np.testing.assert_allclose(jax.jit(of)(x)[0], expected / post.scale, rtol=1e-3, atol=1e-3)
+
+
 def test_references_that_do_not_count_change_nothing():
     obs = bowl_history()
     post = fit(obs, FLAT)
@@ -128,10 +168,10 @@ def test_references_that_do_not_count_change_nothing():
     elsewhere, _, _ = improvement(post, x, jnp.where(keep[:, None], obs.x, 0.9), keep)
     np.testing.assert_allclose(masked, elsewhere, rtol=1e-5)
     # Three references that count, among five compared, are worth as much as three alone.
-    alone = jax.jit(lambda post, x: jax.vmap(_acquisition.log_improvement(
-        CONFIG, post, reference=obs.x[:3], reference_mask=keep[:3], samples=2048)[0])(x))(post, x)  # fmt: skip
-    many = jax.jit(lambda post, x: jax.vmap(_acquisition.log_improvement(
-        CONFIG, post, reference=obs.x, reference_mask=keep, samples=2048)[0])(x))(post, x)  # fmt: skip
+    alone = jax.jit(lambda post, x: _acquisition.log_improvement(
+        CONFIG, post, reference=obs.x[:3], reference_mask=keep[:3], samples=2048)[0](x)[0])(post, x)  # fmt: skip
+    many = jax.jit(lambda post, x: _acquisition.log_improvement(
+        CONFIG, post, reference=obs.x, reference_mask=keep, samples=2048)[0](x)[0])(post, x)  # fmt: skip
     likely = np.asarray(alone) > -8.0
     np.testing.assert_allclose(np.asarray(many)[likely], np.asarray(alone)[likely], atol=0.15)
 
@@ -142,8 +182,8 @@ def test_the_proposal_is_no_worse_than_a_dense_grid():
     mask = _observations.mask(obs)
     best = propose(post, jax.random.key(1), LOWER, UPPER, obs.x, mask)
     grid = jnp.stack(jnp.meshgrid(*[jnp.linspace(0, 1, 41)] * 2), axis=-1).reshape(-1, DIMS)
-    of = jax.jit(lambda post, x: jax.vmap(_acquisition.log_improvement(
-        CONFIG, post, reference=obs.x, reference_mask=mask)[0])(x))  # fmt: skip
+    of = jax.jit(lambda post, x: _acquisition.log_improvement(
+        CONFIG, post, reference=obs.x, reference_mask=mask)[0](x)[0])  # fmt: skip
     assert float(of(post, best[None])[0]) > float(of(post, grid).max()) - 0.02
 
 

@@ -76,10 +76,11 @@ def as_data(name, model, residual):
     fill = lambda values: jnp.asarray(np.concatenate([values, np.zeros(pad)]), jnp.float32)  # noqa: E731
     time = fill(np.zeros(residual.size) if model["time"] is None else model["time"])
     group = fill(model["group"])
-    return _surrogate._Data(
-        square=_surrogate._square(config, x, x),
-        lag=time[:, None] - time[None, :],
-        same_group=group[:, None] == group[None, :],
+    return _surrogate._prepare(
+        config,
+        x=x,
+        time=time,
+        group=group,
         used=jnp.arange(CAPACITY) < residual.size,
         noise=fill(model["noise"]),
         residual=fill(residual),
@@ -92,11 +93,10 @@ def test_evidence_and_gradient_agree_with_the_twin(name):
     residual = np.random.default_rng(1).normal(size=USED)
     loc, scale = (part.astype(np.float64) for part in _surrogate._prior(CONFIGS[name]))
     reference = lambda theta: twin.negative_log_posterior(theta, residual, loc=loc, scale=scale, **model)  # noqa: E731
+    thetas = loc + scale * np.stack([np.random.default_rng(seed).uniform(-1, 1, loc.size) for seed in range(5)])
     evaluate = jax.jit(lambda data, theta: _surrogate._evidence(CONFIGS[name], data, theta))
-    data = as_data(name, model, residual)
-    for seed in range(5):
-        theta = loc + scale * np.random.default_rng(seed).uniform(-1, 1, loc.size)
-        value, gradient, _ = evaluate(data, jnp.asarray(theta, jnp.float32))
+    values, gradients, _ = evaluate(as_data(name, model, residual), jnp.asarray(thetas, jnp.float32))
+    for theta, value, gradient in zip(thetas, values, gradients, strict=True):
         np.testing.assert_allclose(value, reference(theta), rtol=1e-3)
         slope = twin.central_gradient(reference, theta)
         np.testing.assert_allclose(gradient, slope, rtol=2e-3, atol=2e-3 * np.abs(slope).max())
