@@ -2,7 +2,8 @@
 
 The task, starts and yardstick of `benchmarks.start_independence`, through `autotunenet_jax.autotune` alone: data cannot
 be rewound, so each fork sees fresh batches, and all the tuner is told is ``value=loss``. With ``--validation`` it is
-also told the validation loss whenever `autotunenet_jax.wants_eval` asks. A run is one compiled scan.
+also told the validation loss, whenever `autotunenet_jax.wants_eval` asks and twenty times besides, as `fit` does. A run
+is one compiled scan.
 
     python -m benchmarks.wrapper_start_independence [--seeds 3] [--validation] [--memory rewind] [--json out.json]
 """
@@ -43,9 +44,8 @@ def make_run(task, *, memory, has_validation):
             updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
             params = optax.apply_updates(params, updates)
             if has_validation:
-                metric = jax.lax.cond(
-                    atn.wants_eval(opt_state), lambda: task.eval_params(params), lambda: jnp.float32(jnp.nan)
-                )
+                is_due = atn.wants_eval(opt_state) | ((inputs[1] + 1) % (task.total_steps // 20) == 0)
+                metric = jax.lax.cond(is_due, lambda: task.eval_params(params), lambda: jnp.float32(jnp.nan))
                 opt_state = atn.observe_eval(opt_state, metric)
             return (params, opt_state), loss
 

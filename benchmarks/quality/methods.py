@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.quality import baselines, peers, populations, searches, workloads
+from benchmarks.quality import ablations, baselines, peers, populations, searches, workloads
 from benchmarks.quality.cells import Cell, start_values
 from benchmarks.quality.task import RunState, Workload
 
@@ -68,6 +68,8 @@ METHODS |= {
     "ours_no_eval": _search(searches.ours, all_tuned=False, has_eval=False),
     "ours_all": _search(searches.ours, all_tuned=True),
 }
+METHODS |= {f"ours-{name}": _search(search, all_tuned=False) for name, search in ablations.ABLATIONS.items()}
+METHODS |= {f"ours_all-{name}": _search(search, all_tuned=True) for name, search in ablations.ABLATIONS.items()}
 METHODS |= {name: _search(search, **options) for name, (search, options) in populations.POPULATIONS.items()}
 
 

@@ -26,6 +26,16 @@ STRONGEST = ("prodigy_cosine", "schedule_free", "wide_fork")
 FREE = ("range_test", "dog", "mechanic_cosine", "cocob", "momo")
 """Methods that take no start."""
 STARTED = ("plateau", "hypergradient", "three_stream")
+ABLATIONS = (
+    "random",
+    "hot_scores",
+    "one_intercept",
+    "fresh_data",
+    "no_gate",
+    "no_blur",
+    "no_sticking",
+    "no_decay",
+)
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "pbt4_4x", "pb2_4_4x", "optuna8")
 
 
@@ -59,6 +69,14 @@ def method(name: str, which: str, seeds: tuple[int, ...], steps: int | None = No
         yield from (Cell(name, which, start, seed, steps) for seed in seeds)
 
 
+def ablated() -> Iterator[Cell]:
+    """One part taken away at a time: on two workloads from a bad rate, on a third with everything tuned."""
+    for name in ABLATIONS:
+        for which in ("W1", "W5"):
+            yield from (Cell(which, f"ours-{name}", "lr0.01", seed) for seed in SEEDS)
+        yield from (Cell("W3", f"ours_all-{name}", "lr0.01wd0.1", seed) for seed in SEEDS)
+
+
 def full() -> list[Cell]:
     """Every cell."""
     plan: list[Cell] = []
@@ -76,6 +94,7 @@ def full() -> list[Cell]:
         for rate in GRID_RATES:
             plan.extend(grid(name, rate))
         plan.extend(method(name, "ours_all", MORE_SEEDS))
+    plan.extend(ablated())
     for name, budgets in LONGER.items():
         for steps in budgets:
             plan.extend(oracle(name, SEEDS, steps))
