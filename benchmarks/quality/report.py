@@ -13,6 +13,8 @@ from benchmarks.quality.cells import ORACLE_DECAYS, ORACLE_DROPOUTS, ORACLE_RATE
 # A run that diverged counts as this many times the oracle's loss, so that means stay finite.
 _DIVERGED = 10.0
 
+_BENCHMARK = ("W1", "W2", "W3", "W4", "W5", "W6", "W7", "W8")
+
 
 @functools.cache
 def _load(cell: Cell) -> dict | None:
@@ -182,10 +184,105 @@ def drift_table() -> str:
     return _table(["W7", "area regret after the shift"], rows)
 
 
+def _of_each_run(name: str, method: str) -> dict[int, float]:
+    """log of test loss over the oracle's by seed, averaged over the method's starts."""
+    reference, limit = oracle_test(name), math.log(_DIVERGED)
+    by_seed: dict[int, list[float]] = {}
+    for start in plans.starts("", method):
+        for seed, value in _values(name, method, start, "test").items():
+            if seed in reference:
+                by_seed.setdefault(seed, []).append(min(math.log(value / reference[seed]), limit))
+    return {seed: statistics.fmean(logs) for seed, logs in by_seed.items()}
+
+
+def paired_table() -> str:
+    """Ours over each of the strongest peers, paired by workload and seed; a start of ours is not chosen, all count."""
+    rows = []
+    for label, ours_of in (
+        ("learning rate only", dict.fromkeys(_BENCHMARK, "ours")),
+        ("everything tuned on W3, W4", {n: "ours_all" if n in plans.REGULARISED else "ours" for n in _BENCHMARK}),
+    ):
+        for peer in (*plans.STRONGEST, "range_test", "linear"):
+            differences, count = [], 0
+            for name, method in ours_of.items():
+                mine = _of_each_run(name, method)
+                theirs = _of_each_run(name, plans.oracle_method(name) if peer == "linear" else peer)
+                if peer == "linear":
+                    theirs = dict(
+                        zip(oracle_seeds(name), log_ratios(name, plans.oracle_method(name), "lr1"), strict=True)
+                    )
+                differences += [mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()]
+                count += bool(mine.keys() & theirs.keys())
+            if differences:
+                shown = "linear, default rate" if peer == "linear" else peer
+                rows.append([label, shown, f"{count}", f"{len(differences)}", interval(differences)])
+    return _table(["ours, with", "over", "workloads", "pairs", "ratio of test losses"], rows)
+
+
+def oracle_seeds(name: str) -> list[int]:
+    """Seeds that the oracle's rate and the default rate were both run with."""
+    method = plans.oracle_method(name)
+    return sorted(_values(name, method, "lr1", "test").keys() & oracle_test(name).keys())
+
+
+def cost_table() -> str:
+    """What ours spends on forks that are thrown away, what it does from a good start, and how long it takes."""
+    rows = []
+    for name in workloads.NAMES:
+        for method, start in (("ours", "lr1"), ("ours_all", "lr1wd0.1")):
+            shares, walls = (_values(name, method, start, key) for key in ("share", "wall_s"))
+            if not shares:
+                continue
+            plain_wall = _mean(_values(name, plans.oracle_method(name), "lr1", "wall_s"))
+            mine = _values(name, method, start, "test")
+            untuned = _values(name, plans.oracle_method(name), "lr1", "test")
+            logs = [math.log(mine[seed] / untuned[seed]) for seed in sorted(mine.keys() & untuned.keys())]
+            rows.append(
+                [
+                    name,
+                    method,
+                    f"{100 * _mean(shares):.1f} %",
+                    interval(logs),
+                    f"{_mean(walls):.0f} s",
+                    f"{plain_wall:.0f} s",
+                ]
+            )
+    header = [
+        "workload",
+        "method",
+        "discarded",
+        "from the default rate, over linear decay there",
+        "wall time",
+        "linear",
+    ]
+    return _table(header, rows)
+
+
+def ablation_table() -> str:
+    """Test loss with one part taken away over ours with all its parts, paired by seed."""
+    rows = []
+    for ablation in plans.ABLATIONS:
+        cells = []
+        for name, method, start in (
+            ("W1", "ours", "lr0.01"),
+            ("W5", "ours", "lr0.01"),
+            ("W3", "ours_all", "lr0.01wd0.1"),
+        ):
+            without, whole = (_values(name, m, start, "test") for m in (f"{method}-{ablation}", method))
+            logs = [math.log(without[seed] / whole[seed]) for seed in sorted(without.keys() & whole.keys())]
+            cells.append(interval(logs) if logs else "")
+        if any(cells):
+            rows.append([ablation.replace("_", " "), *cells])
+    return _table(["without", "W1, learning rate", "W5, learning rate", "W3, everything"], rows)
+
+
 def tables() -> str:
     """All tables."""
     parts = [
         ("Summary, learning rate only", summary_table()),
+        ("Against the strongest peers (95 % interval over pairs)", paired_table()),
+        ("What it costs", cost_table()),
+        ("One part taken away", ablation_table()),
         ("Test loss over the learning-rate oracle (95 % interval over seeds)", methods_table()),
         ("Regularisation grids", grids_table()),
         ("Longer runs", longer_table()),
