@@ -74,7 +74,8 @@ class _Programs:
             return packing.pack(ts), said, (held, chosen, ts.plan.kind[held.index], ts.discarded)
 
         def observe(live: Any, idle: Any, metric: Any) -> Any:
-            return packing.pack(core.observe_eval(packing.unpack(live, idle), metric))
+            ts = core.observe_eval(packing.unpack(live, idle), metric)
+            return packing.pack(ts), _report(core, _nothing(ts), False, ts, ts.slots)
 
         self.pack, self.unpack = jax.jit(pack), jax.jit(packing.unpack)
         self.tick = jax.jit(tick, donate_argnums=0)
@@ -146,7 +147,9 @@ class Engine:
     def observe_eval(self, metric: float) -> None:
         """Takes a validation metric in, in the direction of the tuner's mode."""
         sign = -1.0 if self.tuner.mode == "max" else 1.0
-        self._live, self._idle = self._programs.observe(self._live, self._idle, np.float32(sign * metric))
+        packed, said = self._programs.observe(self._live, self._idle, np.float32(sign * metric))
+        self._live, self._idle = packed
+        self._read(said)
 
     def _read(self, said: Any) -> Tick:
         words = np.asarray(said)

@@ -44,6 +44,20 @@ def budget(
     return total
 
 
+def scalar(loss: Any) -> torch.Tensor:
+    """A loss as it has to be.
+
+    Raises:
+      TypeError: Not a tensor of one number.
+    """
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise TypeError(
+        f"loss_fn must return a scalar tensor; got {shown}. Average it over the batch, as reduction='mean' does."
+    )
+
+
 def accuracy(outputs: Any, targets: Any) -> torch.Tensor:
     """Share of rows whose highest output is the target's class."""
     return (outputs.argmax(dim=1) == targets).float().mean()

@@ -47,6 +47,14 @@ def write_back(live: Any, saved: Any, device: Any = None) -> Any:
     return copy.deepcopy(saved)
 
 
+def count_non_finite(value: Any) -> int:
+    """Infinities and NaNs in the tensors of nested dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        return int((~torch.isfinite(value.detach())).sum()) if value.is_floating_point() or value.is_complex() else 0
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(count_non_finite(item) for item in inner)
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor | None]]:
     """Every parameter and buffer, persistent or not, once however many names it has."""
     seen: set[int] = set()
@@ -115,6 +123,10 @@ class TrainingState:
                 "the model on one batch first, then make the optimizer."
             )
 
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """Every parameter and buffer, live, once each, by its first name."""
+        return {path: tensor for path, _, _, tensor in _tensors(self.model)}
+
     def copy_out(self) -> dict[str, Any]:
         """A copy of everything.
 
@@ -125,7 +137,7 @@ class TrainingState:
             return {
                 "model": {
                     path: None if tensor is None else clone(tensor, self._device)
-                    for path, _, _, tensor in _tensors(self.model)
+                    for path, tensor in self.tensors().items()
                 },
                 "extra": {
                     path: clone(module.get_extra_state())
@@ -190,7 +202,7 @@ class TrainingState:
         Raises:
           SnapshotMismatchError: It is not; the message names the differences.
         """
-        here = {path: _kind(tensor) for path, _, _, tensor in _tensors(self.model)}
+        here = {path: _kind(tensor) for path, tensor in self.tensors().items()}
         there = {path: _kind(tensor) for path, tensor in saved["model"].items()}
         wrong = [f"{path} is {there.get(path, 'missing')}, not {kind}" for path, kind in here.items()
                  if there.get(path) != kind]  # fmt: skip

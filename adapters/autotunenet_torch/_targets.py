@@ -1,12 +1,14 @@
 """What can be tuned on a PyTorch training, and how it is written."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import BatchSampler
 
 from . import _schedulers
 from ._dropout import DropoutTarget
@@ -134,8 +136,21 @@ class SetterTarget:
         self._setter(self._model, value)
 
 
+class _TunedBatches(BatchSampler):
+    """Batches whose size may change from one to the next; it takes the place of a batch sampler's class."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = iter(self.sampler)
+        while True:
+            size = self.batch_size
+            batch = [*itertools.islice(indices, size)]
+            if not batch or (self.drop_last and len(batch) < size):
+                return
+            yield batch
+
+
 class BatchSizeTarget:
-    """The batch size of a data loader, from its next pass over the data on.
+    """The batch size of a data loader, from the next batch on that its workers have not yet begun.
 
     Args:
       loader: A ``torch.utils.data.DataLoader`` that batches.
@@ -148,6 +163,9 @@ class BatchSizeTarget:
                 f"got {type(loader).__name__} without one. Give targets={{'batch_size': your_setter}} instead."
             )
         self._sampler = loader.batch_sampler
+        # PyTorch's own takes a new size up at the next pass, if it drops the last batch.
+        if type(self._sampler) is BatchSampler:
+            self._sampler.__class__ = _TunedBatches
 
     def read(self) -> int:
         return int(self._sampler.batch_size)

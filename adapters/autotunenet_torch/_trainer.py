@@ -183,7 +183,7 @@ class Trainer:
                 callbacks=self._callbacks,
                 progress=shown,
             )
-            tuner._told_slow = True  # said above
+            tuner._attached().notices.has_told_slow = True  # said above
             self._resume(store if resume else None, source)
             with Stop() as stop:
                 self.is_interrupted = self._run(total, source, store, interval, shown, stop)
@@ -203,14 +203,15 @@ class Trainer:
     ) -> bool:
         """Trains to the end of the budget, or until asked to stop; returns whether it was."""
         tuner = self._tuner
-        engine = tuner._attached()
+        run = tuner._attached()
+        engine = run.engine
         if engine.phase != TRAIN:
             source.hold()
         shown_at, is_stopping = time.monotonic(), False
         while engine.step < total and not is_stopping:
             was_training = engine.phase == TRAIN
             loss = self.train_step(source)
-            said, cursor = tuner._advance(loss)
+            said, cursor = run.advance(loss)
             if cursor is not None:
                 source.cursor = tuple(cursor)
             if was_training and said.phase != TRAIN:
@@ -218,7 +219,8 @@ class Trainer:
             elif not was_training and said.phase == TRAIN:
                 source.release()
             is_training = said.phase == TRAIN
-            if is_training and said.step % interval == 0 and said.step < total and self._val_loader is not None:
+            is_regular = is_training and said.step % interval == 0 and said.step < total
+            if is_regular and self._val_loader is not None and run.eval_step != said.step:
                 tuner.validate(self._measure())
             is_stopping, is_due = self._agree(said.step, stop, store)
             if store is not None and is_due and is_training and not is_stopping and said.step < total:
@@ -230,7 +232,7 @@ class Trainer:
                     phase=atn.PHASES[said.phase],
                     loss=loss,
                     hyperparams=tuner.hyperparams,
-                    discarded=tuner._recorder.discarded,
+                    discarded=run.recorder.discarded,
                 )
         if store is not None and engine.phase == TRAIN:
             self._save(store, source)
@@ -264,10 +266,7 @@ class Trainer:
         return float(total) / self.accumulate
 
     def _loss(self, outputs: Any, targets: Any) -> torch.Tensor:
-        loss = self.loss_fn(outputs, targets, **self._loss_options)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            shown = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise TypeError(f"loss_fn must return a scalar tensor; got {shown}. Average it over the batch.")
+        loss = _parts.scalar(self.loss_fn(outputs, targets, **self._loss_options))
         if not loss.requires_grad:
             raise ValueError(
                 "the loss has no gradient: it does not depend on a parameter with requires_grad, or was detached on "
@@ -294,7 +293,7 @@ class Trainer:
                 batch = self._to_device(batch)
                 with self._autocast():
                     outputs, targets = self._forward(self.model, batch)
-                    values = {"loss": self.loss_fn(outputs, targets, **options)}
+                    values = {"loss": _parts.scalar(self.loss_fn(outputs, targets, **options))}
                 for name, metric in _parts.metrics_for(self._metrics, outputs, targets).items():
                     values[name] = metric(outputs, targets)
                 size = rows(targets)
@@ -324,7 +323,7 @@ class Trainer:
 
     def _measure(self, *, is_last: bool = False) -> float:
         """Validates and keeps the best state; returns the monitored metric."""
-        engine = self._tuner._attached()
+        engine = self._tuner._attached().engine
         values = self.validate()
         first = next((name for name in values if name != "loss"), "loss")
         name = self.monitor or ("loss" if self._tuner.mode == "min" else first)
@@ -382,13 +381,13 @@ class Trainer:
     # Durable snapshots.
 
     def _save(self, store: atn.Snapshots, source: ReplayBuffer) -> None:
-        tuner = self._tuner
+        run = self._tuner._attached()
         tree = {
-            **tuner._snapshot(),
+            **run.snapshot(),
             "source": source.state(),
             "best": {"value": self.best_value, "state": self.best_state},
         }
-        _durable.save(store, tuner._attached().step, tree, metric=tuner._last_eval)
+        _durable.save(store, run.engine.step, tree, metric=run.last_eval)
 
     def _resume(self, store: atn.Snapshots | None, source: ReplayBuffer) -> None:
         found = None if store is None else _durable.restore_together(store)
@@ -397,6 +396,7 @@ class Trainer:
         step, tree = found
         source.load(tree["source"])
         # Last, since it puts the random generators back.
-        self._tuner._resume(tree)
+        run = self._tuner._attached()
+        run.resume(tree)
         self.best_value, self.best_state = tree["best"]["value"], tree["best"]["state"]
-        self._tuner._recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")
+        run.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")

@@ -22,7 +22,8 @@ class AutoTuneCallback(pl.Callback):
 
     Args:
       tuner: What may be tuned.
-      monitor: Name of the logged validation metric that is recorded at the end of each validation.
+      monitor: Name of the logged validation metric that is reported at the end of each validation; only recorded where
+        ``validate`` gives the metric to decide by.
       validate: ``module -> metric`` of the present state, called when the tuner wants to compare forks by it. Without
         it forks are compared by their training losses, and slow hyperparameters stay put.
       total_steps: Optimizer steps of the run; by default what Lightning expects.
@@ -88,8 +89,12 @@ class AutoTuneCallback(pl.Callback):
         if trainer.sanity_checking or not self._is_attached:
             return
         value = trainer.callback_metrics.get(self.monitor)
-        if value is not None:
+        if value is None:
+            return
+        if self._validate is None:
             self.tuner.validate(value)
+        else:
+            self.tuner._attached().note_metric(value)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends inside a round of forks with the best state so far."""

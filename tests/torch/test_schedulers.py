@@ -142,7 +142,7 @@ def test_ends_with_the_budget(name, side):
         if side == "before":
             scheduler.step()
     assert tuner.history.summary["discarded_steps"] > 0
-    height = tuner._targets["learning_rate"].applied
+    height = tuner._run.live.targets["learning_rate"].applied
     expected = [share * height for share in shape]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
@@ -171,8 +171,8 @@ def test_two_decays_do_not_multiply():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
     tuner.attach(model, optimizer, lrs.ConstantLR(optimizer, factor=0.5, total_iters=1000))
-    assert tuner._engine.core.decay == "none"
+    assert tuner._run.engine.core.decay == "none"
     assert tuner.hyperparams["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner.attach(model, optimizer)
-    assert tuner._engine.core.decay == "linear"
+    assert tuner._run.engine.core.decay == "linear"

@@ -76,6 +76,23 @@ def test_dropout_everywhere_or_by_path():
     assert (model[1].p, model[2][0].p) == (0.4, 0.3)
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_batch_size_is_in_force_at_the_next_batch(drop_last):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(torch.arange(20), batch_size=4, drop_last=drop_last)
+    target = find("batch_size", model, optimizer, loader=loader)
+    assert target.read() == 4 and [len(batch) for batch in loader] == [4] * 5
+    sizes = []
+    for batch in loader:
+        sizes.append(len(batch))
+        target.write(3 if len(sizes) % 2 else 5)
+    assert sizes == [4, 3, 5, 3, 5]
+    target.write(7)
+    assert [len(batch) for batch in loader] == ([7, 7] if drop_last else [7, 7, 6])
+    assert len(loader) == (2 if drop_last else 3)
+
+
 def test_label_smoothing_and_batch_size():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -170,3 +187,34 @@ def test_compiled_channel_dropout_drops_channels():
     dropped = (out == 0).flatten(2)
     assert (dropped.all(2) | ~dropped.any(2)).all()
     assert dropped.all(2).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"dropout": (0.0, 1.5)}, "'dropout' go from 0 to 1.5, and it must be between 0 and 1"),
+        ({"0/dropout": [0.1, 2.0]}, "between 0 and 1"),
+        ({"weight_decay": (-1.0, 1.0)}, "at least 0"),
+        ({"momentum": (0.5, 1.2)}, "between 0 and 1"),
+        ({"batch_size": (16.0, 128.0)}, "whole numbers"),
+        ({"batch_size": [0, 16]}, "at least 1"),
+    ],
+)
+def test_values_that_pytorch_refuses_are_refused_before_training(space, message):
+    model = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(torch.arange(20), batch_size=4)
+    with pytest.raises(ValueError, match=message):
+        AutoTuneNet(space, total_steps=200).attach(model, optimizer, loader=loader)
+    # A setter of the user's own may make of the value what it likes.
+    setters = {name: lambda model, value: None for name in space}
+    AutoTuneNet(space, total_steps=200, targets=setters).attach(model, optimizer)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=200)
+    with pytest.raises(ValueError, match="2 of the 4 parameters of the optimizer are not parameters of the model"):
+        tuner.attach(model, torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1))
+    both = torch.nn.ModuleList([model, other])
+    tuner.attach(both, torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1))

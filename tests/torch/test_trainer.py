@@ -301,3 +301,10 @@ def test_two_budgets_are_told_apart(loader):
     with pytest.warns(UserWarning, match="total_steps=100, and this training takes 72"):
         history = trainer(epochs=6).fit(net(), loader, tuner=AutoTuneNet(SPACE, total_steps=100))
     assert history.summary["steps"] == 72
+
+
+def test_a_loss_per_row_is_refused_in_validation_too(loader, rows):
+    """The first thing that `fit` does is to validate."""
+    trainer = Trainer(torch.nn.CrossEntropyLoss(reduction="none"), epochs=10, progress=False)
+    with pytest.raises(TypeError, match=r"scalar tensor; got a tensor of shape \(16,\).*reduction='mean'"):
+        trainer.fit(torch.nn.Linear(6, 3), loader, loader, tuner=AutoTuneNet({"learning_rate": (1e-4, 1.0)}))

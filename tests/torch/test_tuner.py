@@ -3,13 +3,10 @@
 import io
 import math
 
-import jax
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-import autotunenet_jax as atn  # noqa: E402
 from autotunenet_torch import AutoTuneNet  # noqa: E402
 
 SPACE = {"learning_rate": (1e-4, 1.0)}
@@ -58,46 +55,15 @@ def test_repairs_a_terrible_rate():
     assert float(history.schedule()["learning_rate"](0)) > 0
 
 
-def test_same_decisions_as_the_core():
-    """One sequence of losses, bit-equal decisions: hyperparameters, directives and the final state."""
-    initial = {"learning_rate": 1e-3, "dropout": 0.1}
-    core = atn.AutoTuneNet(BOTH, STEPS, initial=initial)
-    model, optimizer, tuner = make(BOTH, initial=initial, seed=3)
-    tuner.attach(model, optimizer)
-    rng = np.random.default_rng(0)
-    ts = core.observe_eval(core.init(jax.random.key(3)), 2.0)
-    tuner.validate(2.0)
-    update, hyperparams = jax.jit(core.update), jax.jit(core.hyperparams)
-    level = 2.0
-    for step in range(STEPS):
-        hp = {name: float(value) for name, value in hyperparams(ts).items()}
-        assert tuner.hyperparams == hp, step
-        level -= 0.02 * math.exp(-((math.log10(hp["learning_rate"]) + 1.5) ** 2))
-        loss = np.float32(math.nan if step == 70 else level + 0.01 * rng.standard_normal())
-        ts, directive = update(ts, loss)
-        said, _ = tuner._advance(float(loss))
-        want, got = jax.device_get(directive), said.directive
-        for name in want._fields:
-            assert int(getattr(want, name)) == int(getattr(got, name)), (step, name)
-        assert tuner.wants_validation == bool(want.evaluate)
-        if tuner.wants_validation:
-            tuner.validate(level)
-            ts = core.observe_eval(ts, level)
-    assert {row["kind"] for row in tuner.history.rounds} == {"fast", "slow"}
-    mine = tuner._engine.state
-    for a, b in zip(jax.tree.leaves(ts._replace(key=0)), jax.tree.leaves(mine._replace(key=0)), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
 def test_forks_start_bit_for_bit_alike(training_bits, bits):
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
-    obey, starts = tuner._obey, []
+    obey, starts = tuner._run.live.obey, []
 
     def spy(directive, *, rewinds):
         out = obey(directive, rewinds=rewinds)
         if directive.restore or directive.adopt:
-            slot = tuner._saved if directive.restore else tuner._kept
+            slot = tuner._run.live.saved if directive.restore else tuner._run.live.kept
             now = training_bits(model, optimizer)
             assert now["model"] == bits({k: v for k, v in slot["training"]["model"].items() if k in now["model"]})
             assert now["rng"] == bits(slot["training"]["rng"]["torch"])
@@ -106,7 +72,7 @@ def test_forks_start_bit_for_bit_alike(training_bits, bits):
             starts.append(directive)
         return out
 
-    tuner._obey = spy
+    tuner._run.live.obey = spy
     for _ in range(STEPS):
         train_one(model, optimizer, tuner)
     assert len(starts) >= 2
@@ -218,10 +184,10 @@ def test_slow_hyperparameters_without_validation_are_explained():
 def test_ends_with_the_best_state_when_stopped_inside_a_round():
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
-    while not (tuner._engine.phase == 2 and int(tuner._engine.state.round.kept) >= 0):
+    while not (tuner._run.engine.phase == 2 and int(tuner._run.engine.state.round.kept) >= 0):
         train_one(model, optimizer, tuner)
     train_one(model, optimizer, tuner)
-    kept = tuner._kept["training"]["model"]["0.weight"].clone()
+    kept = tuner._run.live.kept["training"]["model"]["0.weight"].clone()
     assert not torch.equal(kept, model[0].weight)
     tuner.finish()
     assert torch.equal(kept, model[0].weight)

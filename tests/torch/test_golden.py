@@ -1,0 +1,94 @@
+"""The adapter beside the core: one sequence of losses and metrics, the same bits in every decision."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import autotunenet_jax as atn  # noqa: E402
+from autotunenet_torch import AutoTuneNet  # noqa: E402
+
+SPACE = {"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}
+INITIAL = {"learning_rate": 1e-3, "dropout": 0.1}
+STEPS = 1000
+EVAL_EVERY = 10
+
+
+class Curve:
+    """A loss that falls fastest near one rate, with noise, faults and, late, a rise of the validation metric."""
+
+    def __init__(self, seed):
+        self.random, self.level, self.last = np.random.default_rng(seed), 2.0, 0
+
+    def loss(self, step, rate):
+        self.last = step
+        self.level -= 0.006 * math.exp(-((math.log10(max(rate, 1e-12)) + 1.5) ** 2)) * self.level
+        noise = 0.01 * self.random.standard_normal()
+        if step in (200, 330, 430):  # in training twice, and in a fork
+            return np.float32(math.nan)
+        if step in (5, 201):  # in a sweep, and right after a rollback
+            return np.float32(math.inf)
+        return np.float32(self.level + noise + (30.0 if 250 <= step < 280 else 0.0))
+
+    def metric(self):
+        # After the last round it falls for a while, then rises for good.
+        late = 0.02 * max(self.last - 950, 0) - 0.2 * (self.last > 915)
+        return float(np.float32(self.level + late + 0.002 * self.random.standard_normal()))
+
+
+def core_twin():
+    core = atn.AutoTuneNet(SPACE, STEPS, initial=INITIAL, max_share=0.5)
+    return core, jax.jit(core.update), jax.jit(core.hyperparams), jax.jit(core.observe_eval)
+
+
+TWIN = core_twin()
+
+
+def bits(tree):
+    leaves = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+              for x in jax.tree.leaves(tree))  # fmt: skip
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_same_decisions_as_the_core(seed):
+    core, update, hyperparams, observe_eval = TWIN
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.1))
+    tuner = AutoTuneNet(SPACE, total_steps=STEPS, initial=INITIAL, max_share=0.5, seed=seed)
+    tuner.attach(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    run, curve, seen = tuner._run, Curve(seed), []
+    ts = observe_eval(core.init(jax.random.key(seed)), 2.0)
+    tuner.validate(2.0)
+    for step in range(STEPS):
+        values = {name: float(value) for name, value in hyperparams(ts).items()}
+        assert tuner.hyperparams == values, step
+        loss = curve.loss(step, values["learning_rate"])
+        before = int(ts.phase)
+        ts, want = update(ts, loss)
+        said, _ = run.advance(float(loss))
+        want = jax.device_get(want)
+        assert [int(x) for x in want] == [int(x) for x in said.directive], step
+        seen.append((before, want))
+        assert tuner.wants_validation == bool(want.evaluate)
+        if tuner.wants_validation or (int(ts.phase) == 0 and step % EVAL_EVERY == 0):
+            metric = curve.metric()
+            tuner.validate(metric)
+            ts = observe_eval(ts, metric)
+        if step % 50 == 0 or step == STEPS - 1:
+            assert bits(ts) == bits(run.engine.state), step
+    assert {before for before, _ in seen} == {0, 1, 2}
+    history = tuner.history
+    kinds = [row["kind"] for row in history.rounds]
+    assert len(kinds) >= 3 and set(kinds) == {"fast", "slow"}
+    assert history.summary["rollbacks"] >= 2
+    assert any(row["kind"] == "rollback" for row in history.events)
+    assert int(ts.validation.retreats) >= 1
+    for name in ("save", "restore", "keep", "adopt", "evaluate"):
+        assert any(getattr(want, name) for _, want in seen), name
+    # In training: back to a snapshot, and back to the state of the best metric.
+    assert any(before == 0 and want.restore for before, want in seen)
+    assert any(before == 0 and want.adopt and not want.outcome for before, want in seen)

@@ -1,0 +1,131 @@
+"""How a run ends, goes back to its best state, and is carried over to another process."""
+
+import io
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from autotunenet_torch import AutoTuneNet  # noqa: E402
+
+SPACE = {"learning_rate": (1e-4, 1.0)}
+STEPS = 200
+
+
+def make(steps=STEPS):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    tuner = AutoTuneNet(SPACE, total_steps=steps)
+    tuner.attach(model, optimizer)
+    return model, optimizer, tuner
+
+
+def train_one(model, optimizer, tuner):
+    x = torch.randn(16, 6)
+    loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    tuner.step(loss)
+    return float(loss.detach())
+
+
+def spoil(model):
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+
+
+def train_to(phase, model, optimizer, tuner):
+    while tuner._run.engine.phase != phase:
+        train_one(model, optimizer, tuner)
+
+
+def test_ended_inside_a_sweep_it_is_back_where_the_sweep_began(bits):
+    model, optimizer, tuner = make()
+    begin = bits(model.state_dict())
+    assert tuner._run.engine.phase == 1
+    for _ in range(4):
+        train_one(model, optimizer, tuner)
+    assert bits(model.state_dict()) != begin
+    tuner.finish()
+    assert bits(model.state_dict()) == begin
+    history = tuner.history
+    assert [row["is_kept"] for row in history.records] == [False] * 4
+    assert history.summary["discarded_steps"] == 4
+
+
+def test_ended_inside_a_fork_the_history_says_which_steps_are_left():
+    model, optimizer, tuner = make()
+    while not (tuner._run.engine.phase == 2 and int(tuner._run.engine.state.round.kept) >= 0):
+        train_one(model, optimizer, tuner)
+    train_one(model, optimizer, tuner)
+    kept = tuner._run.live.kept
+    tuner.finish()
+    assert torch.equal(model[0].weight, kept["training"]["model"]["0.weight"])
+    assert tuner.hyperparams["learning_rate"] == kept["values"]["learning_rate"] == optimizer.param_groups[0]["lr"]
+    records = tuner.history.records
+    assert not records[-1]["is_kept"] and any(row["is_kept"] for row in records)
+
+
+def test_a_last_step_that_breaks_the_model_is_undone():
+    model, optimizer, tuner = make()
+    for _ in range(STEPS - 1):
+        train_one(model, optimizer, tuner)
+    spoil(model)
+    tuner.step(0.5)  # the loss of the step that broke it was measured before
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    last = tuner.history.events[-1]
+    assert last["kind"] == "rollback" and "last state was not finite" in last["message"]
+    assert optimizer.param_groups[0]["lr"] >= 0.0
+
+
+def test_goes_back_to_the_best_state_when_validation_rises(bits):
+    model, optimizer, tuner = make(400)
+    train_to(0, model, optimizer, tuner)
+    returned, level = None, 1.0
+    for count in range(400 - tuner._run.engine.step):
+        x = torch.randn(16, 6)
+        loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        level *= 0.995
+        before = tuner.best_hyperparams["learning_rate"]
+        kept = tuner._run.live.kept
+        tuner.step(level)
+        if tuner.best_hyperparams["learning_rate"] < 0.2 * before:
+            pytest.fail("a rate is lowered by the metric, not by the loss")
+        if (
+            returned is None
+            and count > 60
+            and bits(model.state_dict()) == bits({name: kept["training"]["model"][name] for name in model.state_dict()})
+        ):
+            returned = count
+        if count % 10 == 0:
+            # Falls for a while, then rises while the training loss goes on falling.
+            tuner.validate(1.0 - 0.01 * count if count <= 60 else 0.4 + 0.01 * (count - 60))
+            if tuner.best_hyperparams["learning_rate"] < 0.2 * before:
+                assert optimizer.param_groups[0]["lr"] < 0.2 * before
+    assert returned is not None and returned <= 110
+
+
+def test_a_checkpoint_keeps_the_best_state_and_the_totals(bits):
+    model, optimizer, tuner = make(400)
+    train_to(0, model, optimizer, tuner)
+    for count in range(41):
+        train_one(model, optimizer, tuner)
+        if count % 10 == 0:
+            tuner.validate(1.0 - 0.01 * count if count < 40 else 2.0)
+    run = tuner._run
+    assert bool(run.engine.state.validation.is_kept)
+    file = io.BytesIO()
+    torch.save(tuner.state_dict(), file)
+    file.seek(0)
+    _, _, other = make(400)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    kept = bits(run.live.kept["training"]["model"])
+    assert bits(other._run.live.kept["training"]["model"]) == kept != bits(model.state_dict())
+    assert other.history.summary == tuner.history.summary
+    assert other.history.summary["discarded_steps"] > 0
+    assert other._run.last_eval == 2.0
