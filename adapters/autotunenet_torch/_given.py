@@ -69,8 +69,8 @@ def check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if strange:
         raise ValueError(
             f"{strange} of the {len(trained)} parameters of the optimizer are not parameters of the model, so a fork "
-            "or a rollback could not put them back. Make the optimizer from model.parameters() after the model is in its "
-            "final form, or attach one module that holds everything that is trained, such as an nn.ModuleList."
+            "or a rollback could not put them back. Make the optimizer from model.parameters() once the model is in "
+            "its final form, or attach one module that holds everything that is trained, such as an nn.ModuleList."
         )
 
 
