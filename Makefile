@@ -9,6 +9,8 @@ WORKERS ?= 2
 
 export JAX_PLATFORMS ?= cpu
 export PIP_NO_INPUT := 1
+# Matrices are small here: the threads of BLAS would mostly wait for each other.
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: demo test lint format docs benchmark clean
 
@@ -42,9 +44,9 @@ $(VENV)/.examples.stamp: $(INPUTS) | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.test.stamp: $(INPUTS) | $(VENV)/bin/python
-	$(PIP) install -q -e ".[test,torch]" -c constraints.txt
+	$(PIP) install -q -e ".[test,lightning,transformers]" -c constraints.txt
 	touch $@
 
 $(VENV)/.dev.stamp: $(INPUTS) $(VENV)/.test.stamp | $(VENV)/bin/python
-	$(PIP) install -q -e ".[dev,torch]" -c constraints.txt
+	$(PIP) install -q -e ".[dev,lightning,transformers]" -c constraints.txt
 	touch $@

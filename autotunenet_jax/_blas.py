@@ -1,0 +1,21 @@
+"""Linear algebra on one thread for as long as a decision takes.
+
+JAX factorises matrices on the CPU by SciPy's BLAS. On matrices as small as the engine's its threads mostly wait for
+each other, and where other processes want the cores too they wait for whole time slices of the scheduler.
+"""
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def _libraries() -> Any:
+    import scipy.linalg.cython_blas  # noqa: F401  (what JAX calls: loaded now, so that it is found)
+    import threadpoolctl
+
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
+
+
+def one_thread() -> Any:
+    """A context in which BLAS starts no threads. Cost: some 10 microseconds."""
+    return _libraries().limit(limits=1)
