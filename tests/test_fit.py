@@ -135,14 +135,22 @@ def test_the_users_history_says_why_and_when_no_rollback_is_left():
     recorder = _recorder.Recorder(
         atn.History(("r",)), atn.SearchSpace({"r": (1e-3, 1.0)}), _progress.Progress(1, is_on=False), ()
     )
-    for step, (verdict, rewound) in enumerate(
-        [(_guard.SPIKE, 0), (_guard.NON_FINITE, 1), (_guard.STALLED, -1), (_guard.STALLED, -1), (_guard.DIVERGED, -1)]
+    none, rollback, accepted = _state.OUTCOME_NONE, _state.OUTCOME_ROLLBACK, _state.OUTCOME_ACCEPTED
+    for step, (verdict, outcome, rewound) in enumerate(
+        [
+            (_guard.SPIKE, rollback, 0),
+            (_guard.NON_FINITE, rollback, 1),
+            (_guard.SPIKE, accepted, -1),
+            (_guard.STALLED, none, -1),
+            (_guard.STALLED, none, -1),
+            (_guard.DIVERGED, none, -1),
+        ]
     ):
         entry = {"step": step, "data_step": step, "loss": 1.0, "hyperparams": {"r": 0.1}}
-        recorder.log({**entry, "verdict": verdict, "rewound": rewound}, _state.TRAIN)
+        recorder.log({**entry, "verdict": verdict, "outcome": outcome, "rewound": rewound}, _state.TRAIN)
     recorder.flush()
     said = [(event["kind"], event["message"]) for event in recorder.history.events]
-    assert [kind for kind, _ in said] == ["rollback", "rollback", "stall", "budget"]
+    assert [kind for kind, _ in said] == ["rollback", "rollback", "shift", "stall", "budget"]
     assert said[0][1] == _guard.MESSAGES[_guard.SPIKE] and said[1][1] == _guard.MESSAGES[_guard.NON_FINITE]
     assert "held from here on" in said[-1][1]
 
