@@ -23,7 +23,11 @@ import tempfile
 import time
 
 ONE_THREAD = {
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    "XLA_FLAGS": (
+        "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
+        # Large batches of problems would hang now and then (jaxlib 0.10.2).
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    ),
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",

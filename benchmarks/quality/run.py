@@ -1,19 +1,22 @@
 """The runner: works through a plan of cells, two processes at a time, skipping what is already stored.
 
 python -m benchmarks.quality run [--quick] [--workloads W1 ...] [--methods ours ...] [--seeds 0 1 ...]
-python -m benchmarks.quality report
+python -m benchmarks.quality report [--into docs/results.md]
 """
 
 import argparse
 import itertools
 import multiprocessing
 import os
+import pathlib
 import sys
 import time
 import traceback
 from collections.abc import Iterable
 
 from benchmarks.quality.cells import Cell
+
+_MARKER = "<!-- Tables: python -m benchmarks.quality report --into docs/results.md -->"
 
 
 def _enter(counter) -> None:
@@ -85,9 +88,14 @@ def main(argv: list[str] | None = None) -> int:
     runner.add_argument("--list", action="store_true", help="print the missing cells instead of running them")
     writer = commands.add_parser("report", help="print the tables of the stored results")
     writer.add_argument("--sweep", action="store_true", help="validation loss at every rate of the oracle instead")
+    writer.add_argument("--into", type=pathlib.Path, help="a Markdown file: all after its marker is replaced")
     args = parser.parse_args(argv)
     if args.command == "report":
-        print(report.sweep() if args.sweep else report.tables())
+        text = report.sweep() if args.sweep else report.tables()
+        if args.into:
+            args.into.write_text(args.into.read_text().partition(_MARKER)[0] + _MARKER + "\n\n" + text + "\n")
+        else:
+            print(text)
         return 0
     plan = plans.quick() if args.quick else plans.full()
     wanted = {"workload": args.workloads, "method": args.methods, "seed": args.seeds}
