@@ -26,7 +26,7 @@ def log(target, step, *, loss=1.0, rate=None, layers=1, rewound=-1, data_step=No
     values = {"learning_rate": np.float32(step if rate is None else rate), "layers": np.int32(layers)}
     verdict = _guard.HEALTHY if rewound < 0 else _guard.SPIKE
     entry = {"step": step, "data_step": step if data_step is None else data_step, "rewound": rewound}
-    entry["verdict"] = verdict
+    entry["verdict"], entry["outcome"] = verdict, _state.OUTCOME_NONE if rewound < 0 else _state.OUTCOME_ROLLBACK
     target.log({**entry, "loss": np.float32(loss), "hyperparams": values}, phase)
 
 
