@@ -5,7 +5,7 @@ be rewound, so each fork sees fresh batches, and all the tuner is told is ``valu
 also told the validation loss, whenever `autotunenet_jax.wants_eval` asks and twenty times besides, as `fit` does. A run
 is one compiled scan.
 
-    python -m benchmarks.wrapper_start_independence [--seeds 3] [--validation] [--memory rewind] [--json out.json]
+    python -m benchmarks.wrapper_start_independence [--seeds 24] [--validation] [--memory rewind] [--json out.json]
 """
 
 import argparse
@@ -71,7 +71,7 @@ def task_rate(task, tuner):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--memory", default="keep-winner", choices=["keep-winner", "rewind", "drift"])
     parser.add_argument("--validation", action="store_true", help="report the validation loss when the tuner asks")
     parser.add_argument("--json", help="also write the figures here")
