@@ -1,6 +1,7 @@
 """Training runs that tune themselves: online Bayesian optimisation of hyperparameters inside one run."""
 
 from ._autotune import autotune as autotune
+from ._blas import one_blas_thread as one_blas_thread
 from ._controller import AutoTuneNet as AutoTuneNet
 from ._copies import HostCopy as HostCopy
 from ._copies import copy_tree as copy_tree

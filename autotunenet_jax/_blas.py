@@ -16,6 +16,6 @@ def _libraries() -> Any:
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
-def one_thread() -> Any:
-    """A context in which BLAS starts no threads. Cost: some 10 microseconds."""
+def one_blas_thread() -> Any:
+    """A context in which BLAS starts no threads, for a decision of the tuner. Cost: some 10 microseconds."""
     return _libraries().limit(limits=1)

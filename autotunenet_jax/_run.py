@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from . import _obey
 from ._batches import BatchSource
-from ._blas import one_thread
+from ._blas import one_blas_thread
 from ._controller import AutoTuneNet, Core, decide_jit, hyperparams_jit, observe_eval_jit
 from ._copies import HostCopy, copy_tree, copy_tree_to_host
 from ._obey import Copies
@@ -205,7 +205,7 @@ class Run:
         self.recorder.flush()
         # Steps may still be under way, and use the threads that a decision has no use for.
         jax.block_until_ready(self.ts)
-        with one_thread():
+        with one_blas_thread():
             self.ts, directive, report = decide_jit(self.core, self.ts)
             directive, report, incumbent = jax.device_get((directive, report, self.ts.incumbent))
         self.copies = _obey_jit(directive, self.copies)

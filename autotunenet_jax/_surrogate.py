@@ -250,7 +250,10 @@ def _inverse(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     corner = second @ (corner @ first)
     # A sum of padded parts is one kernel, nested concatenations are three.
     edge = [(0, 0, 0)] * (lower.ndim - 2)
-    place = lambda part, rows, columns: jax.lax.pad(part, jnp.float32(0.0), [*edge, rows, columns])  # noqa: E731
+
+    def place(part: Array, rows: tuple[int, int, int], columns: tuple[int, int, int]) -> Array:
+        return jax.lax.pad(part, jnp.float32(0.0), [*edge, rows, columns])
+
     before, after = (0, half, 0), (half, 0, 0)
     return place(first, before, before) + place(second, after, after) - place(corner, after, before)
 

@@ -9,7 +9,6 @@ import numpy as np
 
 import autotunenet_jax as atn
 
-from ._blas import one_thread
 from ._packing import Packing, touched
 from ._platform import engine_device
 
@@ -139,7 +138,7 @@ class Engine:
 
     def decide(self) -> tuple[Tick, tuple[Any, dict[str, Any], int, int]]:
         """Takes the decision that `tick` called due; also the round as it was decided on, for the history."""
-        with one_thread():
+        with atn.one_blas_thread():
             (self._live, self._idle), said, report = self._programs.decide(self._live, self._idle)
             held, chosen, kind, discarded = jax.device_get(report)
         return self._read(said), (held, chosen, int(kind), int(discarded))

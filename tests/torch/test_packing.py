@@ -8,7 +8,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
-from autotunenet_torch import _blas  # noqa: E402
 from autotunenet_torch._engine import Engine  # noqa: E402
 from autotunenet_torch._packing import Packing, touched  # noqa: E402
 
@@ -57,6 +56,6 @@ def test_blas_has_one_thread_inside_a_decision_and_its_own_again_after():
         return [library["num_threads"] for library in controller.select(user_api="blas").info()]
 
     before = threads()
-    with _blas.one_thread():
+    with atn.one_blas_thread():
         assert set(threads()) <= {1}
     assert threads() == before
