@@ -52,6 +52,7 @@ _MAX_RETRIES = 3
 _RATE_RETREAT_DECADES = 0.3
 _RATE_RETREAT_WITHIN = 250
 # The same for values that are not finite out of the blue, which are rather the data's fault.
+_BLUE_RETREAT_DECADES = 0.15
 _BLUE_RETREAT_WITHIN = 20
 
 
@@ -168,13 +169,16 @@ def tick(
     saved_is_newer = saved_age < kept_age
     # Not finite or high at once after a rollback: that snapshot, the newer one since, may hold the damage itself.
     was_damaged = ((ts.since_rollback == 0) & ~is_finite) | at_once
-    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE) & ~was_damaged
+    # Damage out of the blue shows at once: what a finite loss has been seen of is from before it.
+    is_blue = ~is_finite & ~climbed
+    least_age = jnp.where(is_blue, 1, _MIN_SNAPSHOT_AGE)
+    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= least_age) & ~was_damaged
     restores = jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer)
-    within = jnp.where(climbed | is_finite, _RATE_RETREAT_WITHIN, _BLUE_RETREAT_WITHIN)
+    within = jnp.where(is_blue, _BLUE_RETREAT_WITHIN, _RATE_RETREAT_WITHIN)
     repeated = rolls_back & (ts.since_rollback < within) & ~was_damaged
     incumbent = jnp.where(
         repeated | (rolls_back & (verdict == _guard.DIVERGED) & ~at_once),
-        retreat(ts.incumbent, jnp.float32(_RATE_RETREAT_DECADES)),
+        retreat(ts.incumbent, jnp.where(is_blue, _BLUE_RETREAT_DECADES, _RATE_RETREAT_DECADES)),
         ts.incumbent,
     )
     # After a rollback, and where a new level has to be accepted, the spikes seen so far mean nothing.
@@ -195,7 +199,7 @@ def tick(
     plan = ts.plan._replace(start=jnp.where(holds_for_good, NEVER, ts.plan.start))
     initial_loss = jnp.where(gives_up | accepts, jnp.fmax(initial_loss, value), initial_loss)
 
-    has_faulted = (in_fork | in_sweep) & ~is_finite & ~climbed & (ts.retries < _MAX_RETRIES)
+    has_faulted = (in_fork | in_sweep) & is_blue & (ts.retries < _MAX_RETRIES)
 
     step = ts.step + 1
     segment_left = ts.segment_left - 1

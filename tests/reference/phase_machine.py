@@ -301,17 +301,17 @@ class PhaseMachine:
             return
         result.outcome = "rollback"
         was_damaged = at_once or (verdict == "non-finite" and self.since_rollback == 1)
-        is_safe = min(ages.values()) >= _tick._MIN_SNAPSHOT_AGE and not was_damaged
+        is_blue = verdict == "non-finite" and not climbed
+        is_safe = min(ages.values()) >= (1 if is_blue else _tick._MIN_SNAPSHOT_AGE) and not was_damaged
         target = newer if is_safe else older
         result.restore, result.adopt = target == "saved", target == "kept"
         if not is_safe and newer == "saved":
             self.saved = (self.saved[0], self.kept_copy[1] - 1)
         elif not is_safe and ages["kept"] < ages["saved"]:
             self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
-        is_blue = verdict == "non-finite" and not climbed
         within = _tick._BLUE_RETREAT_WITHIN if is_blue else _tick._RATE_RETREAT_WITHIN
         if (self.since_rollback <= within and not was_damaged) or (verdict == "diverged" and not at_once):
-            self._retreat(_tick._RATE_RETREAT_DECADES)
+            self._retreat(_tick._BLUE_RETREAT_DECADES if is_blue else _tick._RATE_RETREAT_DECADES)
         self.watch.strikes, self.watch.short, self.watch.peak = 0, self.watch.level, ZERO
         self.rollbacks += 1
         self.relapses = self.relapses + 1 if at_once else 0
