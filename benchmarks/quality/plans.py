@@ -36,7 +36,9 @@ ABLATIONS = (
     "no_sticking",
     "no_decay",
 )
-POPULATIONS = ("autolrs", "pbt4", "pb2_4", "pbt4_4x", "pb2_4_4x", "optuna8")
+POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")
+AMPLE = ("pbt4_4x", "pb2_4_4x")
+"""Populations of which each member has a whole run: four times the budget of every other method."""
 
 
 def oracle_method(name: str, schedule: str = "linear") -> str:
@@ -86,7 +88,7 @@ def full() -> list[Cell]:
             plan.extend(oracle(name, SEEDS, schedule=schedule))
         for which in STRONGEST:
             plan.extend(method(name, which, MORE_SEEDS))
-        for which in (*FREE, *STARTED, *POPULATIONS):
+        for which in (*FREE, *STARTED, *POPULATIONS, *AMPLE):
             plan.extend(method(name, which, SEEDS))
         plan.extend(method(name, "ours", MORE_SEEDS))
         plan.extend(method(name, "ours_no_eval", SEEDS))

@@ -47,13 +47,31 @@ def stretch(task: Workload) -> Callable[..., tuple[RunState, jax.Array, Any]]:
     return jax.jit(run)
 
 
+def clock(task: Workload, length: int) -> np.ndarray:
+    """int32 ``[length]``: the time of each step on the clock of drifting and faulty data, which runs over the budget.
+
+    Candidates that train side by side take fewer steps than the budget has; without this they would end before the data
+    shifts.
+    """
+    return ((np.arange(length) + 0.5) * task.total_steps / length).astype(np.int32)
+
+
 def train(
-    task: Workload, state: RunState, seed: int, first: int, rates: np.ndarray, hp: dict[str, float]
+    task: Workload,
+    state: RunState,
+    seed: int,
+    first: int,
+    rates: np.ndarray,
+    hp: dict[str, float],
+    times: np.ndarray | None = None,
 ) -> tuple[RunState, jax.Array, Any]:
-    """Go on from ``state`` on the batches from ``first`` on, one step per rate: state, losses, mean late weights."""
+    """Go on from ``state`` on the batches from ``first`` on, one step per rate: state, losses, mean late weights.
+
+    ``times`` tells the time of each step on the clock of the data; without it, each step is its own.
+    """
     values = {name: jnp.float32(value) for name, value in {**task.defaults, **hp}.items()}
     table = jnp.asarray(task.table(seed)[first : first + len(rates)])
-    steps = jnp.arange(first, first + len(rates))
+    steps = jnp.arange(first, first + len(rates)) if times is None else jnp.asarray(times)
     return stretch(task)(state, table, steps, jnp.asarray(rates, jnp.float32), task.train_arrays, values)
 
 
