@@ -3,7 +3,7 @@
 import functools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import scipy.stats
 
@@ -13,7 +13,17 @@ from benchmarks.quality.cells import ORACLE_DECAYS, ORACLE_DROPOUTS, ORACLE_RATE
 # A run that diverged counts as this many times the oracle's loss, so that means stay finite.
 _DIVERGED = 10.0
 
-_BENCHMARK = ("W1", "W2", "W3", "W4", "W5", "W6", "W7", "W8")
+BENCHMARK = ("W1", "W2", "W3", "W4", "W5", "W6", "W7", "W8")
+
+_PEERS = (*plans.STRONGEST, *plans.FREE, *plans.STARTED, *plans.POPULATIONS, *plans.AMPLE)
+_OURS = ("ours", "ours_no_eval")
+
+# Peers of the table of pairs.
+_COMPARED = (*plans.STRONGEST, "range_test", *plans.POPULATIONS, *plans.AMPLE)
+
+# Methods that end with one rate, which can be held against the best of the sweep; and what counts as near, in decades.
+_PICKERS = ("ours", "wide_fork", "range_test", "optuna8_half")
+_NEAR = 0.25
 
 
 @functools.cache
@@ -55,13 +65,24 @@ def log_ratios(name: str, method: str, start: str, steps: int | None = None) -> 
     return [min(math.log(tested[s] / reference[s]), limit) for s in sorted(tested.keys() & reference.keys())]
 
 
-def interval(logs: list[float]) -> str:
-    """Geometric mean of ratios and, from three values on, its 95 % t interval."""
+def bounds(logs: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean of ratios and the ends of its 95 % t interval, which are NaN for fewer than three values."""
     mean = statistics.fmean(logs)
     if len(logs) < 3:
-        return f"{math.exp(mean):.3f}"
+        return math.exp(mean), math.nan, math.nan
     half = scipy.stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f}-{math.exp(mean + half):.3f})"
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def interval(logs: Sequence[float]) -> str:
+    """Geometric mean of ratios and, from three values on, its 95 % t interval."""
+    mean, low, high = bounds(logs)
+    return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} ({low:.3f}-{high:.3f})"
+
+
+def label(method: str) -> str:
+    """The name of a method in tables, which tells when it had more than the budget."""
+    return f"{method} (four times the budget)" if method in plans.AMPLE else method
 
 
 def sweep() -> str:
@@ -91,7 +112,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def methods_table() -> str:
     """Test loss over the oracle's: one row per method and start, one column per workload."""
     names = [name for name in workloads.NAMES if oracle_test(name)]
-    kinds = [*plans.STRONGEST, *plans.FREE, *plans.STARTED, *plans.POPULATIONS, "ours", "ours_no_eval", "ours_all"]
+    kinds = [*_PEERS, *_OURS, "ours_all"]
     rows = []
     for schedule in ("linear", "constant", "cosine", "wsd"):
         rows.append([f"{schedule}, default rate", *(_ratio(n, plans.oracle_method(n, schedule), "lr1") for n in names)])
@@ -99,10 +120,10 @@ def methods_table() -> str:
             rows.append([f"{schedule}, best of 7", *(_oracle_ratio(n, schedule) for n in names)])
     for method in kinds:
         for start in plans.starts("", method):
-            label = method if len(plans.starts("", method)) == 1 else f"{method} from {start}"
+            shown = label(method) if len(plans.starts("", method)) == 1 else f"{method} from {start}"
             cells = [_ratio(name, method, start) for name in names]
             if any(cells):
-                rows.append([label, *cells])
+                rows.append([shown, *cells])
     return _table(["test / oracle", *names], rows)
 
 
@@ -133,28 +154,67 @@ def summary_table() -> str:
     """Geometric mean over the rate-only workloads (W1, W2, W5, W6), all starts together, and the worst start."""
     names = [name for name in ("W1", "W2", "W5", "W6") if oracle_test(name)]
     rows = []
-    for method in (*plans.STRONGEST, *plans.FREE, *plans.STARTED, *plans.POPULATIONS, "ours", "ours_no_eval"):
+    for method in (*_PEERS, *_OURS):
         starts = plans.starts("", method)
         cells = {(n, s): log_ratios(n, method, s) for n in names for s in starts}
         if not all(cells.values()):
             continue
         means = [statistics.fmean(logs) for logs in cells.values()]
-        rows.append([method, f"{math.exp(statistics.fmean(means)):.3f}", f"{math.exp(max(means)):.3f}"])
+        rows.append([label(method), f"{math.exp(statistics.fmean(means)):.3f}", f"{math.exp(max(means)):.3f}"])
     return _table([f"over {', '.join(names)}", "geometric mean", "worst"], rows)
 
 
+def _overhead(name: str, method: str, start: str, steps: int | None = None) -> dict[int, float]:
+    """Share of the budget that is not in the final state, by seed: discarded forks and evaluations."""
+    spent, useful = (_values(name, method, start, key, steps) for key in ("spent", "useful"))
+    return {seed: 1.0 - useful[seed] / spent[seed] for seed in spent}
+
+
 def longer_table() -> str:
-    """Ratio to the oracle and share of discarded steps as the budget grows."""
+    """Ratio to the oracle, share of discarded steps and of all that is not training, as the budget grows."""
     rows = []
     for name, budgets in plans.LONGER.items():
         for steps in (None, *budgets):
             for start in plans.STARTS:
                 logs = log_ratios(name, "ours", start, steps)
                 if logs:
-                    share = _mean(_values(name, "ours", start, "share", steps))
+                    shares = (
+                        _mean(_values(name, "ours", start, "share", steps)),
+                        _mean(_overhead(name, "ours", start, steps)),
+                    )
                     budget = steps or workloads.get(name).total_steps
-                    rows.append([name, str(budget), start, interval(logs), f"{100 * share:.1f} %"])
-    return _table(["workload", "T", "start", "test / oracle", "discarded"], rows)
+                    rows.append(
+                        [name, str(budget), start, interval(logs), *(f"{100 * share:.1f} %" for share in shares)]
+                    )
+    return _table(["workload", "T", "start", "test / oracle", "discarded", "discarded and evaluations"], rows)
+
+
+def _picked(name: str, method: str) -> list[float]:
+    """Decades of each run's last rate above the best rate of the sweep by validation."""
+    best = best_start(name, plans.oracle_method(name), ORACLE_RATES)
+    if best is None:
+        return []
+    reference = math.log10(start_values(workloads.get(name), best)["learning_rate"])
+    stored = [
+        _load(Cell(name, method, start, seed)) for start in plans.starts(name, method) for seed in plans.MORE_SEEDS
+    ]
+    rates = [r["chosen"]["learning_rate"] if "chosen" in r else r["rate"] for r in stored if r is not None]
+    return [math.log10(rate) - reference for rate in rates]
+
+
+def picks_table() -> str:
+    """How far the rate that a run settles on is from the best of the sweep: ours by workload, then over all of them."""
+    kinds = [(name, "ours", _picked(name, "ours")) for name in workloads.NAMES]
+    for method in _PICKERS:
+        kinds.append(("all", method, [offset for name in workloads.NAMES for offset in _picked(name, method)]))
+    rows = []
+    for name, method, offsets in kinds:
+        if offsets:
+            near = statistics.fmean(abs(offset) <= _NEAR for offset in offsets)
+            moments = f"{statistics.fmean(offsets):+.2f}", f"{statistics.pstdev(offsets):.2f}"
+            rows.append([name, method, str(len(offsets)), *moments, f"{100 * near:.0f} %"])
+    header = ["workload", "method", "runs", "mean offset, decades", "standard deviation", f"within {_NEAR}"]
+    return _table(header, rows)
 
 
 def drift_table() -> str:
@@ -184,7 +244,7 @@ def drift_table() -> str:
     return _table(["W7", "area regret after the shift"], rows)
 
 
-def _of_each_run(name: str, method: str) -> dict[int, float]:
+def of_each_run(name: str, method: str) -> dict[int, float]:
     """log of test loss over the oracle's by seed, averaged over the method's starts."""
     reference, limit = oracle_test(name), math.log(_DIVERGED)
     by_seed: dict[int, list[float]] = {}
@@ -198,31 +258,23 @@ def _of_each_run(name: str, method: str) -> dict[int, float]:
 def paired_table() -> str:
     """Ours over each of the strongest peers, paired by workload and seed; a start of ours is not chosen, all count."""
     rows = []
-    for label, ours_of in (
-        ("learning rate only", dict.fromkeys(_BENCHMARK, "ours")),
-        ("everything tuned on W3, W4", {n: "ours_all" if n in plans.REGULARISED else "ours" for n in _BENCHMARK}),
+    for title, ours_of in (
+        ("learning rate only", dict.fromkeys(BENCHMARK, "ours")),
+        ("everything tuned on W3, W4", {n: "ours_all" if n in plans.REGULARISED else "ours" for n in BENCHMARK}),
     ):
-        for peer in (*plans.STRONGEST, "range_test", "linear"):
-            differences, count = [], 0
-            for name, method in ours_of.items():
-                mine = _of_each_run(name, method)
-                theirs = _of_each_run(name, plans.oracle_method(name) if peer == "linear" else peer)
-                if peer == "linear":
-                    theirs = dict(
-                        zip(oracle_seeds(name), log_ratios(name, plans.oracle_method(name), "lr1"), strict=True)
-                    )
-                differences += [mine[seed] - theirs[seed] for seed in mine.keys() & theirs.keys()]
-                count += bool(mine.keys() & theirs.keys())
-            if differences:
-                shown = "linear, default rate" if peer == "linear" else peer
-                rows.append([label, shown, f"{count}", f"{len(differences)}", interval(differences)])
+        for peer in (*_COMPARED, "linear"):
+            pairs = {name: _differences(name, method, peer) for name, method in ours_of.items()}
+            logs = [difference for differences in pairs.values() for difference in differences]
+            if logs:
+                shown = "linear, default rate" if peer == "linear" else label(peer)
+                rows.append([title, shown, f"{sum(map(bool, pairs.values()))}", f"{len(logs)}", interval(logs)])
     return _table(["ours, with", "over", "workloads", "pairs", "ratio of test losses"], rows)
 
 
-def oracle_seeds(name: str) -> list[int]:
-    """Seeds that the oracle's rate and the default rate were both run with."""
-    method = plans.oracle_method(name)
-    return sorted(_values(name, method, "lr1", "test").keys() & oracle_test(name).keys())
+def _differences(name: str, method: str, peer: str) -> list[float]:
+    mine = of_each_run(name, method)
+    theirs = of_each_run(name, plans.oracle_method(name) if peer == "linear" else peer)
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
 def cost_table() -> str:
@@ -286,6 +338,7 @@ def tables() -> str:
         ("Test loss over the learning-rate oracle (95 % interval over seeds)", methods_table()),
         ("Regularisation grids", grids_table()),
         ("Longer runs", longer_table()),
+        ("The rate it settles on", picks_table()),
         ("Drift", drift_table()),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts)

@@ -1,7 +1,7 @@
 """The runner: works through a plan of cells, two processes at a time, skipping what is already stored.
 
 python -m benchmarks.quality run [--quick] [--workloads W1 ...] [--methods ours ...] [--seeds 0 1 ...]
-python -m benchmarks.quality report [--into docs/results.md]
+python -m benchmarks.quality report [--into docs/results.md] [--plot docs/results.png]
 """
 
 import argparse
@@ -74,7 +74,7 @@ def execute(plan: Iterable[Cell], *, processes: int, is_fresh: bool = False) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    from benchmarks.quality import plans, report
+    from benchmarks.quality import figure, plans, report
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -89,9 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     writer = commands.add_parser("report", help="print the tables of the stored results")
     writer.add_argument("--sweep", action="store_true", help="validation loss at every rate of the oracle instead")
     writer.add_argument("--into", type=pathlib.Path, help="a Markdown file: all after its marker is replaced")
+    writer.add_argument("--plot", type=pathlib.Path, help="where to draw the picture, such as docs/results.png")
     args = parser.parse_args(argv)
     if args.command == "report":
         text = report.sweep() if args.sweep else report.tables()
+        if args.plot:
+            figure.plot(args.plot)
         if args.into:
             args.into.write_text(args.into.read_text().partition(_MARKER)[0] + _MARKER + "\n\n" + text + "\n")
         else:
