@@ -75,19 +75,17 @@ def forecast(losses: np.ndarray, horizon: int, first: float) -> float:
         return float(losses[-max(len(losses) // 10, 1) :].mean())
     t = np.arange(len(losses), dtype=float)
     smooth = _without_outliers(t, losses)
+    direction = 1.0 if smooth[0] >= smooth[-1] else -1.0
 
-    def solve(log_b):
-        # The weights of exp(-b t) and of 1, kept from a limit below zero.
-        basis = np.column_stack([np.exp(-math.exp(log_b) * t), np.ones(len(t))])
-        weights, misfit = scipy.optimize.nnls(basis * [np.sign(smooth[0] - smooth[-1]) or 1.0, 1.0], smooth)
-        return misfit, weights
+    def fit(log_b):
+        # The weights of the exponential and of 1, the limit, which is kept from falling below zero.
+        basis = np.column_stack([direction * np.exp(-math.exp(log_b) * t), np.ones(len(t))])
+        return scipy.optimize.nnls(basis, smooth)
 
-    found = scipy.optimize.minimize_scalar(
-        lambda log_b: solve(log_b)[0], bounds=(math.log(1.0 / horizon), 0.0), method="bounded"
-    )
-    _, (a, c) = solve(found.x)
-    a *= np.sign(smooth[0] - smooth[-1]) or 1.0
-    return float(a * math.exp(-math.exp(found.x) * horizon) + c)
+    ends = (math.log(1.0 / horizon), 0.0)
+    found = scipy.optimize.minimize_scalar(lambda log_b: fit(log_b)[1], bounds=ends, method="bounded")
+    (a, c), _ = fit(found.x)
+    return float(direction * a * math.exp(-math.exp(found.x) * horizon) + c)
 
 
 def _without_outliers(t: np.ndarray, losses: np.ndarray) -> np.ndarray:
