@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._bfgs import minimise
 from ._sampling import normal_table, spread_table, turned, uniforms
+from ._single_kernel import single_kernel
 from ._surrogate import Posterior, SurrogateConfig, covariance, level, level_slope, prior_variance
 
 # Coefficients, in rising powers of v = (2 - t) / (2 + t), of the logarithm of
@@ -162,34 +163,50 @@ def log_improvement(
         prior, slope = covariance(config, posterior, x, everything, lag=lags[None, :])
         seen = (prior * is_known) @ whitener.T
         variance = unit - jnp.square(seen) @ np.ones(n + compared, np.float32)
-        deviation = jnp.sqrt(jnp.maximum(variance, _VARIANCE_FLOOR * unit))
         sample = level(posterior, x)[:, None] + seen @ readout
-        # The value, and what a unit of each sample and of the logarithm of the deviation adds to it.
-        if confidence is not None:
-            value, of_deviation = confidence * deviation - sample[:, 0], confidence * deviation
-            of_sample = -jnp.ones_like(sample)
-        else:
-            standard = (best - sample) / deviation[:, None]
-            each, rise = log_h_and_slope(standard)
-            most = jnp.max(each, axis=1)
-            share = jnp.exp(each - most[:, None])
-            total = share @ np.ones(samples, np.float32)
-            value = most + jnp.log(deviation * total) - math.log(samples)
-            rise = share * rise / total[:, None]
-            of_deviation = 1.0 - (rise * standard) @ np.ones(samples, np.float32)
-            of_sample = -rise / deviation[:, None]
-            # Without references: minus the mean, which every sample is.
-            value = jnp.where(has_reference, value, -sample[:, 0])
-            of_deviation = jnp.where(has_reference, of_deviation, 0.0)
-            of_sample = jnp.where(has_reference, of_sample, -1.0 / samples)
+        value, per_variance, of_sample, of_level = _improvement(
+            samples, confidence, variance, sample, best, unit, has_reference
+        )
         # Back through the whitening to the prior covariances, and through them to the point.
-        per_variance = jnp.where(variance > _VARIANCE_FLOOR * unit, -of_deviation / jnp.square(deviation), 0.0)
         of_prior = (of_sample @ readout.T + per_variance[:, None] * seen) @ whitener
         pull = (of_prior * is_known * slope) @ corner
         gradient = inverse_square * ((x - 0.5) * pull[:, -1:] - pull[:, :-1])
-        return value, gradient + (of_sample @ np.ones(columns, np.float32))[:, None] * level_slope(posterior, x)
+        return value, gradient + of_level[:, None] * level_slope(posterior, x)
 
     return of, live, is_live
+
+
+@single_kernel(static_argnums=(0, 1))
+def _improvement(
+    samples: int,
+    confidence: float | None,
+    variance: Float[Array, "m"],
+    sample: Float[Array, "m c"],
+    best: Float[Array, "s"],
+    unit: Float[Array, ""],
+    has_reference: Bool[Array, ""],
+) -> tuple[Float[Array, "m"], Float[Array, "m"], Float[Array, "m c"], Float[Array, "m"]]:
+    """The value, and what a unit of the variance, of each sample and of all samples adds to it."""
+    deviation = jnp.sqrt(jnp.maximum(variance, _VARIANCE_FLOOR * unit))
+    if confidence is not None:
+        value, of_deviation = confidence * deviation - sample[:, 0], confidence * deviation
+        of_sample = -jnp.ones_like(sample)
+    else:
+        standard = (best - sample) / deviation[:, None]
+        each, rise = log_h_and_slope(standard)
+        most = jnp.max(each, axis=1)
+        share = jnp.exp(each - most[:, None])
+        total = share @ np.ones(samples, np.float32)
+        value = most + jnp.log(deviation * total) - math.log(samples)
+        rise = share * rise / total[:, None]
+        of_deviation = 1.0 - (rise * standard) @ np.ones(samples, np.float32)
+        of_sample = -rise / deviation[:, None]
+        # Without references: minus the mean, which every sample is.
+        value = jnp.where(has_reference, value, -sample[:, 0])
+        of_deviation = jnp.where(has_reference, of_deviation, 0.0)
+        of_sample = jnp.where(has_reference, of_sample, -1.0 / samples)
+    per_variance = jnp.where(variance > _VARIANCE_FLOOR * unit, -of_deviation / jnp.square(deviation), 0.0)
+    return value, per_variance, of_sample, of_sample @ np.ones(sample.shape[1], np.float32)
 
 
 def _seeds(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from . import _drift, _hyperparams, _packed
 from . import _tuned_trees as _trees
 from ._controller import AutoTuneNet, Decay, when
 from ._guard import Guard
+from ._single_kernel import single_kernel
+from ._state import Directive
 from ._tuned_access import warn_if_silent
+from ._tuned_loss import settled, take_loss
 from ._tuned_start import build, starting_values
 from ._tuned_state import (
     MEMORIES,
@@ -25,7 +28,6 @@ from ._tuned_state import (
     Snapshot,
     in_force,
     no_order,
-    take_loss,
     where,
     write_in_force,
 )
@@ -214,27 +216,21 @@ def _update(
         new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, gradients), _trees.cast_like(stepped, inner)
 
-    course = state.course
     if not settings.is_on:
         new, inner = step(updates, state.inner, value)
-        return new, state._replace(inner=inner).having(course._replace(lag=course.lag + 1))
+        return new, state._replace(inner=inner, packed=_passed(settings, state.packed))
 
-    # What is left from the last update, or was asked for by `observe` since; its parameters are here now.
-    left = course.order
-    is_left = left.restore | left.adopt
-    course = course._replace(
-        order=no_order(),
-        home=jnp.where(is_left, _home(left), course.home),
-        attempts=jnp.where(is_left, _MAX_ATTEMPTS, course.attempts),
-    )
-    away = _is_away(state, left, course, params)
+    opened = _open(settings, value is None, state.packed)
+    left = opened.left
+    away = _is_away(state, opened, params)
     usable = _trees.is_usable(updates)
     if value is not None:
         usable &= jnp.isfinite(value)
-    is_taken = usable & ~away
-    values = in_force(settings, course, is_silent=value is None)
-    ts, drift, order = _listen(settings, course, value, usable, away)
-    is_back = order.restore | order.adopt | away
+    packed, directive = state.packed, None
+    if value is not None:
+        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=usable, is_away=away)
+    closed = _close(settings, state.packed, packed, directive, opened, usable, away)
+    order, is_back, is_taken = closed.order, closed.is_back, closed.is_taken
 
     def usual(gradients: Any, inner: Any, is_taken: Array) -> tuple[Any, Any]:
         """The optimizer's own update, zero where it is not to be made or a parameter would overflow."""
@@ -246,43 +242,108 @@ def _update(
     # Whatever is seldom is done before the usual update and apart from it, which so stays one pass over the arrays,
     # the addition to the parameters included. The way back takes the place of the gradients.
     given, saved, kept = updates, state.saved, state.kept
-    inner = write_in_force(state.inner, values)
+    inner = write_in_force(state.inner, opened.values)
     if saved is not None:
 
         def obey(given: Any, inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
-            inner, saved, kept = _trees.with_left(left, course.home, params, inner, saved, kept)
-            inner = write_in_force(inner, values)
+            inner, saved, kept = _trees.with_left(left, opened.home, params, inner, saved, kept)
+            inner = write_in_force(inner, opened.values)
             new, stepped = usual(given, inner, is_taken)
             current = Snapshot(_trees.moved(params, new), _trees.without_values(stepped))
             saved, kept = _trees.copy_into(order, current, saved, kept)
-            home = jnp.where(order.restore | order.adopt, _home(order), course.home)
-            way = _trees.way(params, _target(home, saved.params, None if kept is None else kept.params), given)
+            way = _trees.way(params, _target(closed.home, saved.params, None if kept is None else kept.params), given)
             return where(is_back, way, given), inner, saved, kept
 
-        is_asked = left.save | left.keep | (course.home > 0) | order.save | order.keep | is_back
-        given, inner, saved, kept = when(is_asked, obey, given, inner, saved, kept)
+        given, inner, saved, kept = when(closed.is_asked, obey, given, inner, saved, kept)
 
-    new, inner = usual(given, inner, is_taken & ~is_back)
+    new, inner = usual(given, inner, closed.is_usual)
+    return where(is_back, given, new), state._replace(packed=closed.packed, inner=inner, saved=saved, kept=kept)
+
+
+class _Opened(NamedTuple):
+    """What an update begins with: values in force, what the last one left, and where the parameters are going."""
+
+    values: dict[str, Array]
+    left: Order
+    home: Array
+    attempts: Array
+    is_returning: Array
+    lag: Array
+
+
+class _Closed(NamedTuple):
+    """What an update ends with, the arrays being trained apart.
+
+    Attributes:
+      packed: The course of the run.
+      order: The copies to make.
+      is_back: Whether the update is a way back instead of the optimizer's.
+      is_taken: Whether the gradients can be used.
+      is_usual: Whether they are.
+      is_asked: Whether any array is copied.
+      home: The snapshot on the way to which the parameters are: 1 saved, 2 kept, or 0.
+    """
+
+    packed: _packed.Packed
+    order: Order
+    is_back: Array
+    is_taken: Array
+    is_usual: Array
+    is_asked: Array
+    home: Array
+
+
+@single_kernel(static_argnums=(0,))
+def _passed(settings: Settings, packed: _packed.Packed) -> _packed.Packed:
+    """The course one step later, of an optimizer that is not tuned."""
+    course = _packed.unpack(packed, settings.layout)
+    return _packed.pack(course._replace(lag=course.lag + 1))
+
+
+@single_kernel(static_argnums=(0, 1))
+def _open(settings: Settings, is_silent: bool, packed: _packed.Packed) -> _Opened:
+    course = _packed.unpack(packed, settings.layout)
+    # What is left from the last update, or was asked for by `observe` since; its parameters are here now.
+    left = course.order
+    is_left = left.restore | left.adopt
+    home = jnp.where(is_left, _home(left), course.home)
+    attempts = jnp.where(is_left, _MAX_ATTEMPTS, course.attempts)
+    values = in_force(settings, course._replace(order=no_order(), home=home, attempts=attempts), is_silent=is_silent)
+    return _Opened(values, left, home, attempts, (home > 0) & (attempts > 0), course.lag)
+
+
+@single_kernel(static_argnums=(0,))
+def _close(
+    settings: Settings,
+    before: _packed.Packed,
+    after: _packed.Packed,
+    directive: Directive | None,
+    opened: _Opened,
+    usable: Array,
+    away: Array,
+) -> _Closed:
+    past, course = (_packed.unpack(packed, settings.layout) for packed in (before, after))
+    order, left = no_order(), opened.left
+    if directive is not None:
+        course, order = settled(settings, past, course, opened.lag, directive)
     returns = order.restore | order.adopt
+    is_back, is_taken = returns | away, usable & ~away
     course = course._replace(
-        tuner=ts,
-        drift=drift,
-        lag=course.lag + 1 if value is None else jnp.zeros_like(course.lag),
-        is_spoiled=~usable & ~away if value is None else _off(),
-        home=jnp.where(returns, _home(order), jnp.where(away, course.home, 0)),
-        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, course.attempts - 1, 0)),
+        order=no_order(),
+        lag=past.lag + 1 if directive is None else jnp.zeros_like(past.lag),
+        is_spoiled=~usable & ~away if directive is None else _off(),
+        home=jnp.where(returns, _home(order), jnp.where(away, opened.home, 0)),
+        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, opened.attempts - 1, 0)),
     )
-    return where(is_back, given, new), state._replace(inner=inner, saved=saved, kept=kept).having(course)
-
-
-def _listen(settings: Settings, course: Course, value: Any, usable: Array, away: Array) -> tuple[Any, Any, Order]:
-    """The tuner, the levels of drift mode and the order, after one update's loss."""
-    if value is None:
-        return course.tuner, course.drift, no_order()
-    loss = jnp.where(usable, jnp.asarray(value, jnp.float32), jnp.nan)
-    # On the way back nothing is learned.
-    is_heard = None if settings.memory == "drift" else ~away
-    return take_loss(settings, course.tuner, course.drift, loss, lag=course.lag, is_heard=is_heard)
+    return _Closed(
+        packed=_packed.pack(course),
+        order=order,
+        is_back=is_back,
+        is_taken=is_taken,
+        is_usual=is_taken & ~is_back,
+        is_asked=left.save | left.keep | (opened.home > 0) | order.save | order.keep | is_back,
+        home=jnp.where(returns, _home(order), opened.home),
+    )
 
 
 def _off() -> Array:
@@ -298,14 +359,14 @@ def _target(home: Array, saved: Any, kept: Any) -> Any:
     return saved if kept is None else where(home == 2, kept, saved)
 
 
-def _is_away(state: AutotuneState, left: Order, course: Course, params: Any) -> Array:
+def _is_away(state: AutotuneState, opened: _Opened, params: Any) -> Array:
     """Whether the run is returning to a snapshot and not there yet."""
     if state.saved is None:
         return _off()
-    saved, kept = state.saved.params, None if state.kept is None else state.kept.params
+    left, saved, kept = opened.left, state.saved.params, None if state.kept is None else state.kept.params
 
     def is_far() -> Array:
         slots = where(left.save, params, saved), None if kept is None else where(left.keep, params, kept)
-        return ~_trees.has_arrived(params, _target(course.home, *slots))
+        return ~_trees.has_arrived(params, _target(opened.home, *slots))
 
-    return jax.lax.cond((course.home > 0) & (course.attempts > 0), is_far, _off)
+    return jax.lax.cond(opened.is_returning, is_far, _off)

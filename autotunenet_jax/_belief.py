@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from . import _observations, _surrogate
@@ -26,10 +27,10 @@ def normalised(obs: _observations.Observations, *, resolution: Float[Array, "n"]
     """
     usable = _observations.mask(obs) & ~obs.failed
     same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
-    lowest = jnp.min(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
-    lowest = jnp.where(jnp.isfinite(lowest), lowest, 0.0)
+    lowest = jnp.where(same.any(axis=1), obs.y[jnp.argmin(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)], 0.0)
     excess = obs.y - lowest
-    mean_excess = jnp.sum(jnp.where(same, excess[None, :], 0.0), axis=1) / jnp.maximum(jnp.sum(same, axis=1), 1)
+    members = same.astype(jnp.float32)
+    mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ np.ones(excess.size, np.float32), 1.0)
     scale = jnp.maximum(jnp.maximum(-lowest, 2.0 * mean_excess), 1e-12)
     share = jnp.clip(excess / scale, 0.0, _WORST_SHARE)
     return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
@@ -61,6 +62,7 @@ def recentred(
     """
     usable = _observations.mask(obs) & ~obs.failed
     same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
+    ones = np.ones(obs.y.size, np.float32)
     offsets = jnp.linspace(-_CENTER_REACH, _CENTER_REACH, _CENTER_GRID)
 
     def error(residual: Array) -> Array:
@@ -72,8 +74,8 @@ def recentred(
             residual = obs.y - jnp.minimum(_surrogate.bowl(mean, obs.x), 1.0)
             # The group's intercept: a mean of which scores far from the median are no part.
             trust = same / (1.0 + error(residual - group_median(residual, same))[None, :])
-            residual -= trust @ residual / jnp.maximum(jnp.sum(trust, axis=1), 1e-6)
-            likelihood = -0.5 * (_CENTER_DEGREES + 1.0) * jnp.sum(jnp.where(usable, jnp.log1p(error(residual)), 0.0))
+            residual -= trust @ residual / jnp.maximum(trust @ ones, 1e-6)
+            likelihood = -0.5 * (_CENTER_DEGREES + 1.0) * (jnp.where(usable, jnp.log1p(error(residual)), 0.0) @ ones)
             return likelihood - 0.5 * jnp.square(offset / policy.center_decades)
 
         weight = jax.nn.softmax(jax.vmap(log_posterior)(offsets))

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from ._single_kernel import single_kernel
 
 # The first step is this share of the gradient, in squared units of the scale; the largest is this many scales.
 _FIRST = 0.1
@@ -51,35 +53,9 @@ def minimise(
 
     def step(carry, iteration):
         best, extra, inverse = carry
-        theta, gradient, value, length = best[:, :p], best[:, p : 2 * p], best[:, 2 * p], best[:, 2 * p + 1]
-        is_seed = iteration < count
-        # A coordinate pressed against the box stays there and must not turn the others.
-        is_free = jnp.where(gradient > 0.0, theta > low, theta < high)
-        uphill = jnp.einsum("spq,sq->sp", inverse, jnp.where(is_free, gradient, 0.0))
-        direction = jnp.where(is_free, -uphill, 0.0)
-        reach = jnp.max(jnp.abs(direction) * per_scale, axis=1)
-        pace = length * jnp.minimum(1.0, _LARGEST / jnp.maximum(reach, 1e-20))
-        trial = jnp.clip(theta + pace[:, None] * direction, low, high)
-        trial = jnp.where(is_seed, seeds[jnp.minimum(iteration, count - 1)], trial)
-        trial_value, trial_gradient, trial_extra = objective(trial)
-
-        # All the inner products at once: move, change of the gradient, gradient before and after.
-        parts = jnp.stack([trial - theta, trial_gradient - gradient, gradient, trial_gradient], axis=1)
-        inner = jnp.einsum("sip,sjp->sij", parts, parts)
-        turned = jnp.einsum("siq,spq->sip", parts, inverse)
-        square, curvature, slope, steepness = inner[:, 0, 0], inner[:, 0, 1], inner[:, 0, 2], inner[:, 3, 3]
-        enough = jnp.where(is_seed, 0.0, 1e-4 * jnp.minimum(slope, 0.0))
-        is_better = (trial_value < value + enough) & (jnp.abs(trial_value) < jnp.inf) & (steepness < jnp.inf)
-        can_learn = is_better & ~is_seed & (curvature > 1e-6 * square)
-        # (I - rho s y') H (I - rho y s') + rho s s', as two outer products: u s' + s u'.
-        rho = jnp.where(can_learn, 1.0 / curvature, 0.0)
-        bent = jnp.einsum("sp,sp->s", parts[:, 1], turned[:, 1])
-        update = (0.5 * rho * (1.0 + rho * bent))[:, None] * parts[:, 0] - rho[:, None] * turned[:, 1]
-        update = update[:, :, None] * parts[:, 0, None, :]
-        inverse = jnp.where(can_learn[:, None, None], inverse + update + update.mT, inverse)
-        length = jnp.where(is_better | is_seed, 1.0, 0.25 * length)
-        found = jnp.concatenate([trial, trial_gradient, trial_value[:, None]], axis=1)
-        best = jnp.concatenate([jnp.where(is_better[:, None], found, best[:, :-1]), length[:, None]], axis=1)
+        trial = _trial(best, inverse, seeds, iteration, low, high, per_scale)
+        value, gradient, trial_extra = objective(trial)
+        best, inverse, is_better = _learned(best, inverse, trial, value, gradient, iteration < count)
         if extra is not None and trial_extra is not None:
             extra = jnp.where(is_better.reshape((searches,) + (1,) * (extra.ndim - 1)), trial_extra, extra)
         return (best, extra, inverse), None
@@ -94,3 +70,59 @@ def minimise(
     )
     (best, extra, _), _ = jax.lax.scan(step, carry, np.arange(count + steps))
     return best[:, :p], best[:, 2 * p], extra
+
+
+@single_kernel()
+def _trial(
+    best: Float[Array, "s q"],
+    inverse: Float[Array, "s p p"],
+    seeds: Float[Array, "c s p"],
+    iteration: Int[Array, ""],
+    low: Float[Array, "p"],
+    high: Float[Array, "p"],
+    per_scale: Float[Array, "p"],
+) -> Float[Array, "s p"]:
+    """Where each search looks next: at its next seed, or downhill."""
+    count, _, p = seeds.shape
+    theta, gradient, length = best[:, :p], best[:, p : 2 * p], best[:, 2 * p + 1]
+    # A coordinate pressed against the box stays there and must not turn the others.
+    is_free = jnp.where(gradient > 0.0, theta > low, theta < high)
+    uphill = jnp.einsum("spq,sq->sp", inverse, jnp.where(is_free, gradient, 0.0))
+    direction = jnp.where(is_free, -uphill, 0.0)
+    reach = jnp.max(jnp.abs(direction) * per_scale, axis=1)
+    pace = length * jnp.minimum(1.0, _LARGEST / jnp.maximum(reach, 1e-20))
+    trial = jnp.clip(theta + pace[:, None] * direction, low, high)
+    return jnp.where(iteration < count, seeds[jnp.minimum(iteration, count - 1)], trial)
+
+
+@single_kernel()
+def _learned(
+    best: Float[Array, "s q"],
+    inverse: Float[Array, "s p p"],
+    trial: Float[Array, "s p"],
+    value: Float[Array, "s"],
+    gradient: Float[Array, "s p"],
+    is_seed: Bool[Array, ""],
+) -> tuple[Float[Array, "s q"], Float[Array, "s p p"], Bool[Array, "s"]]:
+    """Takes in a value and gradient; also says which searches they improved."""
+    p = trial.shape[1]
+    move, change = trial - best[:, :p], gradient - best[:, p : 2 * p]
+    square, curvature = _dots(move, move), _dots(move, change)
+    enough = jnp.where(is_seed, 0.0, 1e-4 * jnp.minimum(_dots(move, best[:, p : 2 * p]), 0.0))
+    is_better = value < best[:, 2 * p] + enough
+    is_better &= (jnp.abs(value) < jnp.inf) & (_dots(gradient, gradient) < jnp.inf)
+    can_learn = is_better & ~is_seed & (curvature > 1e-6 * square)
+    # (I - rho s y') H (I - rho y s') + rho s s', as two outer products: u s' + s u'.
+    rho = jnp.where(can_learn, 1.0 / curvature, 0.0)
+    turned = jnp.einsum("spq,sq->sp", inverse, change)
+    update = (0.5 * rho * (1.0 + rho * _dots(change, turned)))[:, None] * move - rho[:, None] * turned
+    update = update[:, :, None] * move[:, None, :]
+    inverse = jnp.where(can_learn[:, None, None], inverse + update + update.mT, inverse)
+    length = jnp.where(is_better | is_seed, 1.0, 0.25 * best[:, 2 * p + 1])
+    found = jnp.concatenate([trial, gradient, value[:, None]], axis=1)
+    best = jnp.where(is_better[:, None], found, best[:, :-1])
+    return jnp.concatenate([best, length[:, None]], axis=1), inverse, is_better
+
+
+def _dots(a: Float[Array, "s p"], b: Float[Array, "s p"]) -> Float[Array, "s"]:
+    return jnp.sum(a * b, axis=1)

@@ -4,14 +4,17 @@ One call scores the fork that ended, refits the surrogate, and either lets the f
 the round. Fit, acquisition and posterior appear once each, so that the whole decision compiles quickly.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _acquisition, _belief, _guard, _observations, _surrogate
 from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, SLOW
 from ._policy import Directions, Policy, directions
+from ._single_kernel import single_kernel
 from ._space import SearchSpace
 from ._state import (
     FORK,
@@ -100,32 +103,57 @@ def _around(policy: Policy, space_of: Directions, x: Float[Array, "p d"]) -> Flo
     return jnp.concatenate([jnp.clip(x + sign * step, 0.0, 1.0) for sign in (-1.0, 0.0, 1.0)])
 
 
-def decide(
-    config: _surrogate.SurrogateConfig,
-    policy: Policy,
-    space: SearchSpace,
-    ts: TunerState,
-) -> tuple[TunerState, Directive, Round]:
-    """What to do now that a stretch of training has ended.
+class Ended(NamedTuple):
+    """What is known when a stretch of training has ended, before the surrogate is asked.
 
-    Returns:
-      The next state, what the loop must do, and the round as it stood when the decision was taken.
-
-    Cost: one surrogate fit, one acquisition, one posterior; O(capacity^3), whatever the length of the run.
+    Attributes:
+      ts: The state, with the stretch's score recorded and its group of observations not yet fitted.
+      is_retry: Whether the stretch begins again, since it met a bad batch.
+      has_score: Whether the stretch was a fork with a usable score.
+      steps: Steps the fork has run.
+      time: When its score was taken, as the surrogate counts time.
+      scores: The observations in the unit of the surrogate.
+      belief: The surrogate's prior mean.
+      lower: Lower corner of the box to look in.
+      upper: Its upper corner.
+      is_rival: Which forks a proposal has to improve on.
+      between: Points between the best fork and the others, where the choice may fall.
+      is_between: Which of them exist.
+      around: Those points with their rates lowered, kept and raised.
+      fit_key: For the fit.
+      propose_key: For the proposal.
     """
+
+    ts: TunerState
+    is_retry: Array
+    has_score: Array
+    steps: Array
+    time: Array
+    scores: _observations.Observations
+    belief: _surrogate.PriorMean
+    lower: Float[Array, "d"]
+    upper: Float[Array, "d"]
+    is_rival: Array
+    between: Float[Array, "p d"]
+    is_between: Array
+    around: Float[Array, "q d"]
+    fit_key: PRNGKeyArray
+    propose_key: PRNGKeyArray
+
+
+@single_kernel(static_argnums=(0, 1))
+def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
+    """Scores the stretch that ended."""
     space_of = directions(space)
     key, fit_key, propose_key = jax.random.split(ts.key, 3)
     plan, held = ts.plan, ts.round
     row = held.index
-    kind, late = plan.kind[row], plan.late[row]
-    in_train, in_sweep, in_fork = ts.phase == TRAIN, ts.phase == SWEEP, ts.phase == FORK
     fork, rung = held.fork, held.rung
-    remaining = jnp.where(plan.total > 0, plan.total - ts.step, NEVER)
-    retries = ts.has_faulted & (remaining > late + plan.sweep[row])
-    in_fork, in_sweep = in_fork & ~retries, in_sweep & ~retries
+    remaining = _remaining(ts)
+    retries = ts.has_faulted & (remaining > plan.late[row] + plan.sweep[row])
+    in_fork, in_sweep = (ts.phase == FORK) & ~retries, (ts.phase == SWEEP) & ~retries
 
-    # The stretch that ended: its score, next to the others of the round.
-    ran = position(ts)
+    # Its score, next to the others of the round.
     loss = ts.window.loss_sum / ts.window.loss_count
     metric = ts.window.eval_sum / ts.window.eval_count
     is_opening = in_fork & (fork == 0) & (rung == 0)
@@ -134,14 +162,16 @@ def decide(
     reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
     reference = jnp.where(jnp.isfinite(reference), reference, score)
     succeeded = in_fork & ~ts.has_failed & jnp.isfinite(score)
-    steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + ran
+    steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + position(ts)
+    is_fork = jnp.arange(MAX_FORKS) == fork
+    is_score = in_fork & is_fork[:, None] & (jnp.arange(held.score.shape[1]) == rung)
     held = held._replace(
         has_eval=has_eval,
         reference=reference,
-        x=jnp.where(in_fork, held.x.at[fork].set(ts.trial), held.x),
-        score=jnp.where(in_fork, held.score.at[fork, rung].set(jnp.where(succeeded, score, jnp.nan)), held.score),
+        x=jnp.where(in_fork & is_fork[:, None], ts.trial, held.x),
+        score=jnp.where(is_score, jnp.where(succeeded, score, jnp.nan), held.score),
         # A fork that begins again has run no step that counts.
-        steps=held.steps.at[fork].set(jnp.where(in_fork, steps_run, jnp.where(retries, 0, held.steps[fork]))),
+        steps=jnp.where(is_fork & (in_fork | retries), jnp.where(in_fork, steps_run, 0), held.steps),
     )
     # Time is measured along the branch that survives, in logarithms: early steps change the objective most.
     time = jnp.log1p((ts.slots.saved_data + steps_run) / 10.0)
@@ -155,35 +185,96 @@ def decide(
     )
     observations = _select(in_fork, added, ts.observations)
     prior = _select(in_sweep, _belief.prior_after_sweep(policy, space_of, ts), ts.prior)
-    ts = ts._replace(prior=prior)
+    ts = ts._replace(key=key, round=held, observations=observations, prior=prior)
 
     # Groups are numbered two to a round.
     is_slow = plan.kind[jnp.clip(observations.group // 2, 0, MAX_ROUNDS - 1)] == SLOW
     resolution = jnp.where(is_slow, policy.slow_resolution, policy.fast_resolution)
     scores = _belief.normalised(observations, resolution=resolution)
-    belief = _belief.recentred(policy, space_of, scores, prior)
-    posterior = _surrogate.fit(config, scores, start=ts.hyper, key=fit_key, prior_mean=belief)
-    held_x = held.x
-    is_run = (jnp.arange(MAX_FORKS) <= fork) & (held.steps > 0)
-    opens = in_train
-    held_now = held._replace(x=jnp.where(opens | in_sweep, ts.incumbent[None, :], held_x))
-    lower, upper = _box(policy, space_of, ts._replace(round=held_now), kind)
+    begins = (ts.phase == TRAIN) | in_sweep
+    held_now = held._replace(x=jnp.where(begins, ts.incumbent[None, :], held.x))
+    lower, upper = _box(policy, space_of, ts._replace(round=held_now), plan.kind[row])
+    is_rival = _is_run(held) & (held.status != FORK_FAILED)
+    between, is_between = _between(space, held.x, held.score[:, rung], is_rival)
+    return Ended(
+        ts=ts,
+        is_retry=retries,
+        has_score=succeeded,
+        steps=steps_run,
+        time=time,
+        scores=scores,
+        belief=_belief.recentred(policy, space_of, scores, prior),
+        lower=lower,
+        upper=upper,
+        is_rival=is_rival,
+        between=between,
+        is_between=is_between,
+        around=_around(policy, space_of, between),
+        fit_key=fit_key,
+        propose_key=propose_key,
+    )
+
+
+def _remaining(ts: TunerState) -> Array:
+    """Steps left of the budget."""
+    return jnp.where(ts.plan.total > 0, ts.plan.total - ts.step, NEVER)
+
+
+def _is_run(held: Round) -> Array:
+    """Which forks of the round have run."""
+    return (jnp.arange(MAX_FORKS) <= held.fork) & (held.steps > 0)
+
+
+def decide(
+    config: _surrogate.SurrogateConfig,
+    policy: Policy,
+    space: SearchSpace,
+    ts: TunerState,
+) -> tuple[TunerState, Directive, Round]:
+    """What to do now that a stretch of training has ended.
+
+    Returns:
+      The next state, what the loop must do, and the round as it stood when the decision was taken.
+
+    Cost: one surrogate fit, one acquisition, one posterior; O(capacity^3), whatever the length of the run.
+    """
+    ended = _end(policy, space, ts)
+    posterior = _surrogate.fit(
+        config, ended.scores, start=ts.hyper, key=ended.fit_key, prior_mean=ended.belief
+    )
     proposal = _acquisition.propose(
         config,
         posterior,
-        propose_key,
-        lower=lower,
-        upper=upper,
+        ended.propose_key,
+        lower=ended.lower,
+        upper=ended.upper,
         snap=space.snap,
-        reference=held_x,
-        reference_mask=is_run & (held.status != FORK_FAILED),
-        time=time,
+        reference=ended.ts.round.x,
+        reference_mask=ended.is_rival,
+        time=ended.time,
     )
-    between, is_between = _between(space, held_x, held.score[:, rung], is_run & (held.status != FORK_FAILED))
-    around = _around(policy, space_of, between)
-    mean, covariance = _surrogate.predict(
-        config, posterior, jnp.concatenate([held_x, proposal[None], around]), time=time
-    )
+    points = jnp.concatenate([ended.ts.round.x, proposal[None], ended.around])
+    mean, covariance = _surrogate.predict(config, posterior, points, time=ended.time)
+    return _choose(policy, space, ended, posterior.hyper, proposal, mean, covariance)
+
+
+@single_kernel(static_argnums=(0, 1))
+def _choose(
+    policy: Policy,
+    space: SearchSpace,
+    ended: Ended,
+    hyper: _surrogate.Hyper,
+    proposal: Float[Array, "d"],
+    mean: Float[Array, "m"],
+    covariance: Float[Array, "m m"],
+) -> tuple[TunerState, Directive, Round]:
+    """Lets the fork run on, starts the next one, or ends the round."""
+    space_of = directions(space)
+    ts, retries, succeeded, steps_run = ended.ts, ended.is_retry, ended.has_score, ended.steps
+    plan, held, prior = ts.plan, ts.round, ts.prior
+    row, fork, rung = held.index, held.fork, held.rung
+    kind, late, remaining = plan.kind[row], plan.late[row], _remaining(ts)
+    in_train, in_fork, in_sweep = ts.phase == TRAIN, (ts.phase == FORK) & ~retries, (ts.phase == SWEEP) & ~retries
     robust = jnp.asarray(_WEIGHTS) @ mean[MAX_FORKS + 1 :].reshape(len(_WEIGHTS), -1)
     mean, covariance = mean[: MAX_FORKS + 1], covariance[: MAX_FORKS + 1, : MAX_FORKS + 1]
 
@@ -201,13 +292,14 @@ def decide(
         FORK_RUNNING,
         jnp.where(succeeded, jnp.where(is_late, FORK_FINISHED, FORK_DROPPED), FORK_FAILED),
     )
+    is_fork = in_fork & (jnp.arange(MAX_FORKS) == fork)
     lost_steps = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), steps_run)
-    discarded = ts.discarded + jnp.where(ends, lost_steps, 0) + jnp.where(in_sweep, ran, 0)
+    discarded = ts.discarded + jnp.where(ends, lost_steps, 0) + jnp.where(in_sweep, position(ts), 0)
     discarded = discarded + jnp.where(retries, steps_run, 0)
     held = held._replace(
         kept=jnp.where(wins, fork, held.kept),
-        status=jnp.where(in_fork, held.status.at[fork].set(status), held.status),
-        p_better=jnp.where(in_fork, held.p_better.at[fork].set(p_better), held.p_better),
+        status=jnp.where(is_fork, status, held.status),
+        p_better=jnp.where(is_fork, p_better, held.p_better),
     )
     has_kept = held.kept >= 0
     best = jnp.maximum(held.kept, 0)
@@ -235,8 +327,8 @@ def decide(
     trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
 
     # Fast hyperparameters need not be those of a fork: the best may lie between two.
-    halfway = between[jnp.argmin(jnp.where(is_between, robust, jnp.inf))]
-    winner = jnp.where((kind == FAST) & jnp.any(is_between), halfway, held.x[best])
+    halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust, jnp.inf))]
+    winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
     chosen = jnp.where(has_kept, winner, proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
@@ -294,7 +386,6 @@ def decide(
     guard = _select(changes_state, ts.guard._replace(count=jnp.zeros_like(ts.guard.count)), ts.guard)
     guard = guard._replace(strikes=jnp.where(changes_state, 0, guard.strikes))
     new = ts._replace(
-        key=key,
         data_step=data_step,
         phase=phase,
         segment_left=segment,
@@ -311,8 +402,7 @@ def decide(
         round=held,
         slots=slots,
         guard=guard,
-        observations=observations,
-        hyper=posterior.hyper,
+        hyper=hyper,
     )
     off = jnp.zeros((), bool)
     return (

@@ -118,5 +118,9 @@ def add(
     is_full = obs.count >= capacity
     source = jnp.where(is_full & (slots >= victim), jnp.minimum(slots + 1, capacity - 1), slots)
     slot = jnp.minimum(obs.count, capacity - 1)
-    moved = {name: getattr(obs, name)[source].at[slot].set(value) for name, value in new.items()}
+    is_new = slots == slot
+    moved = {}
+    for name, value in new.items():
+        column = getattr(obs, name)[source]
+        moved[name] = jnp.where(is_new.reshape(-1, *(1,) * value.ndim), value, column)
     return Observations(**moved, count=obs.count + 1)

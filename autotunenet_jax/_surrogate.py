@@ -25,7 +25,8 @@ from ._bfgs import minimise
 from ._observations import Observations
 from ._observations import mask as used_slots
 from ._sampling import spread_table, turned, uniforms
-from ._targets import targets
+from ._single_kernel import single_kernel
+from ._targets import Targets, targets
 
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
 _SAME_OPTION = 1e-4
@@ -190,7 +191,7 @@ def flat_mean(config: SurrogateConfig) -> PriorMean:
 
 def bowl(mean: PriorMean, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
     """The prior mean at some points."""
-    quadratic = 0.5 * jnp.sum(mean.curvature * jnp.square(x - mean.center), axis=-1)
+    quadratic = 0.5 * jnp.square(x - mean.center) @ mean.curvature
     return 2.0 * quadratic / (1.0 + jnp.sqrt(1.0 + quadratic))
 
 
@@ -361,6 +362,30 @@ def _seeds(
     return jnp.where(is_loc, loc, jnp.where(is_safe, safe, seeds))
 
 
+@single_kernel(static_argnums=(0,))
+def _prepared(
+    config: SurrogateConfig, obs: Observations, start: Hyper, key: PRNGKeyArray, prior_mean: PriorMean | None
+) -> tuple[Float[Array, "n d"], Bool[Array, "n"], Targets, _Data, Float[Array, "draws starts p"]]:
+    """What a fit begins with: points, which of them count, targets, what the evidence needs, and where to look."""
+    used = used_slots(obs)
+    x = jnp.where(used[:, None], obs.x, 0.5)
+    group = obs.group if config.has_groups else jnp.zeros_like(obs.group)
+    target = targets(
+        obs,
+        group=group,
+        level=None if prior_mean is None else bowl(prior_mean, x),
+        standardise=config.standardise,
+        is_centred_apart=config.has_groups,
+        outlier=config.outlier,
+        failure_margin=config.failure_margin,
+    )
+    data = _prepare(config, x=x, time=obs.time, group=group, used=used, noise=target.noise, residual=target.residual)
+
+    loc, scale = _prior(config)
+    low, high = loc - _REACH * scale, loc + _REACH * scale
+    return x, used, target, data, _seeds(config, _flatten(start), key, low, high)
+
+
 def fit(
     config: SurrogateConfig,
     obs: Observations,
@@ -386,24 +411,9 @@ def fit(
     Cost:
       ``fit_starts * (fit_draws + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
     """
-    used = used_slots(obs)
-    x = jnp.where(used[:, None], obs.x, 0.5)
-    group = obs.group if config.has_groups else jnp.zeros_like(obs.group)
-    target = targets(
-        obs,
-        group=group,
-        level=None if prior_mean is None else bowl(prior_mean, x),
-        standardise=config.standardise,
-        is_centred_apart=config.has_groups,
-        outlier=config.outlier,
-        failure_margin=config.failure_margin,
-    )
-    data = _prepare(config, x=x, time=obs.time, group=group, used=used, noise=target.noise, residual=target.residual)
-
+    x, used, target, data, seeds = _prepared(config, obs, start, key, prior_mean)
     loc, scale = _prior(config)
     low, high = loc - _REACH * scale, loc + _REACH * scale
-    seeds = _seeds(config, _flatten(start), key, low, high)
-
     search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
     thetas, values, whiteners = minimise(lambda theta: _evidence(config, data, theta), seeds, **search)
     best = jnp.argmin(values)

@@ -70,6 +70,12 @@ def group_median(y: Float[Array, "n"], same: Bool[Array, "m n"]) -> Float[Array,
     return jnp.where(same & (rank[None, :] == middle[:, None]), y[None, :], 0.0) @ ones
 
 
+def _row_max(rows: Float[Array, "m n"]) -> Float[Array, "m"]:
+    # A maximum by itself XLA may leave to a library.
+    is_largest = jnp.argmax(rows, axis=1)[:, None] == np.arange(rows.shape[1])
+    return jnp.where(is_largest, rows, 0.0) @ np.ones(rows.shape[1], np.float32)
+
+
 def targets(
     obs: Observations,
     *,
@@ -133,7 +139,7 @@ def targets(
         unit = jnp.sqrt((jnp.square(centred) @ ones) / count)
         unit = jnp.where(unit > 1e-6, unit, 1.0)
         centred, scale = centred / unit, scale * unit
-    worst = jnp.max(jnp.where(same, centred[None, :], 0.0), axis=1)
+    worst = _row_max(jnp.where(same, centred[None, :], 0.0))
     residual = jnp.where(obs.failed, worst + failure_margin, centred)
     # Beyond this a trial weighs nothing, and larger numbers would cost digits.
     noise = jnp.minimum(obs.noise / jnp.square(scale), 1e4)

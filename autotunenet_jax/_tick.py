@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from . import _guard
 from ._plan import NEVER
+from ._single_kernel import single_kernel
 from ._state import (
     FORK,
     OUTCOME_ACCEPTED,
@@ -105,6 +106,7 @@ def _is_blown(sweep: Sweep, spread: Array, pos: Array) -> Bool[Array, ""]:
     return (pos >= 6) & (sweep.smooth > sweep.lowest + 0.5 * (sweep.first - sweep.lowest) + 4.0 * spread)
 
 
+@single_kernel(static_argnums=(0, 1))
 def tick(
     guard: _guard.Guard,
     retreat: Callable[[Array, Array], Array],

@@ -14,13 +14,15 @@ from jaxtyping import Array, Bool
 
 from . import _hyperparams, _packed
 from . import _tuned_trees as _trees
+from ._single_kernel import single_kernel
+from ._state import Directive
+from ._tuned_loss import settled, take_loss
 from ._tuned_state import (
     AutotuneState,
     Course,
     Order,
     Settings,
     in_force,
-    take_loss,
     take_metric,
     wants_metric,
     write_in_force,
@@ -174,12 +176,27 @@ def observe(opt_state: Any, loss: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _observe(settings: Settings, packed: _packed.Packed, loss: Array) -> _packed.Packed:
+    lag, is_usable = _unreported(settings, packed)
+    after, directive = take_loss(settings, packed, loss, lag=lag, is_usable=is_usable, is_away=jnp.zeros((), bool))
+    return _noted(settings, packed, after, lag, directive)
+
+
+@single_kernel(static_argnums=(0,))
+def _unreported(settings: Settings, packed: _packed.Packed) -> tuple[Array, Array]:
+    """Steps without a loss before the last one, and whether that one's gradients could be used."""
     course: Course = _packed.unpack(packed, settings.layout)
-    unreported = jnp.maximum(course.lag - 1, 0)
-    loss = jnp.where(course.is_spoiled, jnp.nan, loss)
-    ts, drift, order = take_loss(settings, course.tuner, course.drift, loss, lag=unreported)
-    merged = Order(*(new | old for new, old in zip(order, course.order, strict=True)))
-    return _packed.pack(course._replace(tuner=ts, drift=drift, order=merged, lag=jnp.zeros_like(course.lag)))
+    return jnp.maximum(course.lag - 1, 0), ~course.is_spoiled
+
+
+@single_kernel(static_argnums=(0,))
+def _noted(
+    settings: Settings, before: _packed.Packed, after: _packed.Packed, lag: Array, directive: Directive
+) -> _packed.Packed:
+    """The course with the copies that the next update has to make."""
+    past, course = (_packed.unpack(packed, settings.layout) for packed in (before, after))
+    course, order = settled(settings, past, course, lag, directive)
+    merged = Order(*(new | old for new, old in zip(order, past.order, strict=True)))
+    return _packed.pack(course._replace(order=merged, lag=jnp.zeros_like(course.lag)))
 
 
 def observe_eval(opt_state: Any, metric: Any) -> Any:
@@ -208,6 +225,7 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@single_kernel(static_argnums=(0,))
 def _observe_eval(settings: Settings, packed: _packed.Packed, metric: Array) -> _packed.Packed:
     return _packed.pack(take_metric(settings, _packed.unpack(packed, settings.layout), metric))
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 from . import _drift, _hyperparams, _packed
 from ._controller import Core
 from ._plan import NEVER
-from ._state import FORK, TRAIN, Directive, TunerState
+from ._state import FORK, TRAIN, TunerState
 
 Memory = Literal["keep-winner", "rewind", "drift"]
 MEMORIES = ("keep-winner", "rewind", "drift")
@@ -122,7 +122,7 @@ def no_order() -> Order:
     return Order(*(jnp.zeros((), bool) for _ in range(4)))
 
 
-def _advanced(ts: TunerState, steps: Array) -> TunerState:
+def advanced(ts: TunerState, steps: Array) -> TunerState:
     """The tuner's state ``steps`` unreported steps later: time passes, and a stretch waits for a loss to end it."""
     return ts._replace(
         step=ts.step + steps,
@@ -143,11 +143,11 @@ def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> 
     start = dict(zip(core.space.names, course.start, strict=True))
     if not settings.is_on:
         return start
-    values = core.hyperparams(_advanced(ts, lag))
+    values = core.hyperparams(advanced(ts, lag))
     # Without losses there is no experiment to run: the values in force outside experiments, and the schedule.
     waits = (ts.phase != TRAIN) & (lag >= ts.segment_left)
     is_unheard = (ts.step == 0) & ((lag > 0) | is_silent)
-    resting = _advanced(ts, lag)._replace(phase=jnp.full_like(ts.phase, TRAIN))
+    resting = advanced(ts, lag)._replace(phase=jnp.full_like(ts.phase, TRAIN))
     calm = core.hyperparams(resting)
     factor = core.schedule(resting)
     exact = {
@@ -165,65 +165,11 @@ def write_in_force(inner: Any, values: dict[str, Array], *, is_on: bool = True) 
     return _hyperparams.write(inner, values, _hyperparams.resolve(values, inner)) if is_on else inner
 
 
-def take_loss(
-    settings: Settings,
-    ts: TunerState,
-    drift: _drift.Drift | None,
-    loss: Array,
-    *,
-    lag: Array,
-    is_heard: Array | None = None,
-) -> tuple[TunerState, _drift.Drift | None, Order]:
-    """Tells the tuner one loss, and reads its directive as the memory mode can carry it out.
-
-    Args:
-      settings: Of the wrapper.
-      ts: The tuner's state.
-      drift: Levels of the loss, in drift mode.
-      loss: Scalar; of the step just done.
-      lag: Steps before that one whose losses were never reported.
-      is_heard: Whether the loss tells anything; the budget is spent in any case. None for yes.
-    """
-    core = settings.core
-    before = _advanced(ts, lag)
-    if drift is not None:
-        drift, shifted = _drift.feed(drift, before, loss)
-        after, _ = _update(core, before, shifted, is_heard)
-        after = _drift.tighten(core.space, before, after)
-        return after, _drift.mark(drift, before, after), no_order()
-    after, directive = _update(core, before, loss, is_heard)
-    return _read(settings.memory, before, after, directive)
-
-
-def _update(core: Core, ts: TunerState, loss: Array, is_heard: Array | None) -> tuple[TunerState, Directive]:
-    """`AutoTuneNet.update`; a loss that is not heard only lets time pass."""
-    after, directive, due = core.tick(ts, loss)
-    if is_heard is not None:
-        after = where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
-        copies = ("save", "restore", "keep", "adopt")
-        directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
-        due &= is_heard
-
-    return core.decide_when(due, after, directive)
-
-
-def _read(memory: Memory, before: TunerState, after: TunerState, directive: Directive) -> Any:
-    if memory == "keep-winner":
-        return after, None, Order(directive.save, directive.keep, directive.restore, directive.adopt)
-    # Without a kept copy a winner that is no longer running is lost: its steps are, too.
-    is_lost = directive.adopt & (before.phase == FORK)
-    kept = jnp.maximum(before.round.kept, 0)
-    lost = jnp.where(is_lost, before.round.steps[kept], 0)
-    after = after._replace(discarded=after.discarded + lost)
-    off = jnp.zeros((), bool)
-    return after, None, Order(directive.save, off, directive.restore | directive.adopt, off)
-
-
 def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
     """Tells the tuner a validation metric of the current parameters."""
     metric = jnp.asarray(metric, jnp.float32)
     metric = -metric if settings.is_max else metric
-    ts = _advanced(course.tuner, course.lag)
+    ts = advanced(course.tuner, course.lag)
     drift = course.drift
     fed = metric
     if drift is not None:

@@ -1,0 +1,196 @@
+"""Functions of a few numbers, compiled as one piece."""
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax.custom_batching import custom_vmap
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import jaxprs_in_params
+
+# What makes XLA on CPU leave a call as it is and compile its body as one kernel.
+_ONE_KERNEL: dict[str, Any] = {"inlineable": "false", "xla_cpu_small_call": "true"}
+_NOTHING: dict[str, Any] = dict.fromkeys(_ONE_KERNEL)
+# Where it is known to. Other versions compile the functions as any other.
+_VERSIONS = ("0.10.",)
+
+# Larger reductions, and any product of two matrices, XLA may leave to a library.
+_LARGE = 2048
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
+_LIBRARY = ("sort", "top_k", "cholesky", "triangular_solve", "scatter", "fft", "eigh", "svd", "lu",
+            "conv_general_dilated", "pure_callback", "io_callback", "debug_callback")  # fmt: skip
+
+# What travels as words of 32 bits.
+_WORDS = tuple(jnp.dtype(name) for name in ("float32", "int32", "uint32", "bool"))
+
+_tracing = threading.local()
+
+
+def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function as one kernel instead of one for each array it returns.
+
+    XLA on CPU makes a kernel of each array that a computation returns, with all that leads to it in each. A state
+    machine is hundreds of such kernels: each takes the compiler some 15 ms, and every step about a microsecond.
+
+    Args:
+      static_argnums: As for ``jax.jit``.
+
+    Returns:
+      A decorator for pure functions of small arrays. One that needs a library, as factorisations, products of matrices
+      and large reductions do, is compiled as usual, and so is every one under ``jax.vmap`` and on other devices.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            if getattr(_tracing, "is_inside", False) or not _is_supported():
+                return function(*args)
+            static = tuple(arg if position in static_argnums else None for position, arg in enumerate(args))
+            leaves, structure = jax.tree.flatten(
+                [None if position in static_argnums else arg for position, arg in enumerate(args)]
+            )
+            leaves = [jnp.asarray(leaf) for leaf in leaves]
+            signature = _Signature(static, structure, tuple(_Leaf.of(leaf) for leaf in leaves))
+            return _kernel(function, signature)(*leaves)
+
+        return call
+
+    return decorate
+
+
+class _Leaf(NamedTuple):
+    """What an array is: of a PRNG key its data, and how keys are made of them."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    impl: Any
+
+    @classmethod
+    def of(cls, array: Any) -> "_Leaf":
+        impl = jax.random.key_impl(array) if _is_key(array) else None
+        data = jax.eval_shape(_data, array)
+        return cls(data.shape, data.dtype, impl)
+
+
+class _Signature(NamedTuple):
+    """How a function is called: its static arguments, the tree of the others, and what those are."""
+
+    static: tuple[Any, ...]
+    structure: Any
+    leaves: tuple[_Leaf, ...]
+
+
+def _is_supported() -> bool:
+    return jax.default_backend() == "cpu" and jaxlib.__version__.startswith(_VERSIONS)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[..., Any]:
+    """The function of its leaves, as one kernel where that can be."""
+
+    def plain(*leaves: Any) -> Any:
+        args = jax.tree.unflatten(signature.structure, leaves)
+        return function(*(given if arg is None else arg for given, arg in zip(signature.static, args, strict=True)))
+
+    @jax.jit
+    def body(words: Any) -> Any:
+        _tracing.is_inside = True
+        try:
+            with set_xla_metadata(**_NOTHING):
+                return plain(*_unpacked(words, signature.leaves))
+        finally:
+            _tracing.is_inside = False
+
+    def one(*leaves: Any) -> Any:
+        # All in one: the kernel's emitter cannot stand an argument that turns out to be unused.
+        words = _packed(leaves)
+        with set_xla_metadata(**_ONE_KERNEL):
+            return body(words)
+
+    if any(leaf.dtype not in _WORDS for leaf in signature.leaves):
+        return plain
+    with set_xla_metadata(**_ONE_KERNEL):
+        size = sum(math.prod(leaf.shape) for leaf in signature.leaves)
+        program = body.trace(jax.ShapeDtypeStruct((size,), jnp.uint32)).jaxpr
+    if _needs_library(program.jaxpr):
+        return plain
+    alone = custom_vmap(one)
+
+    @alone.def_vmap
+    def _(axis_size: int, is_batched: Sequence[bool], *leaves: Any) -> Any:
+        # Under vmap reductions grow, and one thread would do the work of all.
+        results = jax.vmap(plain, [0 if flag else None for flag in is_batched], axis_size=axis_size)(*leaves)
+        return results, jax.tree.map(lambda _: True, results)
+
+    kernel = jax.custom_jvp(alone)
+    # Words have no derivatives; what they stand for has.
+    kernel.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return kernel
+
+
+def _is_key(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _data(array: Any) -> Any:
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _packed(leaves: Sequence[Any]) -> Any:
+    """All numbers as words of 32 bits, one dtype after the other: converting each array by itself takes a kernel."""
+    parts: dict[Any, list[Any]] = {dtype: [] for dtype in _WORDS}
+    for leaf in map(_data, leaves):
+        parts[leaf.dtype].append(jnp.ravel(leaf))
+    return jnp.concatenate([_words(jnp.concatenate(part)) for part in parts.values() if part])
+
+
+def _words(vector: Any) -> Any:
+    is_bool = vector.dtype == jnp.bool_
+    return vector.astype(jnp.uint32) if is_bool else jax.lax.bitcast_convert_type(vector, jnp.uint32)
+
+
+def _unpacked(words: Any, leaves: Sequence[_Leaf]) -> list[Any]:
+    ends, begin = {}, 0
+    for dtype in _WORDS:
+        ends[dtype] = begin
+        begin += sum(math.prod(leaf.shape) for leaf in leaves if leaf.dtype == dtype)
+    arrays = []
+    for leaf in leaves:
+        begin = ends[leaf.dtype]
+        ends[leaf.dtype] += math.prod(leaf.shape)
+        data = words[begin : ends[leaf.dtype]].reshape(leaf.shape)
+        data = data != 0 if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(data, leaf.dtype)
+        arrays.append(data if leaf.impl is None else jax.random.wrap_key_data(data, impl=leaf.impl))
+    return arrays
+
+
+def _needs_library(jaxpr: Any) -> bool:
+    """Whether a part of a program is none that XLA puts into a kernel of its own making."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        shapes = [getattr(operand.aval, "shape", ()) for operand in equation.invars]
+        if name in _LIBRARY or (name in _REDUCTIONS and _is_large(equation.invars[0].aval)):
+            return True
+        if name == "dot_general" and _is_matrix_product(equation.params["dimension_numbers"], shapes):
+            return True
+        if any(_needs_library(part) for part in jaxprs_in_params(equation.params)):
+            return True
+    return False
+
+
+def _is_large(operand: Any) -> bool:
+    return jnp.issubdtype(operand.dtype, jnp.floating) and operand.size >= _LARGE
+
+
+def _is_matrix_product(dimensions: Any, shapes: list[tuple[int, ...]]) -> bool:
+    """Whether both operands have rows of their own, or are too long."""
+    (contracted, batch), rows = dimensions, []
+    for shape, summed, shared in zip(shapes, contracted, batch, strict=True):
+        rows.append(math.prod(size for axis, size in enumerate(shape) if axis not in (*summed, *shared)))
+    inner = math.prod(shapes[0][axis] for axis in contracted[0])
+    return min(rows) > 1 or (max(rows) == 1 and inner >= _LARGE)

@@ -1,0 +1,103 @@
+"""What one loss makes of the course of a tuned optimizer's run."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from . import _drift, _packed
+from ._controller import when
+from ._single_kernel import single_kernel
+from ._state import FORK, Directive
+from ._tuned_state import Course, Memory, Order, Settings, advanced, no_order, where
+
+
+class _Heard(NamedTuple):
+    """The course after the loss, what it asks for, and whether the tuner has something to decide."""
+
+    packed: _packed.Packed
+    directive: Directive
+    is_due: Bool[Array, ""]
+
+
+def take_loss(
+    settings: Settings, packed: _packed.Packed, loss: Array, *, lag: Array, is_usable: Array, is_away: Array
+) -> tuple[_packed.Packed, Directive]:
+    """Tells the tuner one loss.
+
+    Args:
+      settings: Of the wrapper.
+      packed: The course of the run before.
+      loss: Scalar; of the step just done.
+      lag: Steps before that one whose losses were never reported.
+      is_usable: Whether the loss and its gradients are finite.
+      is_away: Whether the parameters are on their way back to a snapshot: then the loss tells nothing, but the budget
+        is spent.
+
+    Returns:
+      The course after, and what the tuner asks for; `settled` reads it.
+    """
+    heard = _hear(settings, packed, loss, lag, is_usable, is_away)
+
+    def decided(packed: _packed.Packed, first: Directive) -> tuple[_packed.Packed, Directive]:
+        course = _unpack(settings, packed)
+        ts, second, _ = settings.core.decide(course.tuner)
+        return _packed.pack(course._replace(tuner=ts)), second._replace(verdict=first.verdict)
+
+    return when(heard.is_due, decided, heard.packed, heard.directive)
+
+
+@single_kernel(static_argnums=(0,))
+def _unpack(settings: Settings, packed: _packed.Packed) -> Course:
+    return _packed.unpack(packed, settings.layout)
+
+
+@single_kernel(static_argnums=(0,))
+def _hear(
+    settings: Settings, packed: _packed.Packed, loss: Array, lag: Array, is_usable: Array, is_away: Array
+) -> _Heard:
+    """The cheap half: the tuner's tick. A loss that is not heard only lets time pass."""
+    course: Course = _packed.unpack(packed, settings.layout)
+    loss, is_heard = jnp.where(is_usable, jnp.asarray(loss, jnp.float32), jnp.nan), ~is_away
+    ts, drift = advanced(course.tuner, lag), course.drift
+    if drift is not None:
+        drift, loss = _drift.feed(drift, ts, loss)
+    after, directive, is_due = settings.core.tick(ts, loss)
+    after = where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
+    copies = ("save", "restore", "keep", "adopt")
+    directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
+    return _Heard(_packed.pack(course._replace(tuner=after, drift=drift)), directive, is_due & is_heard)
+
+
+def settled(
+    settings: Settings, before: Course, after: Course, lag: Array, directive: Directive
+) -> tuple[Course, Order]:
+    """Reads what the tuner asks for as the memory mode can carry it out.
+
+    Args:
+      settings: Of the wrapper.
+      before: The course before the loss.
+      after: The course that `take_loss` gave.
+      lag: As for `take_loss`.
+      directive: What it gave with the course.
+
+    Returns:
+      The course with its books put right, and the copies to make.
+    """
+    past, ts = advanced(before.tuner, lag), after.tuner
+    if after.drift is not None:
+        ts = _drift.tighten(settings.core.space, past, ts)
+        return after._replace(tuner=ts, drift=_drift.mark(after.drift, past, ts)), no_order()
+    return _read(settings.memory, before, after, directive)
+
+
+def _read(memory: Memory, before: Course, after: Course, directive: Directive) -> tuple[Course, Order]:
+    if memory == "keep-winner":
+        return after, Order(directive.save, directive.keep, directive.restore, directive.adopt)
+    # Without a kept copy a winner that is no longer running is lost: its steps are, too.
+    held = before.tuner.round
+    is_lost = directive.adopt & (before.tuner.phase == FORK)
+    lost = jnp.where(is_lost, held.steps[jnp.maximum(held.kept, 0)], 0)
+    ts = after.tuner._replace(discarded=after.tuner.discarded + lost)
+    off = jnp.zeros((), bool)
+    return after._replace(tuner=ts), Order(directive.save, off, directive.restore | directive.adopt, off)
