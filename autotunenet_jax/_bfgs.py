@@ -24,6 +24,7 @@ def minimise(
     high: Float[Array, "p"],
     scale: Float[Array, "p"],
     steps: int,
+    extra: tuple[int, ...] | None = None,
 ) -> tuple[Float[Array, "s p"], Float[Array, "s"], Float[Array, "s *extra"] | None]:
     """BFGS in a box, several searches side by side, with one evaluation of the objective per search and iteration.
 
@@ -39,6 +40,7 @@ def minimise(
       high: Upper corner.
       scale: Typical length of each coordinate; one with scale 0 keeps its seed's value.
       steps: Static number of iterations after the seeds.
+      extra: Shape of the by-products, where there are any.
 
     Returns:
       For each search the best point met, its value and its by-products; the first seed, infinity and zeros if the
@@ -52,24 +54,23 @@ def minimise(
     per_scale = jnp.where(scale > 0.0, 1.0 / jnp.maximum(scale, 1e-20), 0.0)
 
     def step(carry, iteration):
-        best, extra, inverse = carry
+        best, kept, inverse = carry
         trial = _trial(best, inverse, seeds, iteration, low, high, per_scale)
-        value, gradient, trial_extra = objective(trial)
+        value, gradient, found = objective(trial)
         best, inverse, is_better = _learned(best, inverse, trial, value, gradient, iteration < count)
-        if extra is not None and trial_extra is not None:
-            extra = jnp.where(is_better.reshape((searches,) + (1,) * (extra.ndim - 1)), trial_extra, extra)
-        return (best, extra, inverse), None
+        if kept is not None and found is not None:
+            kept = jnp.where(is_better.reshape((searches,) + (1,) * (kept.ndim - 1)), found, kept)
+        return (best, kept, inverse), None
 
-    blank = jax.eval_shape(objective, seeds[0])[2]
     rest = np.zeros((searches, p + 2), np.float32)
     rest[:, p:] = np.inf, 1.0
     carry = (
         jnp.concatenate([seeds[0], rest], axis=1),
-        None if blank is None else jnp.zeros(blank.shape, blank.dtype),
+        None if extra is None else jnp.zeros(extra, jnp.float32),
         jnp.broadcast_to(start, (searches, p, p)),
     )
-    (best, extra, _), _ = jax.lax.scan(step, carry, np.arange(count + steps))
-    return best[:, :p], best[:, 2 * p], extra
+    (best, kept, _), _ = jax.lax.scan(step, carry, np.arange(count + steps))
+    return best[:, :p], best[:, 2 * p], kept
 
 
 @single_kernel()

@@ -103,5 +103,8 @@ def _unpacked(packed: Any, layout: Layout) -> Any:
             continue
         vector = getattr(packed, name)
         ends[name] += math.prod(shape)
-        leaves.append(vector[..., begin : ends[name]].reshape((*vector.shape[:-1], *shape)))
+        # Indexing by JAX's own notation takes longer to trace.
+        is_numpy = isinstance(vector, np.ndarray)
+        part = vector[begin : ends[name]] if is_numpy else jax.lax.slice_in_dim(vector, begin, ends[name], axis=-1)
+        leaves.append(part.reshape((*vector.shape[:-1], *shape)))
     return jax.tree.unflatten(layout.structure, leaves)

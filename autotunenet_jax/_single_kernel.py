@@ -72,9 +72,10 @@ class _Leaf(NamedTuple):
 
     @classmethod
     def of(cls, array: Any) -> "_Leaf":
-        impl = jax.random.key_impl(array) if _is_key(array) else None
-        data = jax.eval_shape(_data, array)
-        return cls(data.shape, data.dtype, impl)
+        if not _is_key(array):
+            return cls(array.shape, array.dtype, None)
+        data = jax.eval_shape(jax.random.key_data, array)
+        return cls(data.shape, data.dtype, jax.random.key_impl(array))
 
 
 class _Signature(NamedTuple):
@@ -155,16 +156,17 @@ def _words(vector: Any) -> Any:
 
 
 def _unpacked(words: Any, leaves: Sequence[_Leaf]) -> list[Any]:
-    ends, begin = {}, 0
+    vectors, ends, begin = {}, dict.fromkeys(_WORDS, 0), 0
     for dtype in _WORDS:
-        ends[dtype] = begin
-        begin += sum(math.prod(leaf.shape) for leaf in leaves if leaf.dtype == dtype)
+        end = begin + sum(math.prod(leaf.shape) for leaf in leaves if leaf.dtype == dtype)
+        part = jax.lax.slice(words, (begin,), (end,))
+        vectors[dtype] = part != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(part, dtype)
+        begin = end
     arrays = []
     for leaf in leaves:
         begin = ends[leaf.dtype]
         ends[leaf.dtype] += math.prod(leaf.shape)
-        data = words[begin : ends[leaf.dtype]].reshape(leaf.shape)
-        data = data != 0 if leaf.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(data, leaf.dtype)
+        data = jax.lax.slice(vectors[leaf.dtype], (begin,), (ends[leaf.dtype],)).reshape(leaf.shape)
         arrays.append(data if leaf.impl is None else jax.random.wrap_key_data(data, impl=leaf.impl))
     return arrays
 

@@ -415,7 +415,8 @@ def fit(
     loc, scale = _prior(config)
     low, high = loc - _REACH * scale, loc + _REACH * scale
     search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
-    thetas, values, whiteners = minimise(lambda theta: _evidence(config, data, theta), seeds, **search)
+    shape = (config.fit_starts, used.size, used.size)
+    thetas, values, whiteners = minimise(lambda theta: _evidence(config, data, theta), seeds, extra=shape, **search)
     best = jnp.argmin(values)
     theta, value, whitener = (
         jax.lax.dynamic_index_in_dim(part, best, keepdims=False) for part in (thetas, values, whiteners)

@@ -62,18 +62,19 @@ def autolrs(task: Workload, seed: int, hp: dict[str, float]) -> Found:
 
 
 def forecast(losses: np.ndarray, horizon: int, first: float) -> float:
-    """Loss after ``horizon`` steps; infinite when the candidate diverged.
+    """Loss after ``horizon`` steps; infinite when the candidate diverged. A faulty batch in between is left out.
 
     Args:
       losses: float ``[n]``: training losses of a candidate.
       horizon: Steps counted from the candidate's first.
       first: Loss that the run began with.
     """
-    if not np.isfinite(losses).all():
+    if not np.isfinite(losses[-1]):
         return math.inf
+    t = np.flatnonzero(np.isfinite(losses)).astype(float)
+    losses = losses[np.isfinite(losses)]
     if losses.max() > first:
         return float(losses[-max(len(losses) // 10, 1) :].mean())
-    t = np.arange(len(losses), dtype=float)
     smooth = _without_outliers(t, losses)
     direction = 1.0 if smooth[0] >= smooth[-1] else -1.0
 
@@ -94,7 +95,7 @@ def _without_outliers(t: np.ndarray, losses: np.ndarray) -> np.ndarray:
     count = max(round(_OUTLIERS * len(t)), 1) if len(t) >= 2 * _PASSES else 0
     for _ in range(_PASSES if count else 0):
         away = np.abs(losses - _spline(t[kept], losses[kept])(t))
-        away[~kept | (t >= _EARLY * len(t))] = -1.0
+        away[~kept | (t >= _EARLY * t[-1])] = -1.0
         kept[np.argsort(away)[-count:]] = False
     return _spline(t[kept], losses[kept])(t)
 
