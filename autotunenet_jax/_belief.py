@@ -27,10 +27,11 @@ def normalised(obs: _observations.Observations, *, resolution: Float[Array, "n"]
     """
     usable = _observations.mask(obs) & ~obs.failed
     same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
-    lowest = jnp.where(same.any(axis=1), obs.y[jnp.argmin(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)], 0.0)
+    best = jnp.argmin(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
+    lowest = jnp.where(same.any(axis=1), obs.y[best], 0.0)
     excess = obs.y - lowest
-    members = same.astype(jnp.float32)
-    mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ np.ones(excess.size, np.float32), 1.0)
+    members, ones = same.astype(jnp.float32), np.ones(excess.size, np.float32)
+    mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ ones, 1.0)
     scale = jnp.maximum(jnp.maximum(-lowest, 2.0 * mean_excess), 1e-12)
     share = jnp.clip(excess / scale, 0.0, _WORST_SHARE)
     return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))

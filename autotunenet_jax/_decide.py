@@ -239,9 +239,7 @@ def decide(
     Cost: one surrogate fit, one acquisition, one posterior; O(capacity^3), whatever the length of the run.
     """
     ended = _end(policy, space, ts)
-    posterior = _surrogate.fit(
-        config, ended.scores, start=ts.hyper, key=ended.fit_key, prior_mean=ended.belief
-    )
+    posterior = _surrogate.fit(config, ended.scores, start=ts.hyper, key=ended.fit_key, prior_mean=ended.belief)
     proposal = _acquisition.propose(
         config,
         posterior,

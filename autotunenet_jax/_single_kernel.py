@@ -1,6 +1,7 @@
 """Functions of a few numbers, compiled as one piece."""
 
 import functools
+import importlib.metadata
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import jaxprs_in_params
@@ -86,8 +86,13 @@ class _Signature(NamedTuple):
     leaves: tuple[_Leaf, ...]
 
 
+@functools.cache
+def _is_known_version() -> bool:
+    return importlib.metadata.version("jaxlib").startswith(_VERSIONS)
+
+
 def _is_supported() -> bool:
-    return jax.default_backend() == "cpu" and jaxlib.__version__.startswith(_VERSIONS)
+    return jax.default_backend() == "cpu" and _is_known_version()
 
 
 @functools.lru_cache(maxsize=256)
