@@ -48,7 +48,7 @@ def test_it_is_one_kernel():
         return tuple(jnp.tanh(x * factor) for factor in range(2, 12))
 
     def kernels(function):
-        program = jax.jit(function).lower(jnp.ones(3)).compile().as_text()
+        program = str(jax.jit(function).lower(jnp.ones(3)).compile().as_text())
         entry = program[program.index("ENTRY") :]
         return entry.count(" fusion(") + entry.count(" call(")
 

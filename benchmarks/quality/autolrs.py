@@ -22,6 +22,9 @@ _PASSES = 10
 _OUTLIERS = 0.03
 _EARLY = 0.5
 
+# Steps whose mean is the loss at the end of a series; the public implementation's.
+_LATE = 10
+
 
 def autolrs(task: Workload, seed: int, hp: dict[str, float]) -> Found:
     """AutoLRS at equal budget: half of each stage explores, half trains at the rate found.
@@ -34,15 +37,15 @@ def autolrs(task: Workload, seed: int, hp: dict[str, float]) -> Found:
     Source: Jin et al., "AutoLRS: Automatic Learning-Rate Schedule by Bayesian Optimization on the Fly" (2021), section
       3, and its public implementation, which forecasts training loss while stages are as short as here. Two things
       differ. There, stages begin at 1,000 steps and double up to 8,000; here three of them are scaled to the budget.
-      There, the forecast is free; here ``b`` keeps to what a series of that length can show and the loss stays above
-      zero, and a series that rises above the run's first loss is not extrapolated.
+      There, the forecast is free; here ``b`` keeps to what a series of that length can show, the loss stays above zero,
+      and what rises is not extrapolated (there, only in stages scored on validation data).
     """
     low, high = (math.log10(bound) for bound in task.space["learning_rate"])
     state, losses, rates, at = task.init(seed), [], [], 0
     rng = np.random.default_rng(seed)
     lengths = _stages(task.total_steps)
     times = clock(task, sum(lengths))
-    first = None
+    first = begin = math.inf
     for length in lengths:
         tried, forecasts = [], []
         for _ in range(CANDIDATES):
@@ -50,31 +53,38 @@ def autolrs(task: Workload, seed: int, hp: dict[str, float]) -> Found:
             short = length // CANDIDATES
             _, loss, _ = train(task, state, seed, at, np.full(short, 10**x), hp, times[at : at + short])
             losses.append(np.asarray(loss))
-            first = losses[0][0] if first is None else first
+            if at == 0:
+                first = begin = losses[0][0]
             tried.append(x)
-            forecasts.append(forecast(losses[-1], length, first))
+            forecasts.append(forecast(losses[-1], length, first=first, begin=begin))
         best = 10 ** tried[int(np.argmin(forecasts))]
         state, loss, _ = train(task, state, seed, at, np.full(length, best), hp, times[at : at + length])
         losses.append(np.asarray(loss))
+        begin = float(np.nanmean(losses[-1][-_LATE:]))
         rates.append(best)
         at += length
     return state, np.concatenate(losses), {"rates": rates, "useful": at}
 
 
-def forecast(losses: np.ndarray, horizon: int, first: float) -> float:
+def forecast(losses: np.ndarray, horizon: int, *, first: float, begin: float) -> float:
     """Loss after ``horizon`` steps; infinite when the candidate diverged. A faulty batch in between is left out.
+
+    A series that rises above the run's first loss, or ends above its stage's, is no decaying exponential; its late mean
+    counts instead.
 
     Args:
       losses: float ``[n]``: training losses of a candidate.
       horizon: Steps counted from the candidate's first.
       first: Loss that the run began with.
+      begin: Loss that the stage began with.
     """
     if not np.isfinite(losses[-1]):
         return math.inf
     t = np.flatnonzero(np.isfinite(losses)).astype(float)
     losses = losses[np.isfinite(losses)]
-    if losses.max() > first:
-        return float(losses[-max(len(losses) // 10, 1) :].mean())
+    end = float(losses[-_LATE:].mean())
+    if losses.max() > first or end > begin:
+        return end
     smooth = _without_outliers(t, losses)
     direction = 1.0 if smooth[0] >= smooth[-1] else -1.0
 
