@@ -33,7 +33,7 @@ class FitResult:
     """What `fit` returns.
 
     Attributes:
-      state: The training state at the end of the run.
+      state: The training state at the end of the run; the best one where validation has got worse in the last steps.
       history: What happened.
       hyperparams: Tuned values at the end, as Python objects, before the decay.
       tuner_state: The tuner's last state.
@@ -181,7 +181,7 @@ def fit(
         if opened is not None:
             opened.close()
     run.settle()
-    run.evaluate(is_settled=True)
+    run.end()
     recorder.finish(run.step, int(run.ts.rollbacks))
     return FitResult(
         state=run.copies.state,

@@ -167,7 +167,7 @@ class Run:
             if stop.is_requested:
                 return
 
-    def evaluate(self, *, is_settled: bool) -> None:
+    def evaluate(self, *, is_settled: bool, is_last: bool = False) -> None:
         """Measures the validation metric and tells the tuner, once per step."""
         if self.eval_step is None or self.evaluated_at == self.step:
             return
@@ -176,20 +176,18 @@ class Run:
         value = float(metric)
         self.evaluated_at = self.step
         self.recorder.add_eval(self.step, value, is_settled=is_settled)
-        self._note_retreat()
+        self._note_retreat(is_last)
         if is_settled:
             self.last_eval = value
             self._keep_best(value)
 
-    def _note_retreat(self) -> None:
+    def _note_retreat(self, is_last: bool) -> None:
         retreats = int(self.ts.validation.retreats)
         if retreats > self.retreats:
             self.retreats = retreats
             self.hyperparams = hyperparams_jit(self.core, self.ts)
-            message = (
-                "The validation metric got worse while the training loss fell: training goes on from the best state, "
-                "at a lower rate."
-            )
+            what = "the run ends in" if is_last else "training goes on, at a lower rate, from"
+            message = f"The validation metric got worse while the training loss fell: {what} the best state."
             self.recorder.note(self.step, "retreat", message)
 
     def _keep_best(self, value: float) -> None:
@@ -242,6 +240,14 @@ class Run:
             self.recorder.note(
                 self.step, "rollback", f"The last state was not finite; that of step {step} was restored."
             )
+
+    def end(self) -> None:
+        """Measures the last state, and goes back to the best one where that metric asks for it."""
+        self.evaluate(is_settled=True, is_last=True)
+        seen = self.ts.validation
+        if self.eval_step is not None and self.phase == TRAIN and bool(seen.returns & seen.is_kept):
+            self.copies = self.copies._replace(state=copy_tree(self.copies.kept))
+            self.last_eval = float(_eval_jit(self.eval_step, self.copies.state))
 
     def _settle_round(self) -> None:
         if self.phase == TRAIN:

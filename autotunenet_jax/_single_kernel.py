@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
 # What makes XLA on CPU leave a call as it is and compile its body as one kernel.
 _ONE_KERNEL: dict[str, Any] = {"inlineable": "false", "xla_cpu_small_call": "true"}
@@ -55,7 +55,9 @@ def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable
                 [None if position in static_argnums else arg for position, arg in enumerate(args)]
             )
             leaves = [jnp.asarray(leaf) for leaf in leaves]
-            signature = _Signature(static, structure, tuple(_Leaf.of(leaf) for leaf in leaves))
+            shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+            impls = tuple(jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in leaves)
+            signature = _Signature(static, structure, shapes, impls)
             return _kernel(function, signature)(*leaves)
 
         return call
@@ -63,27 +65,13 @@ def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable
     return decorate
 
 
-class _Leaf(NamedTuple):
-    """What an array is: of a PRNG key its data, and how keys are made of them."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    impl: Any
-
-    @classmethod
-    def of(cls, array: Any) -> "_Leaf":
-        if not _is_key(array):
-            return cls(array.shape, array.dtype, None)
-        data = jax.eval_shape(jax.random.key_data, array)
-        return cls(data.shape, data.dtype, jax.random.key_impl(array))
-
-
 class _Signature(NamedTuple):
-    """How a function is called: its static arguments, the tree of the others, and what those are."""
+    """How a function is called: its static arguments, the tree of the others, what those are, and keys' kinds."""
 
     static: tuple[Any, ...]
     structure: Any
-    leaves: tuple[_Leaf, ...]
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    impls: tuple[Any, ...]
 
 
 @functools.cache
@@ -103,40 +91,60 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
         args = jax.tree.unflatten(signature.structure, leaves)
         return function(*(given if arg is None else arg for given, arg in zip(signature.static, args, strict=True)))
 
-    @jax.jit
-    def body(words: Any) -> Any:
-        _tracing.is_inside = True
-        try:
-            with set_xla_metadata(**_NOTHING):
-                return plain(*_unpacked(words, signature.leaves))
-        finally:
-            _tracing.is_inside = False
+    _tracing.is_inside = True
+    try:
+        program, results = jax.make_jaxpr(plain, return_shape=True)(*signature.leaves)
+    finally:
+        _tracing.is_inside = False
+    inputs, outputs = program.jaxpr.invars, program.jaxpr.outvars
+    read = {id(variable) for equation in program.eqns for variable in equation.invars}
+    live = [number for number, variable in enumerate(inputs) if id(variable) in read]
+    places = {id(variable): number for number, variable in enumerate(inputs)}
+    # What comes back as it went in stays outside.
+    passed = [places.get(id(variable)) for variable in outputs]
+    kinds = [jax.eval_shape(_data, signature.leaves[number]) for number in live]
+    if not live or any(kind.dtype not in _WORDS for kind in kinds) or _needs_library(program.jaxpr):
+        return plain
 
-    def one(*leaves: Any) -> Any:
+    def evaluated(*values: Any) -> list[Any]:
+        args: list[Any] = [None] * len(inputs)
+        for number, value in zip(live, values, strict=True):
+            args[number] = value
+        computed = jaxpr_as_fun(program)(*args)
+        return [value for value, place in zip(computed, passed, strict=True) if place is None]
+
+    @jax.jit
+    def body(words: Any) -> list[Any]:
+        values = _unpacked(words, kinds)
+        for place, number in enumerate(live):
+            if signature.impls[number] is not None:
+                values[place] = jax.random.wrap_key_data(values[place], impl=signature.impls[number])
+        with set_xla_metadata(**_NOTHING):
+            return evaluated(*values)
+
+    @custom_vmap
+    def alone(*values: Any) -> list[Any]:
         # All in one: the kernel's emitter cannot stand an argument that turns out to be unused.
-        words = _packed(leaves)
+        words = _packed(values)
         with set_xla_metadata(**_ONE_KERNEL):
             return body(words)
 
-    if any(leaf.dtype not in _WORDS for leaf in signature.leaves):
-        return plain
-    with set_xla_metadata(**_ONE_KERNEL):
-        size = sum(math.prod(leaf.shape) for leaf in signature.leaves)
-        program = body.trace(jax.ShapeDtypeStruct((size,), jnp.uint32)).jaxpr
-    if _needs_library(program.jaxpr):
-        return plain
-    alone = custom_vmap(one)
-
     @alone.def_vmap
-    def _(axis_size: int, is_batched: Sequence[bool], *leaves: Any) -> Any:
+    def _(axis_size: int, is_batched: Sequence[bool], *values: Any) -> Any:
         # Under vmap reductions grow, and one thread would do the work of all.
-        results = jax.vmap(plain, [0 if flag else None for flag in is_batched], axis_size=axis_size)(*leaves)
-        return results, jax.tree.map(lambda _: True, results)
+        computed = jax.vmap(evaluated, [0 if flag else None for flag in is_batched], axis_size=axis_size)(*values)
+        return computed, [True] * len(computed)
 
     kernel = jax.custom_jvp(alone)
     # Words have no derivatives; what they stand for has.
-    kernel.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
-    return kernel
+    kernel.defjvp(lambda primals, tangents: jax.jvp(evaluated, primals, tangents))
+
+    def one(*leaves: Any) -> Any:
+        computed = iter(kernel(*(leaves[number] for number in live)))
+        values = [next(computed) if place is None else leaves[place] for place in passed]
+        return jax.tree.unflatten(jax.tree.structure(results), values)
+
+    return one
 
 
 def _is_key(array: Any) -> bool:
@@ -160,19 +168,18 @@ def _words(vector: Any) -> Any:
     return vector.astype(jnp.uint32) if is_bool else jax.lax.bitcast_convert_type(vector, jnp.uint32)
 
 
-def _unpacked(words: Any, leaves: Sequence[_Leaf]) -> list[Any]:
+def _unpacked(words: Any, kinds: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
     vectors, ends, begin = {}, dict.fromkeys(_WORDS, 0), 0
     for dtype in _WORDS:
-        end = begin + sum(math.prod(leaf.shape) for leaf in leaves if leaf.dtype == dtype)
+        end = begin + sum(kind.size for kind in kinds if kind.dtype == dtype)
         part = jax.lax.slice(words, (begin,), (end,))
         vectors[dtype] = part != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(part, dtype)
         begin = end
     arrays = []
-    for leaf in leaves:
-        begin = ends[leaf.dtype]
-        ends[leaf.dtype] += math.prod(leaf.shape)
-        data = jax.lax.slice(vectors[leaf.dtype], (begin,), (ends[leaf.dtype],)).reshape(leaf.shape)
-        arrays.append(data if leaf.impl is None else jax.random.wrap_key_data(data, impl=leaf.impl))
+    for kind in kinds:
+        begin = ends[kind.dtype]
+        ends[kind.dtype] += kind.size
+        arrays.append(jax.lax.slice(vectors[kind.dtype], (begin,), (ends[kind.dtype],)).reshape(kind.shape))
     return arrays
 
 

@@ -371,3 +371,22 @@ def test_the_progress_line(capsys):
     shown = capsys.readouterr().out
     assert "round 1" in shown and "learning_rate" in shown
     assert problem.same(result.state, fit(steps=60).state)
+
+
+def test_a_run_whose_last_metric_is_bad_ends_in_the_best_state():
+    def step(state, batch, hp):
+        count = state["count"] + 1.0
+        return {"count": count}, jnp.exp(-count / 100.0) + 0.0 * hp["learning_rate"]
+
+    def metric(state):
+        # Falls with the loss, and is far above it at the very end only.
+        return jnp.where(state["count"] > 340.0, 3.0, 2.0 * jnp.exp(-state["count"] / 100.0))
+
+    tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1e-1)}, 400)
+    state = {"count": jnp.zeros(())}
+    result = atn.fit(step, state, lambda number, hp: (), tuner=tuner, eval_step=metric, eval_every=50, progress=False)
+    best = float(result.best_state["count"])
+    assert best < 340.0 and float(result.state["count"]) == pytest.approx(best, abs=1.0)
+    assert result.eval == pytest.approx(float(metric(result.state)))
+    assert result.history.events[-1]["kind"] == "retreat"
+    assert "ends in the best state" in result.history.events[-1]["message"]

@@ -148,10 +148,23 @@ class Run:
             if not self.is_settled:
                 # Rates are lowered at once when training has stopped generalising.
                 self.live.apply(engine.hyperparams())
+            else:
+                self._end_at_best()
         self.wants_validation = False
         self.recorder.add_eval(engine.step, metric, is_settled=is_settled)
         if is_settled:
             self.last_eval = metric
+
+    def _end_at_best(self) -> None:
+        """Goes back to the best state where the last metric asks for it and no step is left to do so."""
+        seen = self.engine.state.validation
+        if self.engine.phase == TRAIN and bool(seen.returns & seen.is_kept):
+            kept = self.live.kept
+            self.live.copy_back(kept)
+            self.live.catch_up()
+            self.live.apply(dict(kept["values"]))
+            message = "The validation metric got worse while the training loss fell: the run ends in the best state."
+            self.recorder.note(self.engine.step, "retreat", message)
 
     def note_metric(self, value: Any) -> None:
         """Records another metric of the present state, which is not compared with the first."""

@@ -232,8 +232,8 @@ class AutoTuneNet:
         """Takes in a validation metric of the present state, in the direction of ``mode``.
 
         Report it whenever you have one. Forks are compared by those that `wants_validation` asked for; the others show
-        whether training still generalises, and when it no longer does it goes back to the best state. On several
-        processes each gives its own value; their mean counts.
+        whether training still generalises, and when it no longer does it goes back to the best state, after the last
+        step too. On several processes each gives its own value; their mean counts.
 
         Args:
           value: Scalar tensor or number.

@@ -21,13 +21,13 @@ def make(steps=STEPS):
     return model, optimizer, tuner
 
 
-def train_one(model, optimizer, tuner):
+def train_one(model, optimizer, tuner, *, told=None):
     x = torch.randn(16, 6)
     loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    tuner.step(loss)
+    tuner.step(loss if told is None else told)
     return float(loss.detach())
 
 
@@ -108,6 +108,24 @@ def test_goes_back_to_the_best_state_when_validation_rises(bits):
             if tuner.best_hyperparams["learning_rate"] < 0.2 * before:
                 assert optimizer.param_groups[0]["lr"] < 0.2 * before
     assert returned is not None and returned <= 110
+
+
+def test_a_run_whose_last_metric_is_bad_ends_in_the_best_state(bits):
+    model, optimizer, tuner = make(400)
+    train_to(0, model, optimizer, tuner)
+    level = 1.0
+    for count in range(400 - tuner._run.engine.step):
+        train_one(model, optimizer, tuner, told=level)
+        level *= 0.995
+        if count % 40 == 0:
+            tuner.validate(level)
+    tuner.finish()
+    kept = tuner._run.live.kept
+    best = bits({name: kept["training"]["model"][name] for name in model.state_dict()})
+    assert bits(model.state_dict()) != best
+    tuner.validate(3.0)
+    assert bits(model.state_dict()) == best
+    assert "ends in the best state" in tuner.history.events[-1]["message"]
 
 
 def test_a_checkpoint_keeps_the_best_state_and_the_totals(bits):
