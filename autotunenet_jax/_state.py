@@ -106,6 +106,10 @@ class Validation(NamedTuple):
       last: The last one; NaN before the first.
       change: What it changed by; NaN before the second.
       noise: Running mean of how much that change differs from the one before, which a trend does not and noise does.
+      at: Budget step of the lowest one.
+      later: How many came after it, since the last round.
+      away: How far those lie above what half of the training loss's fall would have made of it, added up.
+      bends: How much their changes differ from the ones before, added up.
       rises: How often in a row the metric has been above the lowest one while the training loss was below its level.
       retreats: How often training went on from the best state for that.
       keeps: Whether the next step's state, one step past the best one, is still to be kept.
@@ -119,6 +123,10 @@ class Validation(NamedTuple):
     last: Float[Array, ""]
     change: Float[Array, ""]
     noise: Float[Array, ""]
+    at: Int[Array, ""]
+    later: Float[Array, ""]
+    away: Float[Array, ""]
+    bends: Float[Array, ""]
     rises: Int[Array, ""]
     retreats: Int[Array, ""]
     keeps: Bool[Array, ""]
@@ -239,8 +247,24 @@ def empty_window() -> Window:
 def no_validation() -> Validation:
     """Before the first metric."""
     nan, inf = jnp.full((), jnp.nan, jnp.float32), jnp.full((), jnp.inf, jnp.float32)
-    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    return Validation(nan, inf, inf, nan, nan, jnp.zeros((), jnp.float32), zero, zero, no, no, no)
+    zeros, counts, no = jnp.zeros(4, jnp.float32), jnp.zeros(3, jnp.int32), jnp.zeros((), bool)
+    return Validation(
+        first=nan,
+        best=inf,
+        level=inf,
+        last=nan,
+        change=nan,
+        noise=zeros[0],
+        at=counts[0],
+        later=zeros[1],
+        away=zeros[2],
+        bends=zeros[3],
+        rises=counts[1],
+        retreats=counts[2],
+        keeps=no,
+        returns=no,
+        is_kept=no,
+    )
 
 
 def empty_round(dims: int, *, index: Array | int, group: Array | int) -> Round:

@@ -176,20 +176,37 @@ class PhaseMachine:
         is_above = metric > best + margin and self.watch.short < self.best_short
         has_risen = is_above and metric > best + margin + F(_tick._RISE_BENDS) * self.bends
         is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
+        fails = False
+        if is_last and metric >= best and np.isfinite(best):
+            self.later += 1
+            fell = max(self.initial_loss - self.best_short, F(1e-12))
+            unit = np.clip((self.first_metric - best) / fell, 0, F(_tick._LARGEST_UNIT))
+            self.away += metric - best + F(_tick._FOLLOWING) * unit * (self.best_short - self.watch.short)
+            self.later_bends += bend if np.isfinite(bend) else ZERO
+            explained = self.later_bends * (F(_tick._LUCK) + F(_tick._LATER_BENDS) / np.sqrt(F(self.later)))
+            span = F(_tick._LATER_SHARE) * (self.plan.total or self.step)
+            is_long = self.later >= _tick._LATER and self.step - self.best_step >= span
+            fails = is_long and self.watch.short < self.best_short and self.away > explained
         if metric < self.best_metric:
             self.best_metric, self.best_short = metric, self.watch.short
+            self._count_anew()
             self.keeps, self.is_kept = self.keeps or is_last, False
         self.rises = self.rises + 1 if has_risen else 0
         self.returns = False
-        if self.rises >= _tick._RISES and is_last:
+        if (self.rises >= _tick._RISES or fails) and is_last:
             self._retreat(_tick._RISE_RETREAT_DECADES)
             self.rises = 0
+            self._count_anew()
             self.returns = self.is_kept
         elif is_above and is_last and self.plan.total:
             is_ending = self.plan.total - self.step <= F(_tick._ENDING_SHARE) * self.plan.total
             self.returns = bool(is_ending) and self.is_kept and metric > best + margin + self.bends
 
+    def _count_anew(self) -> None:
+        self.later, self.away, self.later_bends, self.best_step = 0, ZERO, ZERO, self.step
+
     def _forget_metrics(self) -> None:
+        self.later, self.away, self.later_bends, self.best_step = 0, ZERO, ZERO, 0
         self.first_metric, self.best_metric, self.best_short = F(np.nan), F(np.inf), F(np.inf)
         self.rises = 0
         self.last_metric = self.last_change = F(np.nan)
