@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._bfgs import minimise
+from ._kernels import SurrogateConfig
 from ._sampling import normal_table, spread_table, turned, uniforms
 from ._single_kernel import single_kernel
-from ._surrogate import Posterior, SurrogateConfig, covariance, level, level_slope, prior_variance
+from ._surrogate import Posterior, covariance, level, level_slope, prior_variance
 
 # Coefficients, in rising powers of v = (2 - t) / (2 + t), of the logarithm of
 # (1 + t / 2)^2 (1 - t sqrt(pi / 2) erfcx(t / sqrt 2)): a Chebyshev interpolant with error below 6e-7 for all t >= 0.

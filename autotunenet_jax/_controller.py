@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _belief, _decide, _guard, _observations, _plan, _policy, _surrogate, _tick
+from . import _belief, _decide, _guard, _kernels, _observations, _plan, _policy, _tick
 from ._guard import Guard
 from ._plan import NEVER
 from ._space import Float as FloatParameter
@@ -63,7 +63,7 @@ class Core:
     space: SearchSpace
     guard: Guard
     policy: _policy.Policy
-    surrogate: _surrogate.SurrogateConfig
+    surrogate: _kernels.SurrogateConfig
     decay: Decay
     warmup_steps: int
 
@@ -143,11 +143,11 @@ class Core:
         return _tick.validate(self.retreat, ts, metric, is_settled & is_finite)
 
 
-def _surrogate_config(space: SearchSpace) -> _surrogate.SurrogateConfig:
+def _surrogate_config(space: SearchSpace) -> _kernels.SurrogateConfig:
     space_of = _policy.directions(space)
     # A rate's effect changes over about a decade; other hyperparameters' over about half of their range.
     lengthscales = np.where(space_of.is_rate, 1.2 / space_of.decades, 0.7)
-    return _surrogate.SurrogateConfig(
+    return _kernels.SurrogateConfig(
         dims=space.dims,
         is_categorical=tuple(bool(flag) for flag in space.is_categorical),
         has_time=True,
@@ -341,7 +341,7 @@ class AutoTuneNet:
             guard=_guard.init(),
             observations=_observations.empty(self.capacity, dims),
             prior=_belief.first_prior(self.core.policy, _policy.directions(self.space), incumbent),
-            hyper=_surrogate.initial_hyper(self.core.surrogate),
+            hyper=_kernels.initial_hyper(self.core.surrogate),
             plan=plan,
         )
         # Leaves must not share buffers either, or donating one would donate another.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _acquisition, _belief, _guard, _observations, _surrogate
+from . import _acquisition, _belief, _guard, _kernels, _observations, _surrogate
 from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, SLOW
 from ._policy import Directions, Policy, directions
 from ._single_kernel import single_kernel
@@ -226,7 +226,7 @@ def _is_run(held: Round) -> Array:
 
 
 def decide(
-    config: _surrogate.SurrogateConfig,
+    config: _kernels.SurrogateConfig,
     policy: Policy,
     space: SearchSpace,
     ts: TunerState,
@@ -261,7 +261,7 @@ def _choose(
     policy: Policy,
     space: SearchSpace,
     ended: Ended,
-    hyper: _surrogate.Hyper,
+    hyper: _kernels.Hyper,
     proposal: Float[Array, "d"],
     mean: Float[Array, "m"],
     covariance: Float[Array, "m m"],

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._acquisition import propose
+from ._kernels import Hyper, SurrogateConfig, initial_hyper
 from ._observations import Observations, add, empty, mask
 from ._sampling import branches, spread_table, turned, uniforms
 from ._space import SearchSpace
-from ._surrogate import Hyper, Posterior, SurrogateConfig, fit, initial_hyper, predict
+from ._surrogate import Posterior, fit, predict
 
 # References compared by the acquisition, besides those of a batch.
 _COMPARED = 16

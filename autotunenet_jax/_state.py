@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from . import _guard, _observations, _surrogate
+from . import _guard, _kernels, _observations, _surrogate
 from ._plan import MAX_FORKS, Plan
 
 TRAIN, SWEEP, FORK = range(3)
@@ -234,7 +234,7 @@ class TunerState(NamedTuple):
     guard: _guard.GuardState
     observations: _observations.Observations
     prior: _surrogate.PriorMean
-    hyper: _surrogate.Hyper
+    hyper: _kernels.Hyper
     plan: Plan
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import autotunenet_jax as atn
-from autotunenet_jax import _surrogate
+from autotunenet_jax import _kernels, _surrogate
 
 KINDS = ("plain", "clustered", "duplicated", "constant", "outlier", "failed", "huge", "tiny")
 SPACE = {"rate": atn.Float(1e-5, 1e-1, log=True), "layers": atn.Int(1, 8), "kind": atn.Choice(["a", "b", "c"])}
@@ -62,7 +62,7 @@ def run(count, *, capacity=16, seed=0):
         return {
             "suggestions that are not finite": ~jnp.all(jnp.isfinite(values)),
             "suggestions outside the bounds": ~jnp.all((values >= low) & (values <= high)),
-            "fits that are not finite": ~jnp.all(jnp.isfinite(_surrogate._flatten(after.hyper))),
+            "fits that are not finite": ~jnp.all(jnp.isfinite(_kernels.flatten(after.hyper))),
             "means that are not finite": ~jnp.all(jnp.isfinite(mean)),
             "variances that are negative or not finite": ~jnp.all(jnp.isfinite(variance) & (variance >= 0.0)),
         }

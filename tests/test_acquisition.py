@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from scipy import special
 
-from autotunenet_jax import _acquisition, _observations, _sampling, _surrogate
+from autotunenet_jax import _acquisition, _kernels, _observations, _sampling, _surrogate
 
 from .reference import gaussian_process as twin
 
 CAPACITY, DIMS = 16, 2
 # A unit in which the noise is large enough for float32 to know the posterior to three digits.
-CONFIG = _surrogate.SurrogateConfig(dims=DIMS, has_time=True, has_groups=True, standardise=False, noise_loc=-2.0)
+CONFIG = _kernels.SurrogateConfig(dims=DIMS, has_time=True, has_groups=True, standardise=False, noise_loc=-2.0)
 LOWER, UPPER = jnp.zeros(DIMS), jnp.ones(DIMS)
 
 
@@ -20,7 +20,7 @@ def identity(x):
 
 @jax.jit
 def fit(obs, prior_mean):
-    start = _surrogate.initial_hyper(CONFIG)
+    start = _kernels.initial_hyper(CONFIG)
     return _surrogate.fit(CONFIG, obs, start=start, key=jax.random.key(0), prior_mean=prior_mean)
 
 
@@ -123,7 +123,7 @@ def test_log_improvement_agrees_with_the_twin():
         "floor": CONFIG.noise_floor,
         "time": np.zeros(used),
     }
-    theta = np.asarray(_surrogate._flatten(post.hyper), np.float64)
+    theta = np.asarray(_kernels.flatten(post.hyper), np.float64)
     residual = np.asarray(target.residual, np.float64)[:used]
     normal = _sampling.normal_table(8, 5).astype(np.float64)
     jitter = _acquisition._REFERENCE_JITTER * np.exp(2.0 * theta[DIMS])

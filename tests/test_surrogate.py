@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from autotunenet_jax import _observations, _surrogate
+from autotunenet_jax import _evidence, _kernels, _observations, _surrogate
 
 from .reference import gaussian_process as twin
 
 CAPACITY, USED, DIMS = 24, 15, 3
 CONFIGS = {
-    "plain": _surrogate.SurrogateConfig(dims=DIMS),
-    "everything": _surrogate.SurrogateConfig(
+    "plain": _kernels.SurrogateConfig(dims=DIMS),
+    "everything": _kernels.SurrogateConfig(
         dims=DIMS,
         is_categorical=(False, False, True),
         has_time=True,
@@ -76,7 +76,7 @@ def as_data(name, model, residual):
     fill = lambda values: jnp.asarray(np.concatenate([values, np.zeros(pad)]), jnp.float32)  # noqa: E731
     time = fill(np.zeros(residual.size) if model["time"] is None else model["time"])
     group = fill(model["group"])
-    return _surrogate._prepare(
+    return _evidence.prepare(
         config,
         x=x,
         time=time,
@@ -91,10 +91,10 @@ def as_data(name, model, residual):
 def test_evidence_and_gradient_agree_with_the_twin(name):
     model = as_model(name, history())
     residual = np.random.default_rng(1).normal(size=USED)
-    loc, scale = (part.astype(np.float64) for part in _surrogate._prior(CONFIGS[name]))
+    loc, scale = (part.astype(np.float64) for part in _kernels.hyperprior(CONFIGS[name]))
     reference = lambda theta: twin.negative_log_posterior(theta, residual, loc=loc, scale=scale, **model)  # noqa: E731
     thetas = loc + scale * np.stack([np.random.default_rng(seed).uniform(-1, 1, loc.size) for seed in range(5)])
-    evaluate = jax.jit(lambda data, theta: _surrogate._evidence(CONFIGS[name], data, theta))
+    evaluate = jax.jit(lambda data, theta: _evidence.evidence_of(CONFIGS[name], data, theta))
     values, gradients, _ = evaluate(as_data(name, model, residual), jnp.asarray(thetas, jnp.float32))
     for theta, value, gradient in zip(thetas, values, gradients, strict=True):
         np.testing.assert_allclose(value, reference(theta), rtol=1e-3)
@@ -106,8 +106,8 @@ def test_evidence_and_gradient_agree_with_the_twin(name):
 def test_posterior_agrees_with_the_twin_at_the_fitted_hyperparameters(name):
     config, rows = CONFIGS[name], history()
     obs = record(rows)
-    post = FIT[name](obs, _surrogate.initial_hyper(config))
-    model, theta = as_model(name, rows), np.asarray(_surrogate._flatten(post.hyper), np.float64)
+    post = FIT[name](obs, _kernels.initial_hyper(config))
+    model, theta = as_model(name, rows), np.asarray(_kernels.flatten(post.hyper), np.float64)
     target = _surrogate.targets(
         obs,
         group=obs.group if config.has_groups else jnp.zeros_like(obs.group),
@@ -135,7 +135,7 @@ def test_posterior_agrees_with_the_twin_at_the_fitted_hyperparameters(name):
 def test_fit_reaches_the_optimum_that_scipy_finds(name):
     config, rows = CONFIGS[name], history()
     obs = record(rows)
-    start = _surrogate.initial_hyper(config)
+    start = _kernels.initial_hyper(config)
     for _ in range(3):
         post = FIT[name](obs, start)
         start = post.hyper
@@ -149,7 +149,7 @@ def test_fit_reaches_the_optimum_that_scipy_finds(name):
         failure_margin=config.failure_margin,
     )
     model = as_model(name, rows) | {"noise": np.asarray(target.noise, np.float64)[:USED]}
-    loc, scale = (part.astype(np.float64) for part in _surrogate._prior(config))
+    loc, scale = (part.astype(np.float64) for part in _kernels.hyperprior(config))
     residual = np.asarray(target.residual, np.float64)[:USED]
 
     def loss(theta):
@@ -167,7 +167,7 @@ def test_without_observations_the_posterior_is_the_prior():
 
     @jax.jit
     def fit(obs, prior_mean):
-        start = _surrogate.initial_hyper(config)
+        start = _kernels.initial_hyper(config)
         return _surrogate.fit(config, obs, start=start, key=jax.random.key(0), prior_mean=prior_mean)
 
     fitted = fit(_observations.empty(CAPACITY, DIMS), mean)
@@ -183,7 +183,7 @@ def test_padding_changes_nothing():
     predictions = []
     for capacity in (8, CAPACITY):
         obs = record(rows, capacity=capacity)
-        post = FIT["plain"](obs, _surrogate.initial_hyper(CONFIGS["plain"]))
+        post = FIT["plain"](obs, _kernels.initial_hyper(CONFIGS["plain"]))
         predictions.append(PREDICT["plain"](post, jnp.full((3, DIMS), 0.4), jnp.float32(0.0)))
     np.testing.assert_allclose(predictions[0][0], predictions[1][0], atol=1e-3)
     np.testing.assert_allclose(predictions[0][1], predictions[1][1], atol=1e-3)
@@ -195,7 +195,7 @@ def test_an_intercept_per_group_cancels():
     x = jnp.asarray([[0.2, 0.4, 0.25], [0.7, 0.1, 0.75]], jnp.float32)
     means = []
     for data in (rows, shifted):
-        post = FIT["everything"](record(data), _surrogate.initial_hyper(CONFIGS["everything"]))
+        post = FIT["everything"](record(data), _kernels.initial_hyper(CONFIGS["everything"]))
         means.append(PREDICT["everything"](post, x, jnp.float32(0.6))[0])
     np.testing.assert_allclose(np.diff(means[0]), np.diff(means[1]), atol=0.05)
 
@@ -203,14 +203,14 @@ def test_an_intercept_per_group_cancels():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_failures_and_explosions_do_not_bend_the_fit(name):
     config, rows = CONFIGS[name], history()
-    clean = FIT[name](record(rows), _surrogate.initial_hyper(config))
+    clean = FIT[name](record(rows), _kernels.initial_hyper(config))
     corner = np.array([0.99, 0.99, 0.75])
     spoilt = [
         *rows,
         (corner, 0.0, {"time": 0.6, "group": 2, "noise": 0.0, "failed": True}),
         (np.array([0.95, 0.99, 0.75]), 1e12, {"time": 0.6, "group": 2, "noise": 0.0}),
     ]
-    post = FIT[name](record(spoilt), _surrogate.initial_hyper(config))
+    post = FIT[name](record(spoilt), _kernels.initial_hyper(config))
     x = jnp.asarray([rows[i][0] for i in (0, 4, 9)], jnp.float32)
     before, _ = PREDICT[name](clean, x, jnp.float32(0.6))
     after, _ = PREDICT[name](post, x, jnp.float32(0.6))
@@ -222,7 +222,7 @@ def test_failures_and_explosions_do_not_bend_the_fit(name):
 
 def test_vmap_is_a_loop():
     histories = [record(history(seed)) for seed in range(3)]
-    start = _surrogate.initial_hyper(CONFIGS["plain"])
+    start = _kernels.initial_hyper(CONFIGS["plain"])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *histories)
     together = jax.jit(jax.vmap(lambda obs: FIT["plain"](obs, start)))(stacked)
     for index, obs in enumerate(histories):
@@ -241,17 +241,17 @@ def test_vmap_is_a_loop():
 )
 def test_bad_configurations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        _surrogate.SurrogateConfig(**{"dims": 3} | options)
+        _kernels.SurrogateConfig(**{"dims": 3} | options)
 
 
 @pytest.mark.parametrize("n", [1, 24, 64, 65, 100, 256])
 def test_triangles_are_inverted_and_multiplied_by_halves(n):
     a = np.random.default_rng(n).normal(size=(n, n))
     lower = np.linalg.cholesky(a @ a.T / n + 0.1 * np.eye(n)).astype(np.float32)
-    inverse = np.asarray(jax.jit(_surrogate._inverse)(lower))
+    inverse = np.asarray(jax.jit(_evidence._inverse)(lower))
     expected = np.linalg.inv(lower.astype(np.float64))
     np.testing.assert_allclose(inverse, expected, atol=1e-5 * np.abs(expected).max())
     assert not np.any(np.triu(inverse, 1))
     product = expected.T @ expected
-    got = jax.jit(_surrogate._self_product)(jnp.asarray(expected, jnp.float32))
+    got = jax.jit(_evidence._self_product)(jnp.asarray(expected, jnp.float32))
     np.testing.assert_allclose(got, product, atol=1e-5 * np.abs(product).max())
