@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _belief, _decide, _guard, _kernels, _observations, _plan, _policy, _tick
+from ._float32 import in_float32
 from ._guard import Guard
 from ._plan import NEVER
 from ._space import Float as FloatParameter
@@ -67,6 +68,7 @@ class Core:
     decay: Decay
     warmup_steps: int
 
+    @in_float32
     def hyperparams(self, ts: TunerState) -> dict[str, Array]:
         pos = _tick.position(ts)
         is_rate = jnp.asarray(_policy.directions(self.space).is_rate)
@@ -80,6 +82,7 @@ class Core:
                 hp[name] = hp[name] * factor
         return hp
 
+    @in_float32
     def schedule(self, ts: TunerState) -> Float[Array, ""]:
         """The factor on the rates: a function of the budget spent, forks included."""
         total = ts.plan.total
@@ -107,14 +110,16 @@ class Core:
         space_of = _policy.directions(self.space)
         return jnp.clip(jnp.where(space_of.is_rate, u - decades / space_of.decades, u), 0.0, 1.0)
 
+    @in_float32
     def tick(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive, Array]:
         return _tick.tick(self.guard, self.retreat, ts, loss)
 
+    @in_float32
     def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
         return _decide.decide(self.surrogate, self.policy, self.space, ts)
 
     def update(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive]:
-        ts, directive, due = self.tick(ts, loss)
+        ts, directive, due = self.tick(ts, jnp.asarray(loss, jnp.float32))
         return self.decide_when(due, ts, directive)
 
     def decide_when(self, due: Array, ts: TunerState, directive: Directive) -> tuple[TunerState, Directive]:
@@ -126,6 +131,7 @@ class Core:
 
         return when(due, decided, ts, directive)
 
+    @in_float32
     def observe_eval(self, ts: TunerState, metric: Array) -> TunerState:
         metric = jnp.asarray(metric, jnp.float32)
         is_finite = jnp.isfinite(metric)
@@ -277,6 +283,7 @@ class AutoTuneNet:
     def __repr__(self) -> str:
         return f"AutoTuneNet({self.space!r}, total_steps={self.total_steps}, mode={self.mode!r})"
 
+    @in_float32
     def start(self) -> dict[str, Any]:
         """The values the run starts from, by name."""
         values = {}
@@ -287,6 +294,7 @@ class AutoTuneNet:
             values[name] = self.initial.get(name, default)
         return values
 
+    @in_float32
     def init(self, key: PRNGKeyArray, *, start: Mapping[str, Any] | None = None) -> TunerState:
         """The state before the first step; the loop's saved and kept copies are of the initial training state.
 
@@ -374,6 +382,7 @@ class AutoTuneNet:
         metric = jnp.asarray(metric, jnp.float32)
         return self.core.observe_eval(ts, -metric if self.mode == "max" else metric)
 
+    @in_float32
     def anneal(self, ts: TunerState, steps: int) -> TunerState:
         """Starts a decay of the rates to zero over the next ``steps`` steps, and holds no more rounds. Pure.
 

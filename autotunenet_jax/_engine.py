@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._acquisition import propose
+from ._float32 import in_float32
 from ._kernels import Hyper, SurrogateConfig, initial_hyper
 from ._observations import Observations, add, empty, mask
 from ._sampling import branches, spread_table, turned, uniforms
@@ -123,6 +124,7 @@ class BayesianOptimizer:
             fit_steps=12 if capacity >= _LONG else 16,
         )
 
+    @in_float32
     def init(self, key: PRNGKeyArray) -> EngineState:
         """An optimiser that has seen nothing."""
         dims = self.space.dims
@@ -138,6 +140,7 @@ class BayesianOptimizer:
             ),
         )
 
+    @in_float32
     def suggest(
         self, state: EngineState, count: int | None = None, *, time: Any = None
     ) -> tuple[dict[str, Array], EngineState]:
@@ -204,6 +207,7 @@ class BayesianOptimizer:
         state = state._replace(key=key, hyper=posterior.hyper, asked=state.asked + size)
         return self.space.decode(points), state
 
+    @in_float32
     def observe(
         self, state: EngineState, x: Mapping[str, Any], y: Any, *, noise: Any = 0.0, time: Any = None, group: Any = 0
     ) -> EngineState:
@@ -249,6 +253,7 @@ class BayesianOptimizer:
         (obs, region), _ = jax.lax.scan(record, (state.observations, state.region), trials)
         return state._replace(observations=obs, region=region)
 
+    @in_float32
     def best(self, state: EngineState, *, time: Any = None) -> dict[str, Array]:
         """Physical values of the best observed point.
 

@@ -13,6 +13,8 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
+from ._float32 import in_float32
+
 # What makes XLA on CPU leave a call as it is and compile its body as one kernel.
 _ONE_KERNEL: dict[str, Any] = {"inlineable": "false", "xla_cpu_small_call": "true"}
 _NOTHING: dict[str, Any] = dict.fromkeys(_ONE_KERNEL)
@@ -46,6 +48,7 @@ def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @in_float32
         @functools.wraps(function)
         def call(*args: Any) -> Any:
             if getattr(_tracing, "is_inside", False) or not _is_supported():
