@@ -228,8 +228,7 @@ def _update(
         usable &= jnp.isfinite(value)
     packed, directive = state.packed, None
     if value is not None:
-        loss = jnp.asarray(value, jnp.float32)
-        packed, directive = take_loss(settings, packed, loss, lag=opened.lag, is_usable=usable, is_away=away)
+        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=usable, is_away=away)
     closed = _close(settings, state.packed, packed, directive, opened, usable, away)
     order, is_back, is_taken = closed.order, closed.is_back, closed.is_taken
 

@@ -110,16 +110,15 @@ class Core:
         space_of = _policy.directions(self.space)
         return jnp.clip(jnp.where(space_of.is_rate, u - decades / space_of.decades, u), 0.0, 1.0)
 
-    @in_float32
-    def tick(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive, Array]:
-        return _tick.tick(self.guard, self.retreat, ts, loss)
+    def tick(self, ts: TunerState, loss: Any) -> tuple[TunerState, Directive, Array]:
+        return _tick.tick(self.guard, self.retreat, ts, jnp.asarray(loss, jnp.float32))
 
     @in_float32
     def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
         return _decide.decide(self.surrogate, self.policy, self.space, ts)
 
     def update(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive]:
-        ts, directive, due = self.tick(ts, jnp.asarray(loss, jnp.float32))
+        ts, directive, due = self.tick(ts, loss)
         return self.decide_when(due, ts, directive)
 
     def decide_when(self, due: Array, ts: TunerState, directive: Directive) -> tuple[TunerState, Directive]:

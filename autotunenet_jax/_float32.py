@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -15,7 +16,7 @@ def in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        if jnp.result_type(float) == jnp.float32:
             return function(*args, **kwargs)
         with jax.enable_x64(False):
             return function(*args, **kwargs)

@@ -20,7 +20,7 @@ _SAME_OPTION = 1e-4
 _SAME_PLACE = 1e-12
 
 
-def _kernels() -> Any:
+def _gpjax_kernels() -> Any:
     """GPJax's kernels; the import initialises JAX's backend and must not happen inside a trace."""
     with jax.ensure_compile_time_eval():
         import gpjax.kernels
@@ -102,7 +102,7 @@ class SurrogateConfig:
                 raise ValueError(f"{name} must be above zero; got {getattr(self, name)!r}.")
         if self.failure_margin < 0:
             raise ValueError(f"failure_margin must be at least 0; got {self.failure_margin!r}.")
-        _kernels()
+        _gpjax_kernels()
 
 
 class Hyper(NamedTuple):
@@ -147,7 +147,7 @@ def square(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n d
 @functools.cache
 def _profile(name: str) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
     """A kernel of unit variance and lengthscale as a function of the distance, traced once per shape."""
-    kernels = _kernels()
+    kernels = _gpjax_kernels()
     with jax.ensure_compile_time_eval():
         kernel, origin = getattr(kernels, name)(n_dims=1), jnp.zeros(1, jnp.float32)
     return jax.jit(lambda r: jax.vmap(lambda one: kernel(one[None], origin))(r.reshape(-1)).reshape(r.shape))

@@ -42,7 +42,7 @@ def _step_jit(
     state, loss = train_step(copies.state, batch, hyperparams)
     # A snapshot that the tuner distrusts is dated before the run.
     saved_step, kept_step = (jnp.maximum(step, 0) for step in (ts.slots.saved_step, ts.slots.kept_step))
-    ts, directive, due = core.tick(ts, jnp.asarray(loss, jnp.float32))
+    ts, directive, due = core.tick(ts, loss)
     copies = _obey.obey(directive, Copies(state, copies.saved, copies.kept))
     copies = copies._replace(state=_obey.refresh_keys(directive, copies.state, ts.rollbacks))
     log = {

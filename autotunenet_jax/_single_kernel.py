@@ -37,7 +37,7 @@ def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable
     """Compiles a function as one kernel instead of one for each array it returns.
 
     XLA on CPU makes a kernel of each array that a computation returns, with all that leads to it in each. A state
-    machine is hundreds of such kernels: each takes the compiler some 15 ms, and every step about a microsecond.
+    machine is hundreds of such kernels, which take long to compile, and each of them is a call in every step.
 
     Args:
       static_argnums: As for ``jax.jit``.

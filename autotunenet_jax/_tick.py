@@ -125,12 +125,11 @@ def tick(
       guard: Thresholds of the watch.
       retreat: ``(u, decades) -> u``; lowers the rates among the hyperparameters ``u`` (unit cube).
       ts: State before.
-      loss: Scalar.
+      loss: Scalar, float32.
 
     Returns:
       The state, what the loop must do, and whether a decision is due.
     """
-    loss = jnp.asarray(loss, jnp.float32)
     pos = position(ts)
     in_train, in_fork, in_sweep = ts.phase == TRAIN, ts.phase == FORK, ts.phase == SWEEP
     # Where a few losses decide, one beyond all measure tells as little as one that is not finite.

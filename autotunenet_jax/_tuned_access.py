@@ -169,7 +169,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        return state._replace(packed=_observe(state.settings, state.packed, loss.astype(jnp.float32)))
+        return state._replace(packed=_observe(state.settings, state.packed, loss))
 
     return _told(opt_state, tell)
 

@@ -1,6 +1,6 @@
 """What one loss makes of the course of a tuned optimizer's run."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -21,7 +21,7 @@ class _Heard(NamedTuple):
 
 
 def take_loss(
-    settings: Settings, packed: _packed.Packed, loss: Array, *, lag: Array, is_usable: Array, is_away: Array
+    settings: Settings, packed: _packed.Packed, loss: Any, *, lag: Array, is_usable: Array, is_away: Array
 ) -> tuple[_packed.Packed, Directive]:
     """Tells the tuner one loss.
 
@@ -37,7 +37,7 @@ def take_loss(
     Returns:
       The course after, and what the tuner asks for; `settled` reads it.
     """
-    heard = _hear(settings, packed, loss, lag, is_usable, is_away)
+    heard = _hear(settings, packed, jnp.asarray(loss, jnp.float32), lag, is_usable, is_away)
 
     def decided(packed: _packed.Packed, first: Directive) -> tuple[_packed.Packed, Directive]:
         course = _unpack(settings, packed)
@@ -58,7 +58,7 @@ def _hear(
 ) -> _Heard:
     """The cheap half: the tuner's tick. A loss that is not heard only lets time pass."""
     course: Course = _packed.unpack(packed, settings.layout)
-    loss, is_heard = jnp.where(is_usable, jnp.asarray(loss, jnp.float32), jnp.nan), ~is_away
+    loss, is_heard = jnp.where(is_usable, loss, jnp.nan), ~is_away
     ts, drift = advanced(course.tuner, lag), course.drift
     if drift is not None:
         drift, loss = _drift.feed(drift, ts, loss)

@@ -105,10 +105,6 @@ class AutotuneState(NamedTuple):
         """What the tuner knows."""
         return self.course.tuner
 
-    def having(self, course: Course) -> "AutotuneState":
-        """The state with another course."""
-        return self._replace(packed=_packed.pack(course))
-
 
 def where(condition: Array, new: Any, old: Any) -> Any:
     """``jnp.where`` over a tree; ``old`` may be a number."""
@@ -160,9 +156,9 @@ def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> 
     }
 
 
-def write_in_force(inner: Any, values: dict[str, Array], *, is_on: bool = True) -> Any:
+def write_in_force(inner: Any, values: dict[str, Array]) -> Any:
     """The inner state with the tuned values that it has a place for."""
-    return _hyperparams.write(inner, values, _hyperparams.resolve(values, inner)) if is_on else inner
+    return _hyperparams.write(inner, values, _hyperparams.resolve(values, inner))
 
 
 def take_metric(settings: Settings, course: Course, metric: Array) -> Course:

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _tuned_trees
+from autotunenet_jax import _packed, _tuned_trees
 
 
 def assert_finite(tree):
@@ -270,7 +270,7 @@ def test_the_warning_comes_once_and_not_without_reason(toy):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for lag in (19, 30, 31):
-            later = opt_state.having(opt_state.course._replace(lag=jnp.int32(lag)))
+            later = opt_state._replace(packed=_packed.pack(opt_state.course._replace(lag=jnp.int32(lag))))
             atn.hyperparams(jax.block_until_ready(later))
             atn.hyperparams(atn.observe(opt_state, jnp.float32(1.0)))
         # A loop that is not compiled hears it from the update.

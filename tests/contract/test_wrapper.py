@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
+from autotunenet_jax import _packed
 
 MEMORIES = ("keep-winner", "rewind", "drift")
 
@@ -137,7 +138,7 @@ def test_every_way_back_brings_parameters_and_moments(toy, asked, slot):
     )
     order = state.course.order._replace(**{asked: jnp.ones((), bool)})
     target = {"saved": saved, "kept": kept}[slot]
-    carry = (params, state._replace(saved=saved, kept=kept).having(state.course._replace(order=order)), i)
+    carry = (params, state._replace(packed=_packed.pack(state.course._replace(order=order)), saved=saved, kept=kept), i)
     carry, _ = step(carry, toy.draws(1)[0])
     assert_same(carry[0], target.params, rtol=1e-5, atol=1e-6)
     # The next update is the optimizer's own, from the snapshot's parameters and moments.
