@@ -82,6 +82,12 @@ def test_vmap_and_scan():
     assert int(final["step"]) == 1 and highs.shape == (4, 2, 3)
 
 
+def test_a_batch_may_need_the_library_that_one_does_not():
+    function = single_kernel()(lambda x: (jnp.sum(x * 2.0), jnp.max(x)))
+    total, most = jax.jit(jax.vmap(function))(jnp.ones((2048, 8)))
+    assert total.shape == (2048,) and float(total[0]) == 16.0 and float(most[0]) == 1.0
+
+
 def test_it_has_a_gradient():
     function = single_kernel()(lambda x, n: jnp.sum(jnp.where(x > 0, x, 0.0) ** 2) * n)
     x = jnp.array([-1.0, 2.0, 3.0])
