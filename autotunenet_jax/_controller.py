@@ -12,25 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _belief, _decide, _guard, _kernels, _observations, _plan, _policy, _tick
+from . import _decide, _kernels, _plan, _policy, _tick
+from ._first_state import defaults, first_state
 from ._float32 import in_float32
 from ._guard import Guard
 from ._plan import NEVER
-from ._space import Float as FloatParameter
 from ._space import SearchSpace
 from ._state import (
     FORK,
-    OUTCOME_NONE,
     SWEEP,
     TRAIN,
     Directive,
     Round,
-    Slots,
-    Sweep,
     TunerState,
-    empty_round,
-    empty_window,
-    no_validation,
 )
 
 Decay = Literal["linear", "cosine", "none"]
@@ -38,9 +32,6 @@ _DECAYS = ("linear", "cosine", "none")
 
 # The rate is never multiplied by less than this while a fork cools, so that its last steps still move.
 _COOL_FLOOR = 0.02
-
-# Where slow hyperparameters on a linear scale start when the user names no value: little regularisation, not none.
-_SLOW_START = 0.2
 
 
 def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:
@@ -285,13 +276,7 @@ class AutoTuneNet:
     @in_float32
     def start(self) -> dict[str, Any]:
         """The values the run starts from, by name."""
-        values = {}
-        for name, role in zip(self.space.names, self.space.roles, strict=True):
-            param = self.space[name]
-            is_linear = isinstance(param, FloatParameter) and not param.log
-            default = param.decode(jnp.float32(_SLOW_START if role == "slow" and is_linear else 0.5))
-            values[name] = self.initial.get(name, default)
-        return values
+        return {**defaults(self.space), **self.initial}
 
     @in_float32
     def init(self, key: PRNGKeyArray, *, start: Mapping[str, Any] | None = None) -> TunerState:
@@ -301,58 +286,15 @@ class AutoTuneNet:
           key: A typed PRNG key, or a legacy uint32 one.
           start: Values to start from where ``initial`` names none; arrays under jit too.
         """
-        if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-            key = jax.random.wrap_key_data(key)
-        # The state is donated step by step: it must not share its key's buffer with the caller.
-        key = jax.random.clone(key)
-        dims = self.space.dims
-        incumbent = self.space.snap(self.space.encode({**self.start(), **(start or {}), **self.initial}))
-        plan = jax.tree.map(jnp.asarray, self.plan)
-        zero, zero_i = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        starts_now = int(self.plan.start[0]) == 0
-        has_sweep = starts_now and int(self.plan.sweep[0]) > 0
-        if starts_now:
-            segment = int(self.plan.sweep[0]) if has_sweep else int(self.plan.early[0])
-        else:
-            segment = int(self.plan.start[0])
-        held = empty_round(dims, index=0, group=0)
-        held = held._replace(x=jnp.broadcast_to(incumbent, held.x.shape))
-        state = TunerState(
+        return first_state(
+            self.space,
+            self.core.policy,
+            self.core.surrogate,
+            self.capacity,
             key=key,
-            step=zero_i,
-            data_step=zero_i,
-            phase=jnp.int32((SWEEP if has_sweep else FORK) if starts_now else TRAIN),
-            segment_left=jnp.int32(segment),
-            segment_length=jnp.int32(segment),
-            incumbent=incumbent,
-            trial=incumbent,
-            has_failed=jnp.zeros((), bool),
-            has_faulted=jnp.zeros((), bool),
-            retries=zero_i,
-            initial_loss=jnp.full((), jnp.nan, jnp.float32),
-            best_level=jnp.full((), jnp.inf, jnp.float32),
-            eval_level=jnp.full((), jnp.nan, jnp.float32),
-            validation=no_validation(),
-            discarded=zero_i,
-            rollbacks=zero_i,
-            relapses=zero_i,
-            since_rollback=jnp.int32(NEVER),
-            rounds_held=zero_i,
-            anneal_start=jnp.int32(-1),
-            anneal_steps=zero_i,
-            outcome=jnp.int32(OUTCOME_NONE),
-            window=empty_window(),
-            sweep=Sweep(zero, zero, zero, zero),
-            round=held,
-            slots=Slots(zero_i, zero_i, zero_i, zero_i),
-            guard=_guard.init(),
-            observations=_observations.empty(self.capacity, dims),
-            prior=_belief.first_prior(self.core.policy, _policy.directions(self.space), incumbent),
-            hyper=_kernels.initial_hyper(self.core.surrogate),
-            plan=plan,
+            start={**(start or {}), **self.initial},
+            plan=self.plan,
         )
-        # Leaves must not share buffers either, or donating one would donate another.
-        return jax.tree.map(jnp.copy, state)
 
     def hyperparams(self, ts: TunerState) -> dict[str, Array]:
         """Values in force for the next step: schedule, fork and cool-down applied. Jit-able; O(d).

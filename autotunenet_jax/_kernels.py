@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float
 
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
@@ -146,11 +147,13 @@ def square(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n d
 
 @functools.cache
 def _profile(name: str) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
-    """A kernel of unit variance and lengthscale as a function of the distance, traced once per shape."""
-    kernels = _gpjax_kernels()
-    with jax.ensure_compile_time_eval():
-        kernel, origin = getattr(kernels, name)(n_dims=1), jnp.zeros(1, jnp.float32)
-    return jax.jit(lambda r: jax.vmap(lambda one: kernel(one[None], origin))(r.reshape(-1)).reshape(r.shape))
+    """A kernel of unit variance and lengthscale as a function of the distance; its own code is traced only once."""
+    kernel = getattr(_gpjax_kernels(), name)
+    # Made outside a trace, its parameters would be computed one operation, and one compilation, at a time.
+    program = jax.make_jaxpr(lambda r: kernel(n_dims=1)(r[None], jnp.zeros_like(r[None])))(
+        jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    return jax.jit(lambda r: jax.vmap(jaxpr_as_fun(program))(r.reshape(-1))[0].reshape(r.shape))
 
 
 def shape_kernel(

@@ -63,14 +63,16 @@ def layout(tree: Any) -> Layout:
     return Layout(structure, tuple((_field(leaf), tuple(leaf.shape)) for leaf in leaves))
 
 
+@jax.jit
 def pack(tree: Any) -> Packed:
     """Puts the leaves of a tree one after the other. Cost: one pass over them."""
     parts: dict[str, list[Any]] = {name: [] for name in Packed._fields}
     for leaf in jax.tree.leaves(tree):
         name = _field(leaf)
-        parts[name].append(leaf if name == "keys" else jnp.ravel(leaf))
+        parts[name].append(leaf if name == "keys" else jax.lax.reshape(leaf, (leaf.size,)))
     joined = {
-        name: jnp.concatenate(parts[name]) if parts[name] else jnp.zeros((0,), dtype) for name, dtype in _DTYPES.items()
+        name: jax.lax.concatenate(parts[name], 0) if parts[name] else jnp.zeros((0,), dtype)
+        for name, dtype in _DTYPES.items()
     }
     return Packed(**joined, keys=tuple(parts["keys"]))
 

@@ -275,12 +275,20 @@ class Choice:
             return np.arange(len(self.options), dtype=np.int32)
         return np.asarray(self.options, np.int32 if self._is_whole else np.float32)
 
+    def position(self, option: Any) -> int:
+        """Position of an option, given as in ``options``. Host only.
+
+        Raises:
+          ValueError: It is none of them.
+        """
+        if option not in self.options:
+            raise ValueError(f"a choice must be one of {list(self.options)!r}; got {option!r}. Pick one of them.")
+        return self.options.index(option)
+
     def _index(self, value: Any) -> IntArray[Array, "..."]:
         """Position of the nearest option; NaN goes to the first."""
         if not self.is_numeric and (isinstance(value, str) or not isinstance(value, _ARRAY_TYPES)):
-            if value not in self.options:
-                raise ValueError(f"a choice must be one of {list(self.options)!r}; got {value!r}. Pick one of them.")
-            return jnp.asarray(self.options.index(value), jnp.int32)
+            return jnp.asarray(self.position(value), jnp.int32)
         distance = jnp.abs(jnp.asarray(self._table, jnp.float32) - jnp.asarray(value, jnp.float32)[..., None])
         return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 

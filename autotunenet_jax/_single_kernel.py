@@ -105,7 +105,7 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
     places = {id(variable): number for number, variable in enumerate(inputs)}
     # What comes back as it went in stays outside.
     passed = [places.get(id(variable)) for variable in outputs]
-    kinds = [jax.eval_shape(_data, signature.leaves[number]) for number in live]
+    kinds = [_stored(signature.leaves[number]) for number in live]
     if not live or any(kind.dtype not in _WORDS for kind in kinds) or _needs_library(program.jaxpr):
         return plain
 
@@ -158,12 +158,16 @@ def _data(array: Any) -> Any:
     return jax.random.key_data(array) if _is_key(array) else array
 
 
+def _stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(_data, leaf) if _is_key(leaf) else leaf
+
+
 def _packed(leaves: Sequence[Any]) -> Any:
     """All numbers as words of 32 bits, one dtype after the other: converting each array by itself takes a kernel."""
     parts: dict[Any, list[Any]] = {dtype: [] for dtype in _WORDS}
     for leaf in map(_data, leaves):
-        parts[leaf.dtype].append(jnp.ravel(leaf))
-    return jnp.concatenate([_words(jnp.concatenate(part)) for part in parts.values() if part])
+        parts[leaf.dtype].append(jax.lax.reshape(leaf, (leaf.size,)))
+    return jax.lax.concatenate([_words(jax.lax.concatenate(part, 0)) for part in parts.values() if part], 0)
 
 
 def _words(vector: Any) -> Any:
@@ -172,17 +176,14 @@ def _words(vector: Any) -> Any:
 
 
 def _unpacked(words: Any, kinds: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
-    vectors, ends, begin = {}, dict.fromkeys(_WORDS, 0), 0
-    for dtype in _WORDS:
-        end = begin + sum(kind.size for kind in kinds if kind.dtype == dtype)
-        part = jax.lax.slice(words, (begin,), (end,))
-        vectors[dtype] = part != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(part, dtype)
-        begin = end
-    arrays = []
-    for kind in kinds:
-        begin = ends[kind.dtype]
-        ends[kind.dtype] += kind.size
-        arrays.append(jax.lax.slice(vectors[kind.dtype], (begin,), (ends[kind.dtype],)).reshape(kind.shape))
+    arrays: list[Any] = [None] * len(kinds)
+    members = {dtype: [number for number, kind in enumerate(kinds) if kind.dtype == dtype] for dtype in _WORDS}
+    sizes = {dtype: [kinds[number].size for number in numbers] for dtype, numbers in members.items() if numbers}
+    parts = jax.lax.split(words, [sum(part) for part in sizes.values()])
+    for (dtype, part), vector in zip(sizes.items(), parts, strict=True):
+        vector = vector != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(vector, dtype)
+        for number, piece in zip(members[dtype], jax.lax.split(vector, part), strict=True):
+            arrays[number] = jax.lax.reshape(piece, kinds[number].shape)
     return arrays
 
 

@@ -1,9 +1,11 @@
 """How a tuned run starts: the optimizer of a factory, and the values of the first step."""
 
 import difflib
+import functools
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +14,8 @@ from jaxtyping import Array
 
 from . import _hyperparams
 from ._controller import AutoTuneNet
+from ._first_state import as_argument
+from ._space import SearchSpace
 
 
 def build(factory: Any, tuner: AutoTuneNet, arguments: dict[str, Any]) -> optax.GradientTransformation:
@@ -62,19 +66,25 @@ def starting_values(tuner: AutoTuneNet, inner: Any) -> dict[str, Array]:
         close = difflib.get_close_matches(name, [other for other in available if other not in space], n=1, cutoff=0.85)
         if name not in where and close:
             raise ValueError(f"the optimizer has no hyperparameter {name!r}; did you mean {close[0]!r}?")
-    values = {name: tuner.space[name].clip(value) for name, value in tuner.start().items()}
-    for name, value in _hyperparams.read(inner, where).items():
-        if name in tuner.initial:
-            continue
-        # Under jit the value is not known yet; it is moved into its range there.
+    found = {name: value for name, value in _hyperparams.read(inner, where).items() if name not in tuner.initial}
+    start = {name: as_argument(space[name], value) for name, value in tuner.start().items()}
+    values, allowed = _in_dtype(space, {**start, **found})
+    # Under jit a value is not known yet; it is moved into its range there.
+    for name, value in found.items():
         if not isinstance(value, Tracer):
-            _check_start(tuner, name, value)
-        values[name] = value
-    return {name: jnp.asarray(value).astype(tuner.space[name].clip(value).dtype) for name, value in values.items()}
+            _check_start(tuner, name, value, allowed[name])
+    return {**allowed, **{name: values[name] for name in found}}
 
 
-def _check_start(tuner: AutoTuneNet, name: str, value: Array) -> None:
-    nearest = np.asarray(tuner.space[name].clip(value), np.float64)
+@functools.partial(jax.jit, static_argnums=0)
+def _in_dtype(space: SearchSpace, values: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Values in the types that the space decodes to, and the nearest allowed ones."""
+    allowed = space.clip(values)
+    return {name: jnp.asarray(value).astype(allowed[name].dtype) for name, value in values.items()}, allowed
+
+
+def _check_start(tuner: AutoTuneNet, name: str, value: Array, allowed: Array) -> None:
+    nearest = np.asarray(allowed, np.float64)
     if not np.allclose(nearest, np.asarray(value, np.float64), rtol=1e-6, atol=0.0):
         raise ValueError(
             f"the optimizer starts with {name} = {float(value):g}, outside the declared {tuner.space[name]!r}. "
