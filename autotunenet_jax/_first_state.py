@@ -123,7 +123,7 @@ def _first(
         anneal_steps=zero_i,
         outcome=jnp.int32(OUTCOME_NONE),
         window=empty_window(),
-        sweep=Sweep(zero, zero, zero, zero),
+        sweep=Sweep(zero, zero, zero, zero, zero),
         round=held._replace(x=jnp.broadcast_to(incumbent, held.x.shape)),
         slots=Slots(zero_i, zero_i, zero_i, zero_i),
         guard=_guard.init(),

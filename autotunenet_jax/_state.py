@@ -88,12 +88,13 @@ class Window(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """The range sweep: smoothed loss, its lowest value, and the position of the rate there (unit cube)."""
+    """The range sweep: smoothed loss, and the last rate that lowered it much (unit cube), with what it was there."""
 
     first: Float[Array, ""]
     smooth: Float[Array, ""]
     lowest: Float[Array, ""]
     position: Float[Array, ""]
+    level: Float[Array, ""]
 
 
 class Validation(NamedTuple):

@@ -35,6 +35,8 @@ _SCORED_SHARE = 0.15
 _LOSS_LIMIT = 1e15
 
 _SWEEP_MEMORY = 0.75
+# A higher rate must lower the loss by this share of what the sweep has gained so far.
+_SWEEP_GAIN = 0.05
 _FIRST_LOSSES = 4
 
 REWARM_STEPS = 20
@@ -97,13 +99,16 @@ def _update_sweep(sweep: Sweep, pos: Array, length: Array, loss: Array, spread: 
     weight = _SWEEP_MEMORY * (1.0 - _SWEEP_MEMORY**pos) / (1.0 - _SWEEP_MEMORY ** (pos + 1.0))
     smooth = jnp.where(pos == 0, loss, weight * sweep.smooth + (1.0 - weight) * loss)
     is_lowest = (pos == 0) | (smooth < sweep.lowest)
+    # On a plateau any rate may come out lowest; where it begins is what the sweep tells.
+    is_lower = (pos == 0) | (smooth < sweep.level - _SWEEP_GAIN * jnp.maximum(sweep.first - sweep.level, 0.0))
     # A loss is measured before its step is taken: it shows what the rate of the step before did.
     rate_position = jnp.maximum(pos - 1, 0) / jnp.maximum(length - 1, 1)
     return Sweep(
         first=jnp.where(pos == 0, loss, sweep.first),
         smooth=smooth,
         lowest=jnp.where(is_lowest, smooth, sweep.lowest),
-        position=jnp.where(is_lowest, rate_position, sweep.position).astype(jnp.float32),
+        position=jnp.where(is_lower, rate_position, sweep.position).astype(jnp.float32),
+        level=jnp.where(is_lower, smooth, sweep.level),
     )
 
 

@@ -139,8 +139,8 @@ class PhaseMachine:
         self.forks: list[Trial] = []
         self.winner: int | None = None
         self.scored_by_eval, self.reference = False, F(np.nan)
-        # First, smoothed and lowest loss of the sweep, and where the rate was at the lowest.
-        self.swept = (F(0), F(0), F(0), F(0))
+        # First, smoothed and lowest loss of the sweep, the last rate that lowered it much, and the loss there.
+        self.swept = (F(0), F(0), F(0), F(0), F(0))
         starts_now = int(plan.start[0]) == 0
         self.phase = "train" if not starts_now else "sweep" if plan.sweep[0] else "fork"
         self._begin(int(plan.start[0] if not starts_now else plan.sweep[0] or plan.early[0]))
@@ -340,9 +340,9 @@ class PhaseMachine:
         if not np.isfinite(loss):
             return True
         value, spread = loss, self.watch.spread
-        first, smooth, lowest, where = self.swept
+        first, smooth, lowest, where, level = self.swept
         if position == 0:
-            first = smooth = lowest = value
+            first = smooth = lowest = level = value
             where = F(0)
         else:
             if position >= 2:
@@ -350,9 +350,10 @@ class PhaseMachine:
             memory = F(_tick._SWEEP_MEMORY)
             weight = memory * (1 - memory**position) / (1 - memory ** (position + 1))
             smooth = F(weight) * smooth + F(1 - weight) * value
-            if smooth < lowest:
-                lowest, where = smooth, F(max(position - 1, 0) / max(self.length - 1, 1))
-        self.swept = (first, smooth, lowest, where)
+            lowest = min(lowest, smooth)
+            if smooth < level - F(_tick._SWEEP_GAIN) * max(first - level, F(0)):
+                level, where = smooth, F(max(position - 1, 0) / max(self.length - 1, 1))
+        self.swept = (first, smooth, lowest, where, level)
         return position >= 6 and smooth > lowest + F(0.5) * (first - lowest) + F(4) * spread
 
     # The end of a stretch.
