@@ -16,6 +16,7 @@ from . import _decide, _kernels, _plan, _policy, _tick
 from ._first_state import defaults, first_state
 from ._float32 import in_float32
 from ._guard import Guard
+from ._one_by_one import one_by_one
 from ._plan import NEVER
 from ._space import SearchSpace
 from ._state import (
@@ -105,6 +106,7 @@ class Core:
         return _tick.tick(self.guard, self.retreat, ts, jnp.asarray(loss, jnp.float32))
 
     @in_float32
+    @one_by_one(static_argnums=(0,))
     def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
         return _decide.decide(self.surrogate, self.policy, self.space, ts)
 

@@ -13,6 +13,7 @@ from ._acquisition import propose
 from ._float32 import in_float32
 from ._kernels import Hyper, SurrogateConfig, initial_hyper
 from ._observations import Observations, add, empty, mask
+from ._one_by_one import one_by_one
 from ._sampling import branches, spread_table, turned, uniforms
 from ._space import SearchSpace
 from ._surrogate import Posterior, fit, predict
@@ -158,9 +159,13 @@ class BayesianOptimizer:
         Cost:
           One fit, O(capacity^3), and ``count`` acquisitions, whatever the number of observations.
         """
-        size = 1 if count is None else count
-        if size < 1:
+        if count is not None and count < 1:
             raise ValueError(f"count must be at least 1; got {count!r}.")
+        return self._suggest(count, state, time)
+
+    @one_by_one(static_argnums=(0, 1))
+    def _suggest(self, count: int | None, state: EngineState, time: Any) -> tuple[dict[str, Array], EngineState]:
+        size = 1 if count is None else count
         obs, dims = state.observations, self.space.dims
         key, fit_key, propose_key = branches(state.key, 3)
         used = mask(obs)

@@ -217,23 +217,35 @@ def picks_table() -> str:
     return _table(header, rows)
 
 
+def _since_shift(result: dict) -> list[float]:
+    """The losses of a W7 run from the stretch on in which its data changed.
+
+    Data changes at the T/2-th step of a run; of ours, discarded steps apart, since they see no new data.
+    """
+    curve = result["curve"]
+    return curve[math.floor(len(curve) * (0.5 + result.get("share", 0.0))) :]
+
+
 def drift_table() -> str:
     """W7: mean training loss after the shift, above the lowest level any stored run reached there.
 
-    The loss counts every step of the budget, discarded forks included.
+    All are compared over as many steps as the shortest run has left. The loss counts every step of the budget.
     """
     kinds = [(schedule, start) for schedule in ("constant", "linear", "cosine") for start in ORACLE_RATES]
     kinds += [("ours", start) for start in plans.STARTS] + [(name, "lr1") for name in plans.STRONGEST]
-    curves = {}
-    for method, start in kinds:
-        stored = [_load(Cell("W7", method, start, seed)) for seed in plans.SEEDS]
-        halves = [r["curve"][len(r["curve"]) // 2 :] for r in stored if r is not None and None not in r["curve"]]
-        if halves:
-            curves[method, start] = [statistics.fmean(points) for points in zip(*halves, strict=True)]
+    runs = {kind: [_load(Cell("W7", *kind, seed)) for seed in plans.SEEDS] for kind in kinds}
+    curves = {
+        kind: [_since_shift(r) for r in stored if r is not None and None not in r["curve"]]
+        for kind, stored in runs.items()
+    }
+    curves = {kind: found for kind, found in curves.items() if found}
     if not curves:
         return ""
-    floor = min(min(curve) for curve in curves.values())
-    regret = {kind: statistics.fmean(curve) - floor for kind, curve in curves.items()}
+    points = min(len(curve) for found in curves.values() for curve in found)
+    means = {kind: [statistics.fmean(at) for at in zip(*(curve[:points] for curve in found), strict=True)]
+             for kind, found in curves.items()}  # fmt: skip
+    floor = min(min(curve) for curve in means.values())
+    regret = {kind: statistics.fmean(curve) - floor for kind, curve in means.items()}
     best = {
         schedule: min((kind for kind in regret if kind[0] == schedule), key=regret.__getitem__, default=None)
         for schedule in ("constant", "linear", "cosine")
