@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _decide, _kernels, _plan, _policy, _tick
+from . import _decide, _kernels, _plan, _policy, _tick, _validation
 from ._first_state import defaults, first_state
 from ._float32 import in_float32
 from ._guard import Guard
@@ -138,7 +138,7 @@ class Core:
             window=window,
             eval_level=jnp.where(is_settled & is_finite, metric, ts.eval_level),
         )
-        return _tick.validate(self.retreat, ts, metric, is_settled & is_finite)
+        return _validation.validate(self.retreat, ts, metric, is_settled & is_finite)
 
 
 def _surrogate_config(space: SearchSpace) -> _kernels.SurrogateConfig:

@@ -21,7 +21,6 @@ from ._state import (
     Directive,
     Sweep,
     TunerState,
-    Validation,
     no_validation,
 )
 
@@ -57,22 +56,6 @@ _RATE_RETREAT_WITHIN = 250
 # The same for values that are not finite out of the blue, which are rather the data's fault.
 _BLUE_RETREAT_DECADES = 0.15
 _BLUE_RETREAT_WITHIN = 20
-
-
-# A validation metric this share of its whole improvement above its best, and as much as its noise explains, so many
-# times in a row, has risen for good. Of independent noise a bend is two standard deviations on average.
-_RISE_SHARE = 0.015
-_RISE_BENDS = 1.5
-# In the last part of the budget one rise by that share and a bend is enough.
-_ENDING_SHARE = 0.125
-_RISES = 2
-_RISE_RETREAT_DECADES = 1.0
-# Metrics after the best one, so many and over this share of the budget, have failed to follow the training loss if
-# together they lie further than noise explains above what half of its fall would have made of them. The best of many
-# is lower than it should be by about so many bends.
-_LATER, _LATER_SHARE = 3, 0.15
-_FOLLOWING, _LARGEST_UNIT = 0.5, 10.0
-_LUCK, _LATER_BENDS = 1.25, 2.0
 
 
 def position(ts: TunerState) -> Array:
@@ -283,65 +266,6 @@ def tick(
         verdict=verdict,
     )
     return new, directive, due
-
-
-def validate(
-    retreat: Callable[[Array, Array], Array], ts: TunerState, metric: Float[Array, ""], is_settled: Array
-) -> TunerState:
-    """Takes a validation metric of ordinary training in; lowers the rates when training fits what does not generalise.
-
-    That shows when the metric rises above its best, or all in all does not follow, while the training loss keeps
-    falling. Training then goes on from
-    the best state at a lower rate, which near the end the schedule sees to. While a round is still to come, that round
-    has the better remedies.
-    """
-    seen, level = ts.validation, ts.guard.short
-    first = jnp.where(is_settled & jnp.isnan(seen.first), metric, seen.first)
-    is_best = is_settled & (metric < seen.best)
-    change = metric - seen.last
-    bend = jnp.abs(change - seen.change)
-    noise = jnp.where(seen.noise > 0.0, 0.5 * (seen.noise + bend), bend)
-    noise = jnp.where(is_settled & jnp.isfinite(bend), noise, seen.noise)
-    margin = _RISE_SHARE * jnp.maximum(first - seen.best, 0.0)
-    is_above = is_settled & (metric > seen.best + margin) & (level < seen.level)
-    has_risen = is_above & (metric > seen.best + margin + _RISE_BENDS * noise)
-    rises = jnp.where(has_risen, seen.rises + 1, jnp.where(is_settled, 0, seen.rises))
-    is_last = (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
-    counts = is_settled & is_last & ~is_best & jnp.isfinite(seen.best)
-    later = seen.later + counts
-    # What the metric fell by while the training loss fell by one.
-    unit = jnp.clip((first - seen.best) / jnp.maximum(ts.initial_loss - seen.level, 1e-12), 0.0, _LARGEST_UNIT)
-    away = seen.away + jnp.where(counts, metric - seen.best + _FOLLOWING * unit * (seen.level - level), 0.0)
-    bends = seen.bends + jnp.where(counts & jnp.isfinite(bend), bend, 0.0)
-    explained = bends * (_LUCK + _LATER_BENDS / jnp.sqrt(jnp.maximum(later, 1.0)))
-    budget = jnp.where(ts.plan.total > 0, ts.plan.total, ts.step)
-    is_long = (later >= _LATER) & (ts.step - seen.at >= _LATER_SHARE * budget)
-    fails = counts & is_long & (level < seen.level) & (away > explained)
-    retreats = ((rises >= _RISES) | fails) & is_last
-    starts_anew = is_best | retreats
-    # Towards the end the schedule has lowered the rates already, and no time is left to wait and see.
-    is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step <= _ENDING_SHARE * ts.plan.total)
-    ends = is_above & (metric > seen.best + margin + noise) & is_last & is_ending & ~retreats
-    return ts._replace(
-        incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),
-        validation=Validation(
-            first=first,
-            best=jnp.where(is_best, metric, seen.best),
-            level=jnp.where(is_best, level, seen.level),
-            last=jnp.where(is_settled, metric, seen.last),
-            change=jnp.where(is_settled, change, seen.change),
-            noise=noise,
-            at=jnp.where(starts_anew, ts.step, seen.at),
-            later=jnp.where(starts_anew, 0.0, later),
-            away=jnp.where(starts_anew, 0.0, away),
-            bends=jnp.where(starts_anew, 0.0, bends),
-            rises=jnp.where(retreats, 0, rises),
-            retreats=seen.retreats + (retreats | (ends & seen.is_kept)),
-            keeps=seen.keeps | (is_best & is_last),
-            returns=(retreats | ends) & seen.is_kept,
-            is_kept=seen.is_kept & ~is_best,
-        ),
-    )
 
 
 def _where(condition: Array, new, old):

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,3 +62,40 @@ def test_validation_that_does_not_follow_the_training_loss_is_as_bad_as_one_that
     assert returns_to_the_best(losses, flat)
     assert not returns_to_the_best(np.maximum(losses, losses[110]), flat), "neither falls any more"
     assert not returns_to_the_best(losses, losses + noise), "it follows"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def retreats(tuned, metrics, levels):
+    """How often a settled run went back, told nothing but metrics and the level of its training loss."""
+    ts = tuned.init(jax.random.key(0))
+    ts = ts._replace(
+        phase=jnp.int32(_state.TRAIN),
+        round=ts.round._replace(index=jnp.int32(1)),
+        initial_loss=levels[0],
+        validation=ts.validation._replace(is_kept=True),
+    )
+
+    def one(ts, told):
+        number, metric, level = told
+        ts = ts._replace(step=number * (TOTAL // (len(metrics) - 1)), guard=ts.guard._replace(short=level))
+        return tuned.observe_eval(ts, metric), ts.validation.retreats
+
+    return jax.lax.scan(one, ts, (jnp.arange(len(metrics)), metrics, levels))[1][-1]
+
+
+def test_the_fall_from_the_untrained_state_is_no_noise():
+    """With few metrics it would hide a rise for most of a run."""
+    metrics = np.float32([2.68, 0.39, 0.43, 0.52, 0.69, 0.75])
+    levels = np.float32([2.3, 0.3, 0.2, 0.14, 0.1, 0.06])
+    assert retreats(VALIDATED, metrics, levels)
+    assert not retreats(VALIDATED, np.float32([2.68, 0.39, 0.38, 0.38, 0.37, 0.37]), levels)
+
+
+@pytest.mark.parametrize("count", [10, 50])
+def test_noise_about_a_metric_that_follows_seldom_looks_like_a_rise(count):
+    rng = np.random.default_rng(0)
+    fall = 1.9 * np.exp(-np.arange(count + 1) / (0.2 * count))
+    noise = 0.05 * rng.normal(size=(200, count + 1)) * (np.arange(count + 1) > 0)
+    metrics, levels = (0.4 + fall + noise).astype(np.float32), (0.4 + fall).astype(np.float32)
+    went_back = jax.vmap(lambda each: retreats(VALIDATED, each, levels))(metrics)
+    assert np.mean(np.asarray(went_back) > 0) < 0.05

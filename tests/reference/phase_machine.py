@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
-from autotunenet_jax import _decide, _guard, _tick
+from autotunenet_jax import _decide, _guard, _tick, _validation
 
 F = np.float32
 ZERO = F(0)
@@ -169,23 +169,27 @@ class PhaseMachine:
         bend = abs(change - self.last_change)
         if np.isfinite(bend):
             self.bends = F(0.5) * (self.bends + bend) if self.bends > 0 else bend
-        self.last_metric, self.last_change = metric, change
-        margin = F(_tick._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
+        # Two or three bends may happen to be small: those since the best metric count as well.
+        typical = max(self.bends, self.later_bends / F(max(self.later, 1)))
+        self.last_change = change
+        if self.step > 0:
+            self.last_metric = metric
+        margin = F(_validation._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
         # The best metric may be this one: it is compared with the best before it.
         best = self.best_metric
-        is_above = metric > best + margin and self.watch.short < self.best_short
-        has_risen = is_above and metric > best + margin + F(_tick._RISE_BENDS) * self.bends
+        is_above = metric > best + margin and self.watch.short < self.best_short and typical > 0
+        has_risen = is_above and metric > best + margin + F(_validation._RISE_BENDS) * typical
         is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
         fails = False
         if is_last and metric >= best and np.isfinite(best):
             self.later += 1
             fell = max(self.initial_loss - self.best_short, F(1e-12))
-            unit = np.clip((self.first_metric - best) / fell, 0, F(_tick._LARGEST_UNIT))
-            self.away += metric - best + F(_tick._FOLLOWING) * unit * (self.best_short - self.watch.short)
+            unit = np.clip((self.first_metric - best) / fell, 0, F(_validation._LARGEST_UNIT))
+            self.away += metric - best + F(_validation._FOLLOWING) * unit * (self.best_short - self.watch.short)
             self.later_bends += bend if np.isfinite(bend) else ZERO
-            explained = self.later_bends * (F(_tick._LUCK) + F(_tick._LATER_BENDS) / np.sqrt(F(self.later)))
-            span = F(_tick._LATER_SHARE) * (self.plan.total or self.step)
-            is_long = self.later >= _tick._LATER and self.step - self.best_step >= span
+            explained = self.later_bends * (F(_validation._LUCK) + F(_validation._LATER_BENDS) / np.sqrt(F(self.later)))
+            span = F(_validation._LATER_SHARE) * (self.plan.total or self.step)
+            is_long = self.later >= _validation._LATER and self.step - self.best_step >= span
             fails = is_long and self.watch.short < self.best_short and self.away > explained
         if metric < self.best_metric:
             self.best_metric, self.best_short = metric, self.watch.short
@@ -193,14 +197,17 @@ class PhaseMachine:
             self.keeps, self.is_kept = self.keeps or is_last, False
         self.rises = self.rises + 1 if has_risen else 0
         self.returns = False
-        if (self.rises >= _tick._RISES or fails) and is_last:
-            self._retreat(_tick._RISE_RETREAT_DECADES)
+        if (self.rises >= _validation._RISES or fails) and is_last:
+            self._retreat(_validation._RISE_RETREAT_DECADES)
             self.rises = 0
             self._count_anew()
             self.returns = self.is_kept
         elif is_above and is_last and self.plan.total:
-            is_ending = self.plan.total - self.step <= F(_tick._ENDING_SHARE) * self.plan.total
-            self.returns = bool(is_ending) and self.is_kept and metric > best + margin + self.bends
+            is_ending = self.plan.total - self.step <= F(_validation._ENDING_SHARE) * self.plan.total
+            self.returns = bool(is_ending) and self.is_kept and metric > best + margin + typical
+        if self.returns:
+            self.last_metric = self.last_change = F(np.nan)
+            self.bends = ZERO
 
     def _count_anew(self) -> None:
         self.later, self.away, self.later_bends, self.best_step = 0, ZERO, ZERO, self.step
