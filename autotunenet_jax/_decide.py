@@ -281,9 +281,8 @@ def _choose(
     has_holder = held.kept >= 0
     p_better = jnp.where(has_holder, _probability_better(mean, covariance, fork, holder), 1.0)
     is_late = (rung == 1) | (plan.early[row] >= late)
-    needed = jnp.where(kind == FAST, policy.move_fast, policy.move_slow)
     continues = succeeded & ~is_late & (p_better >= policy.drop_below)
-    wins = succeeded & is_late & (~has_holder | (p_better > needed))
+    wins = succeeded & is_late & (~has_holder | (p_better > policy.move))
     ends = in_fork & ~continues
     status = jnp.where(
         continues,

@@ -20,8 +20,7 @@ class Policy:
         in proportion.
       slow_resolution: The same in slow rounds, where small differences say little of what the rest of the run brings.
       drop_below: A fork is dropped at its early score when its probability of beating the kept one is below this.
-      move_fast: Probability of being better that a fork of a fast round needs to replace the kept one.
-      move_slow: The same in slow rounds.
+      move: Probability of being better that a fork needs to replace the kept one.
       price: Least expected improvement worth another fast fork.
       slow_price: The same for a slow fork.
       sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
@@ -42,8 +41,7 @@ class Policy:
     fast_resolution: float = 0.05
     slow_resolution: float = 1.0
     drop_below: float = 0.4
-    move_fast: float = 0.5
-    move_slow: float = 0.6
+    move: float = 0.5
     price: float = 0.003
     slow_price: float = 0.01
     sweep_offset: float = 0.5

@@ -87,8 +87,7 @@ ABLATIONS: dict[str, Callable[..., searches.Found]] = {
     "fresh_data": _ablated(change=_fresh_data),
     "no_gate": _ablated(lambda: _policy(price=0.0, slow_price=0.0)),
     "no_blur": _ablated(lambda: _policy(blur_decades=1e-3)),
-    "no_sticking": _ablated(lambda: _policy(move_slow=0.5)),
     "no_decay": _ablated(lambda: {"decay": "none"}),
 }
 """By what is missing: the engine's proposals, the cool-down before scoring, rounds' own levels, the same batches for
-all forks, the price of a fork, the blur around a fork's best rate, the caution about slow moves, the decay."""
+all forks, the price of a fork, the blur around a fork's best rate, the decay."""

@@ -33,7 +33,6 @@ ABLATIONS = (
     "fresh_data",
     "no_gate",
     "no_blur",
-    "no_sticking",
     "no_decay",
 )
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")

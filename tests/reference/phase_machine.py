@@ -521,8 +521,7 @@ class PhaseMachine:
             self._fresh_watch()
             result.outcome = "fork continues"
             return
-        needed = self.policy.move_fast if is_fast else self.policy.move_slow
-        wins = succeeded and is_late and (self.winner is None or chance > needed)
+        wins = succeeded and is_late and (self.winner is None or chance > self.policy.move)
         fork.status = "failed" if not succeeded else "finished" if is_late else "dropped"
         if wins:
             self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
