@@ -130,7 +130,7 @@ def _first(
         observations=_observations.empty(capacity, space.dims),
         prior=_belief.first_prior(policy, directions(space), incumbent),
         hyper=_kernels.initial_hyper(surrogate),
-        plan=jax.tree.map(jnp.asarray, plan),
+        plan=plan,
     )
     # Leaves share buffers neither with each other nor with the caller, or donating one would donate another.
     return jax.tree.map(jnp.copy, state)
