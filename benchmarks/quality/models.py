@@ -36,6 +36,10 @@ def _dense(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return x @ layer["w"] + layer["b"]
 
 
+def _rms(scale: jax.Array, x: jax.Array) -> jax.Array:
+    return scale * x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+
+
 def mlp(*sizes: int) -> Model:
     """ReLU layers of the given widths; dropout after each hidden layer."""
     depth = len(sizes) - 1
@@ -107,9 +111,6 @@ def transformer(vocabulary: int, context: int, width: int, depth: int, heads: in
             "head": _dense_init(next(keys), width, vocabulary, gain=1.0),
         }
 
-    def rms(scale, x):
-        return scale * x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-
     def attend(block, x):
         n, length, _ = x.shape
         qkv = _dense(block["qkv"], x).reshape(n, length, 3, heads, width // heads)
@@ -123,9 +124,91 @@ def transformer(vocabulary: int, context: int, width: int, depth: int, heads: in
         keys = [None] * (2 * depth) if key is None else jax.random.split(key, 2 * depth)
         h = params["embed"][x] + params["place"][: x.shape[1]]
         for i, block in enumerate(params["blocks"]):
-            h = h + dropout(attend(block, rms(block["norm1"], h)), keys[2 * i], rate)
-            up = jax.nn.relu(_dense(block["up"], rms(block["norm2"], h)))
+            h = h + dropout(attend(block, _rms(block["norm1"], h)), keys[2 * i], rate)
+            up = jax.nn.relu(_dense(block["up"], _rms(block["norm2"], h)))
             h = h + dropout(_dense(block["down"], up), keys[2 * i + 1], rate)
-        return _dense(params["head"], rms(params["norm"], h))
+        return _dense(params["head"], _rms(params["norm"], h))
+
+    return Model(init, apply)
+
+
+def residual(n_in: int, width: int, depth: int, n_classes: int) -> Model:
+    """Pre-norm residual blocks of two dense layers each, on flat rows; dropout on the residual branches."""
+
+    def init(key):
+        first, *blocks, last = jax.random.split(key, depth + 2)
+        pairs = [jax.random.split(k) for k in blocks]
+        return {
+            "in": _dense_init(first, n_in, width),
+            "blocks": [
+                {
+                    "norm": jnp.ones(width),
+                    "up": _dense_init(k1, width, width),
+                    "down": _dense_init(k2, width, width, gain=1.0 / depth),
+                }
+                for k1, k2 in pairs
+            ],
+            "out": _dense_init(last, width, n_classes, gain=1.0),
+        }
+
+    def apply(params, x, key, rate):
+        keys = [None] * depth if key is None else jax.random.split(key, depth)
+        h = _dense(params["in"], x)
+        for block, k in zip(params["blocks"], keys, strict=True):
+            up = jax.nn.relu(_dense(block["up"], _rms(block["norm"], h)))
+            h = h + dropout(_dense(block["down"], up), k, rate)
+        return _dense(params["out"], jax.nn.relu(h))
+
+    return Model(init, apply)
+
+
+def gru(vocabulary: int, width: int) -> Model:
+    """A gated recurrent unit over int32 ``[n, context]`` tokens; dropout on its outputs."""
+
+    def init(key):
+        k1, k2, k3, k4 = jax.random.split(key, 4)
+        return {
+            "embed": jax.random.normal(k1, (vocabulary, width)) * 0.1,
+            "in": _dense_init(k2, width, 3 * width, gain=1.0),
+            "state": _dense_init(k3, width, 3 * width, gain=1.0),
+            "head": _dense_init(k4, width, vocabulary, gain=1.0),
+        }
+
+    def apply(params, x, key, rate):
+        def step(h, a):
+            b = _dense(params["state"], h)
+            (ar, az, an), (br, bz, bn) = jnp.split(a, 3, -1), jnp.split(b, 3, -1)
+            z = jax.nn.sigmoid(az + bz)
+            h = (1.0 - z) * jnp.tanh(an + jax.nn.sigmoid(ar + br) * bn) + z * h
+            return h, h
+
+        a = jnp.swapaxes(_dense(params["in"], params["embed"][x]), 0, 1)
+        _, outputs = jax.lax.scan(step, jnp.zeros((x.shape[0], width)), a)
+        return _dense(params["head"], dropout(jnp.swapaxes(outputs, 0, 1), key, rate))
+
+    return Model(init, apply)
+
+
+def conv1d(channels: tuple[int, int], length: int, n_classes: int) -> Model:
+    """Two strided convolutions of width five and a dense layer, on ``[n, length]`` signals."""
+    c1, c2 = channels
+    out_length = math.ceil(math.ceil(length / 2) / 2)
+
+    def init(key):
+        k1, k2, k3 = jax.random.split(key, 3)
+        return {
+            "conv1": _dense_init(k1, 5, c1),
+            "conv2": _dense_init(k2, 5 * c1, c2),
+            "head": _dense_init(k3, out_length * c2, n_classes, gain=1.0),
+        }
+
+    def conv(layer, x):
+        n = math.ceil(x.shape[1] / 2)
+        x = jnp.pad(x, ((0, 0), (2, 4), (0, 0)))
+        return jax.nn.relu(_dense(layer, jnp.concatenate([x[:, i : i + 2 * n : 2] for i in range(5)], axis=-1)))
+
+    def apply(params, x, key, rate):
+        x = conv(params["conv2"], conv(params["conv1"], x[:, :, None]))
+        return _dense(params["head"], dropout(x.reshape(x.shape[0], -1), key, rate))
 
     return Model(init, apply)

@@ -47,6 +47,21 @@ def momentum_sgd(learning_rate: Any, weight_decay: Any) -> optax.GradientTransfo
     return optax.chain(optax.add_decayed_weights(weight_decay, mask=_matrices), optax.sgd(learning_rate, momentum=0.9))
 
 
+def plain_sgd(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """SGD without momentum, with weight decay on matrices."""
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask=_matrices), optax.sgd(learning_rate))
+
+
+def lion(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """Lion with decoupled weight decay on matrices."""
+    return optax.lion(learning_rate, weight_decay=weight_decay, mask=_matrices)
+
+
+def clipped_adam(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """`adam` after clipping the global norm of the gradient to 1."""
+    return optax.chain(optax.clip_by_global_norm(1.0), adam(learning_rate, weight_decay))
+
+
 def _matrices(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
@@ -64,7 +79,8 @@ class Workload:
       load: Returns the three splits.
       optimizer: ``(learning_rate, weight_decay) -> GradientTransformation``; both are injected.
       family: ``"adam"`` or ``"sgd"``: which parameter-free optimizers are comparable.
-      loss: ``"classes"`` (cross-entropy), ``"real"`` (squared error) or ``"tokens"`` (next-token cross-entropy).
+      loss: ``"classes"`` (cross-entropy), ``"real"`` (squared error of one output or of all of them) or ``"tokens"``
+        (next-token cross-entropy).
       defaults: Value of every hyperparameter that a method leaves out.
       space: Hyperparameter name to ``(lo, hi)``: all that may be tuned.
       context: Tokens of a sequence; text only.
@@ -132,7 +148,7 @@ class Workload:
         x = batch["x"] if self.loss == "tokens" else batch["x"].astype(self.compute_dtype)
         out = self.model.apply(cast(params), x, key, rate).astype(jnp.float32)
         if self.loss == "real":
-            return jnp.mean(jnp.square(out[:, 0] - batch["y"]))
+            return jnp.mean(jnp.square(out.reshape(batch["y"].shape) - batch["y"]))
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out, batch["y"]))
 
     def train_step(self, state: RunState, batch: Batch, hp: Hp) -> tuple[RunState, jax.Array]:
