@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from . import _observations, _surrogate
+from . import _observations, _surrogate, _sweep
 from ._policy import Directions, Policy
 from ._state import TunerState
 from ._targets import group_median
@@ -39,10 +39,10 @@ def normalised(obs: _observations.Observations, *, resolution: Float[Array, "n"]
 
 def prior_after_sweep(policy: Policy, space_of: Directions, ts: TunerState) -> _surrogate.PriorMean:
     """The rates' bowl about where the sweep that just ended says the best is; the others' as before."""
-    # A loss still falling at the upper bound has not shown its lowest point: the best rate is near the bound.
-    is_cut = ts.sweep.position >= 1.0 - 2.5 / jnp.maximum(ts.segment_length - 1, 1)
-    offset = jnp.where(is_cut, policy.cut_offset, policy.sweep_offset) / space_of.decades
-    center = jnp.clip(ts.sweep.position - offset, 0.0, 1.0)
+    middle, end, trust = _sweep.read(ts.sweep, ts.segment_length)
+    decades = jnp.asarray(space_of.decades)
+    above, below = policy.sweep_offset / decades, policy.end_offset / decades
+    center = jnp.clip(trust * (middle + above) + (1.0 - trust) * (end - below), 0.0, 1.0)
     curvature = policy.sweep_curvature * jnp.asarray(space_of.decades) ** 2
     return _surrogate.PriorMean(
         center=jnp.where(space_of.is_rate, center, ts.prior.center),

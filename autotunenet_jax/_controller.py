@@ -84,7 +84,7 @@ class Core:
         shape = 0.5 * (1.0 - jnp.cos(math.pi * left)) if self.decay == "cosine" else left
         is_open = (planned <= 0) | (self.decay == "none")
         decay = jnp.where(is_open, 1.0, shape)
-        rewarm = jnp.minimum((ts.since_rollback + 1.0) / _tick.REWARM_STEPS, 1.0)
+        rewarm = jnp.minimum((ts.since_restart + 1.0) / _tick.REWARM_STEPS, 1.0)
         return decay * rewarm
 
     def _cool_down(self, ts: TunerState, pos: Array) -> Float[Array, ""]:
@@ -143,8 +143,8 @@ class Core:
 
 def _surrogate_config(space: SearchSpace) -> _kernels.SurrogateConfig:
     space_of = _policy.directions(space)
-    # A rate's effect changes over about a decade; other hyperparameters' over about half of their range.
-    lengthscales = np.where(space_of.is_rate, 1.2 / space_of.decades, 0.7)
+    # A rate's effect changes over half a decade; other hyperparameters' over about half of their range.
+    lengthscales = np.where(space_of.is_rate, 0.6 / space_of.decades, 0.7)
     return _kernels.SurrogateConfig(
         dims=space.dims,
         is_categorical=tuple(bool(flag) for flag in space.is_categorical),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _acquisition, _belief, _guard, _kernels, _observations, _surrogate
+from . import _acquisition, _belief, _bracket, _guard, _kernels, _observations, _surrogate
 from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, SLOW
 from ._policy import Directions, Policy, directions
 from ._single_kernel import single_kernel
@@ -66,25 +66,6 @@ def _select(condition: Array, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _box(policy: Policy, space_of: Directions, ts: TunerState, kind: Array) -> tuple[Array, Array]:
-    """Where the round may look: its own kind's dimensions near what is known, the others where they are."""
-    is_first = ts.rounds_held == 0
-    reach_first = policy.fast_reach_decades / space_of.decades
-    knows_rate = ts.prior.curvature > 0
-    center = jnp.where(is_first & space_of.is_rate & knows_rate, ts.prior.center, ts.incumbent)
-    reach = jnp.where(space_of.is_rate & knows_rate, jnp.where(is_first, reach_first, policy.later_reach), 1.0)
-    active = jnp.where(kind == SLOW, space_of.is_slow, ~space_of.is_slow)
-    fixed = ts.round.x[0]
-    lower = jnp.where(active, jnp.maximum(center - reach, 0.0), fixed)
-    upper = jnp.where(active, jnp.minimum(center + reach, 1.0), fixed)
-    # The second and third fork of the first round go to either side of the first: far scores tell where the best is.
-    spread = policy.spread_decades / space_of.decades
-    is_spread = is_first & active & space_of.is_rate & knows_rate
-    below = is_spread & (ts.round.fork == 0) & (fixed - spread > lower)
-    above = is_spread & (ts.round.fork == 1) & (fixed + spread < upper)
-    return jnp.where(above, fixed + spread, lower), jnp.where(below, fixed - spread, upper)
-
-
 def _between(
     space: SearchSpace, x: Float[Array, "forks d"], score: Float[Array, "forks"], is_run: Array
 ) -> tuple[Float[Array, "p d"], Array]:
@@ -116,6 +97,7 @@ class Ended(NamedTuple):
       belief: The surrogate's prior mean.
       lower: Lower corner of the box to look in.
       upper: Its upper corner.
+      is_open: Whether forks on either side of the best one are still to be found worse.
       is_rival: Which forks a proposal has to improve on.
       between: Points between the best fork and the others, where the choice may fall.
       is_between: Which of them exist.
@@ -133,6 +115,7 @@ class Ended(NamedTuple):
     belief: _surrogate.PriorMean
     lower: Float[Array, "d"]
     upper: Float[Array, "d"]
+    is_open: Array
     is_rival: Array
     between: Float[Array, "p d"]
     is_between: Array
@@ -193,8 +176,9 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     scores = _belief.normalised(observations, resolution=resolution)
     begins = (ts.phase == TRAIN) | in_sweep
     held_now = held._replace(x=jnp.where(begins, ts.incumbent[None, :], held.x))
-    lower, upper = _box(policy, space_of, ts._replace(round=held_now), plan.kind[row])
-    is_rival = _is_run(held) & (held.status != FORK_FAILED)
+    known = _bracket.bracket(policy, space_of, held_now)
+    lower, upper = _bracket.box(policy, space_of, ts._replace(round=held_now), plan.kind[row], known)
+    is_rival = _bracket.is_run(held) & (held.status != FORK_FAILED)
     between, is_between = _between(space, held.x, held.score[:, rung], is_rival)
     return Ended(
         ts=ts,
@@ -206,6 +190,7 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
         belief=_belief.recentred(policy, space_of, scores, prior),
         lower=lower,
         upper=upper,
+        is_open=known.is_open_below | known.is_open_above,
         is_rival=is_rival,
         between=between,
         is_between=is_between,
@@ -218,11 +203,6 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
 def _remaining(ts: TunerState) -> Array:
     """Steps left of the budget."""
     return jnp.where(ts.plan.total > 0, ts.plan.total - ts.step, NEVER)
-
-
-def _is_run(held: Round) -> Array:
-    """Which forks of the round have run."""
-    return (jnp.arange(MAX_FORKS) <= held.fork) & (held.steps > 0)
 
 
 def decide(
@@ -304,13 +284,15 @@ def _choose(
 
     # Is another fork worth its price, and within the budget?
     budget = jnp.where(plan.total > 0, plan.total, jnp.maximum(ts.step, 1000)) * plan.share
-    affordable = discarded + late <= budget
+    # What the first round learns of is a fresh start: its forks are all given away.
+    explores = _bracket.explores(ts)
+    given_away = jnp.where(explores & has_kept & policy.starts_afresh, held.steps[best], 0)
+    affordable = discarded + given_away + late <= budget
     gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
     may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
-    # A fast round looks to either side before it weighs any price.
-    is_worth_it = (gain > jnp.where(kind == FAST, policy.price, policy.slow_price)) | (
-        (kind == FAST) & (fork <= jnp.where(ts.rounds_held == 0, 1, 0))
-    )
+    # A fast round compares two forks, the first one three and both sides, before it weighs any price.
+    is_due = (kind == FAST) & (fork <= jnp.where(ts.rounds_held == 0, 1, 0)) | (explores & ended.is_open)
+    is_worth_it = is_due | (gain > jnp.where(kind == FAST, policy.price, policy.slow_price))
     forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
 
@@ -324,14 +306,17 @@ def _choose(
     trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
 
     # Fast hyperparameters need not be those of a fork: the best may lie between two.
-    halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust, jnp.inf))]
+    tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
+    halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
     chosen = jnp.where(has_kept, winner, proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
-    adopt = finishes & has_kept & ~wins
-    restore = in_sweep | forks_again | retries | (finishes & ~has_kept)
+    begins_afresh = finishes & has_kept & explores & policy.starts_afresh
+    discarded = discarded + jnp.where(begins_afresh, given_away, 0)
+    adopt = finishes & has_kept & ~wins & ~begins_afresh
+    restore = in_sweep | forks_again | retries | (finishes & ~has_kept) | begins_afresh
     save = holds
 
     data_step = jnp.where(restore, ts.slots.saved_data, jnp.where(adopt, ts.slots.kept_data, ts.data_step))
@@ -344,6 +329,8 @@ def _choose(
         kept_data=jnp.where(keep, ts.data_step, ts.slots.kept_data),
         kept_step=jnp.where(keep, ts.step, ts.slots.kept_step),
     )
+    # The best fork is not what training goes on from: a rollback prefers the state that it does go on from.
+    slots = slots._replace(kept_step=jnp.where(begins_afresh, slots.saved_step - 1, slots.kept_step))
 
     # The next round, and the segment that leads to it.
     next_row = jnp.where(finishes | skips, row + 1, row)
@@ -394,6 +381,7 @@ def _choose(
         retries=jnp.where(finishes, 0, ts.retries + retries),
         discarded=discarded,
         rounds_held=ts.rounds_held + finishes,
+        since_restart=jnp.where(begins_afresh, 0, ts.since_restart),
         outcome=outcome,
         window=empty_window(),
         round=held,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from . import _belief, _guard, _kernels, _observations
+from . import _belief, _guard, _kernels, _observations, _sweep
 from ._plan import NEVER, Plan
 from ._policy import Policy, directions
 from ._space import Choice, SearchSpace
@@ -20,7 +20,6 @@ from ._state import (
     SWEEP,
     TRAIN,
     Slots,
-    Sweep,
     TunerState,
     empty_round,
     empty_window,
@@ -96,7 +95,7 @@ def _first(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     incumbent = space.snap(space.encode({**defaults(space), **given}))
-    zero, zero_i = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    zero_i = jnp.zeros((), jnp.int32)
     held = empty_round(space.dims, index=0, group=0)
     state = TunerState(
         key=key,
@@ -118,12 +117,13 @@ def _first(
         rollbacks=zero_i,
         relapses=zero_i,
         since_rollback=jnp.int32(NEVER),
+        since_restart=jnp.int32(NEVER),
         rounds_held=zero_i,
         anneal_start=jnp.int32(-1),
         anneal_steps=zero_i,
         outcome=jnp.int32(OUTCOME_NONE),
         window=empty_window(),
-        sweep=Sweep(zero, zero, zero, zero, zero),
+        sweep=_sweep.begun(),
         round=held._replace(x=jnp.broadcast_to(incumbent, held.x.shape)),
         slots=Slots(zero_i, zero_i, zero_i, zero_i),
         guard=_guard.init(),

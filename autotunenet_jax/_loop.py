@@ -88,8 +88,9 @@ def fit(
 ) -> FitResult:
     """Trains once, tuning as it goes.
 
-    Forks of one round start from one state and see the same batches; the winner's state is kept, so only the losers'
-    steps are spent. They count: exactly ``tuner.total_steps`` training steps are run in all.
+    Forks of one round start from one state and see the same batches. The first round finds the rates, and training
+    begins at its start again; of later ones the winner's state is kept, and only the losers' steps are spent. They
+    count: exactly ``tuner.total_steps`` training steps are run in all.
 
     Example:
         >>> import jax.numpy as jnp

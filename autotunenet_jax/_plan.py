@@ -21,6 +21,9 @@ MAX_FORKS = 8
 MAX_ROUNDS = 32
 """Most rounds a plan can hold."""
 
+MAX_SWEEP = 120
+"""Most steps of a range sweep."""
+
 NEVER = 2**30
 """A step count no run reaches."""
 
@@ -81,9 +84,9 @@ class Recipe:
     """
 
     sweep: float = 0.03
-    early: float = 0.025
-    late: float = 0.025
-    fast_forks: int = 5
+    early: float = 0.02
+    late: float = 0.02
+    fast_forks: int = 6
     slow: float = 0.08
     slow_forks: int = 4
     slow_starts: tuple[float, ...] = (0.4, 0.65)
@@ -103,7 +106,9 @@ def _fast_round(recipe: Recipe, space: SearchSpace, total_steps: int, cap: float
     dims = sum(role != "slow" for role in space.roles)
     forks = min(recipe.fast_forks + dims - 1, MAX_FORKS)
     # The cap comes first: a sweep leaves half of it to the forks, or at least one fork, or is not held.
-    sweep = min(max(round(_scaled(recipe.sweep, total_steps)), 8), 120, max(int(cap / 2), 8), int(cap) - _LEAST_FORK)
+    sweep = min(
+        max(round(_scaled(recipe.sweep, total_steps)), 8), MAX_SWEEP, max(int(cap / 2), 8), int(cap) - _LEAST_FORK
+    )
     sweep = sweep if has_rate and sweep >= _LEAST_SWEEP else 0
     wanted = max(_scaled(recipe.late, total_steps), _SHORT_FORK)
     # Forks too short to be told apart are no use: where the cap is tight there are fewer of them.

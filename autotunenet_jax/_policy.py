@@ -23,16 +23,20 @@ class Policy:
       move: Probability of being better that a fork needs to replace the kept one.
       price: Least expected improvement worth another fast fork.
       slow_price: The same for a slow fork.
-      sweep_offset: How far below the sweep's lowest loss the best rate is expected, in decades.
-      cut_offset: The same where the loss was still falling at the upper bound, below that bound.
+      sweep_offset: How far above the middle of the sweep's fall the best rate is expected, in decades.
+      end_offset: How far below the end of the sweep, where its fall cannot be told from noise.
       sweep_curvature: Expected loss of score at one decade from there, doubled.
       center_decades: Standard deviation of the best rate about where the sweep says it is.
       center_noise: Standard deviation of a score about the prior mean's shape.
-      spread_decades: How far below and above its first fork the second and third of the first round are, at least.
+      spread_decades: How far beyond its outermost forks the first round looks for worse ones.
+      clearly_worse: Shortfall, as a share of the gain of the best fork, from which a fork is worse beyond doubt.
+      tilt: What a decade of rate counts where one is chosen: one too high costs the rest of a run more than one too low
+        does, and shows later.
+      starts_afresh: Whether training begins again, at the chosen rate, from where the first round began. Otherwise it
+        goes on from the best fork, whose first steps may have done lasting harm.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
       slow_curvature: Expected loss of score at distance one from there, doubled.
       plausible_decades: A starting rate this close to the expected best is tried first.
-      fast_reach_decades: How far from the expected best rate the first round may look.
       blur_decades: How far the best rate of the whole run may lie from that of a fork, to either side: a rate is chosen
         for the scores around it, so that it keeps its distance from where training breaks.
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
@@ -42,18 +46,20 @@ class Policy:
     slow_resolution: float = 1.0
     drop_below: float = 0.4
     move: float = 0.5
-    price: float = 0.003
+    price: float = 0.03
     slow_price: float = 0.01
-    sweep_offset: float = 0.5
-    cut_offset: float = 0.15
-    sweep_curvature: float = 1.6
+    sweep_offset: float = 0.3
+    end_offset: float = 0.8
+    sweep_curvature: float = 2.4
     center_decades: float = 0.6
-    center_noise: float = 0.08
+    center_noise: float = 0.2
     spread_decades: float = 0.5
+    clearly_worse: float = 0.05
+    tilt: float = 0.15
+    starts_afresh: bool = True
     slow_center: float = 0.5
     slow_curvature: float = 0.6
     plausible_decades: float = 0.3
-    fast_reach_decades: float = 1.0
     blur_decades: float = 0.3
     later_reach: float = 0.3
 

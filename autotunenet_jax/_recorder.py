@@ -189,11 +189,12 @@ class Recorder:
             self.end_fork(step)
         elif before == FORK and after == TRAIN:
             self.end_fork(step)
-            self.end_round(step, kind, report, outcome, chosen)
+            self.end_round(step, directive, kind, report, chosen)
 
-    def end_round(self, step: int, kind: int, report: Round, outcome: int, chosen: dict[str, Any]) -> None:
+    def end_round(self, step: int, directive: Directive, kind: int, report: Round, chosen: dict[str, Any]) -> None:
         """A round ended; ``report`` is the round as it was decided on."""
-        kept = int(report.kept)
+        best = int(report.kept)
+        kept = -1 if bool(directive.restore) else best
         forks = []
         for number, (start, end) in enumerate(self._forks):
             scores = [float(value) for value in report.score[number] if np.isfinite(value)]
@@ -202,7 +203,7 @@ class Recorder:
                 {
                     "hyperparams": self._space.to_python(self._space.decode(report.x[number])),
                     "scores": scores,
-                    "status": "kept" if number == kept else "lost" if is_late else
+                    "status": "kept" if number == kept else "best" if number == best else "lost" if is_late else
                     FORK_STATUSES[int(report.status[number])],
                     "steps": int(report.steps[number]),
                     "start": start,
@@ -219,8 +220,8 @@ class Recorder:
             "scored_by": "validation" if bool(report.has_eval) else "training loss",
             "sweep": None if self._sweep is None else list(self._sweep),
             "forks": forks,
-            "kept": kept,
-            "outcome": OUTCOMES[outcome],
+            "best": best,
+            "outcome": OUTCOMES[int(directive.outcome)],
             "chosen": self._space.to_python(chosen),
         }
         self.history.rounds.append(row)

@@ -88,13 +88,21 @@ class Window(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """The range sweep: smoothed loss, and the last rate that lowered it much (unit cube), with what it was there."""
+    """The range sweep: its first, smoothed and lowest smoothed loss, and all of its losses.
+
+    Attributes:
+      first: The first loss.
+      smooth: Running mean.
+      lowest: The lowest running mean.
+      losses: One per step; 0 where there is none yet.
+      count: How many there are.
+    """
 
     first: Float[Array, ""]
     smooth: Float[Array, ""]
     lowest: Float[Array, ""]
-    position: Float[Array, ""]
-    level: Float[Array, ""]
+    losses: Float[Array, "steps"]
+    count: Int[Array, ""]
 
 
 class Validation(NamedTuple):
@@ -200,6 +208,7 @@ class TunerState(NamedTuple):
       rollbacks: Rollbacks so far.
       relapses: Rollbacks in a row for a loss that was high on the restored snapshot itself.
       since_rollback: Steps since the last one.
+      since_restart: Steps since that or since the first round ended, whichever came later: rates warm up from there.
       rounds_held: Rounds ended so far.
       anneal_start: Budget step at which the decay begins, with ``anneal_steps`` its length; -1 for the plan's own.
       outcome: Outcome of the last decision.
@@ -224,6 +233,7 @@ class TunerState(NamedTuple):
     rollbacks: Int[Array, ""]
     relapses: Int[Array, ""]
     since_rollback: Int[Array, ""]
+    since_restart: Int[Array, ""]
     rounds_held: Int[Array, ""]
     anneal_start: Int[Array, ""]
     anneal_steps: Int[Array, ""]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from . import _guard
+from . import _guard, _sweep
 from ._plan import NEVER
 from ._single_kernel import single_kernel
 from ._state import (
@@ -33,13 +33,10 @@ _SCORED_SHARE = 0.15
 # Losses of sweeps and forks, and the first ones of training, beyond this magnitude count as not finite.
 _LOSS_LIMIT = 1e15
 
-_SWEEP_MEMORY = 0.75
-# A higher rate must lower the loss by this share of what the sweep has gained so far.
-_SWEEP_GAIN = 0.05
 _FIRST_LOSSES = 4
 
 REWARM_STEPS = 20
-"""Steps over which a rate climbs back to its value after a rollback."""
+"""Steps over which a rate climbs to its value after a rollback or a fresh start."""
 
 # A snapshot younger than this may already hold the damage that the guard has not noticed yet.
 _MIN_SNAPSHOT_AGE = 10
@@ -73,31 +70,6 @@ def ceiling(ts: TunerState) -> Float[Array, ""]:
     progress = jnp.maximum(ts.initial_loss - ts.best_level, 0.0)
     limit = ts.initial_loss + 0.5 * progress + 6.0 * ts.guard.spread
     return jnp.where(ts.step >= _FIRST_LOSSES, limit, jnp.inf)
-
-
-def _update_sweep(sweep: Sweep, pos: Array, length: Array, loss: Array, spread: Array) -> Sweep:
-    # One wild value is no trend: it enters clipped, and only several of them end the sweep.
-    reach = sweep.smooth + jnp.maximum(sweep.first - sweep.lowest, 0.0) + 4.0 * spread
-    loss = jnp.where(pos >= 2, jnp.minimum(loss, reach), loss)
-    weight = _SWEEP_MEMORY * (1.0 - _SWEEP_MEMORY**pos) / (1.0 - _SWEEP_MEMORY ** (pos + 1.0))
-    smooth = jnp.where(pos == 0, loss, weight * sweep.smooth + (1.0 - weight) * loss)
-    is_lowest = (pos == 0) | (smooth < sweep.lowest)
-    # On a plateau any rate may come out lowest; where it begins is what the sweep tells.
-    is_lower = (pos == 0) | (smooth < sweep.level - _SWEEP_GAIN * jnp.maximum(sweep.first - sweep.level, 0.0))
-    # A loss is measured before its step is taken: it shows what the rate of the step before did.
-    rate_position = jnp.maximum(pos - 1, 0) / jnp.maximum(length - 1, 1)
-    return Sweep(
-        first=jnp.where(pos == 0, loss, sweep.first),
-        smooth=smooth,
-        lowest=jnp.where(is_lowest, smooth, sweep.lowest),
-        position=jnp.where(is_lower, rate_position, sweep.position).astype(jnp.float32),
-        level=jnp.where(is_lower, smooth, sweep.level),
-    )
-
-
-def _is_blown(sweep: Sweep, spread: Array, pos: Array) -> Bool[Array, ""]:
-    """Whether the sweep has gone past the rates worth trying; its remaining steps would teach nothing."""
-    return (pos >= 6) & (sweep.smooth > sweep.lowest + 0.5 * (sweep.first - sweep.lowest) + 4.0 * spread)
 
 
 @single_kernel(static_argnums=(0, 1))
@@ -136,8 +108,8 @@ def tick(
     settled = is_finite & (guard_state.count >= _FIRST_LOSSES)
     best_level = jnp.where(settled, jnp.minimum(ts.best_level, guard_state.short), ts.best_level)
 
-    sweep = _update_sweep(ts.sweep, pos, ts.segment_length, value, guard_state.spread)
-    sweep_ends = in_sweep & (unhealthy | _is_blown(sweep, guard_state.spread, pos))
+    sweep = _sweep.update(ts.sweep, pos, value, guard_state.spread)
+    sweep_ends = in_sweep & (unhealthy | _sweep.is_blown(sweep, guard_state.spread, pos))
     sweep = Sweep(*(jnp.where(in_sweep & is_finite, new, old) for new, old in zip(sweep, ts.sweep, strict=True)))
 
     is_scored = in_fork & is_finite & (pos >= scored_from(ts.segment_length))
@@ -246,6 +218,7 @@ def tick(
         rollbacks=ts.rollbacks + rolls_back,
         relapses=jnp.where(rolls_back, jnp.where(at_once, ts.relapses + 1, 0), jnp.where(accepts, 0, ts.relapses)),
         since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
+        since_restart=jnp.where(rolls_back, 0, jnp.minimum(ts.since_restart + 1, NEVER)),
         outcome=jnp.where(rolls_back | accepts, outcome, ts.outcome).astype(jnp.int32),
         window=window,
         sweep=sweep,

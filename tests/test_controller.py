@@ -425,7 +425,9 @@ def test_an_open_ended_run_anneals_when_asked():
     rows, ts = run(*losses_like_training(0, count=600), total_steps=None)
     tuned = tuner(None)
     trained = [row for row in rows if row["phase"] == _state.TRAIN and row["rounds_held"] == 1]
-    assert len({float(row["hp"]["learning_rate"]) for row in trained}) == 1  # no decay is planned
+    rates = [float(row["hp"]["learning_rate"]) for row in trained]
+    assert np.all(np.diff(rates[: _tick.REWARM_STEPS]) > 0)
+    assert len(set(rates[_tick.REWARM_STEPS :])) == 1  # no decay is planned
     while int(ts.phase) != _state.TRAIN:
         ts, *_ = updated()[0](ts, jnp.float32(0.1))
     with pytest.raises(ValueError, match="at least 1; got 0"):

@@ -6,57 +6,98 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _state, _tick
+from autotunenet_jax import _state, _sweep
+from tests.reference import first_round
 
 LO, HI = 1e-5, 1.0
 LENGTH = 60
+RATES = np.log10(LO) + np.arange(LENGTH) / (LENGTH - 1) * np.log10(HI / LO)
+
+_update, _read = jax.jit(_sweep.update), jax.jit(_sweep.read)
 
 
-def swept(loss_of_rate, *, noise=0.0, seed=0):
-    """log10 of the rate that a sweep over a loss, as a function of log10 of the rate, points at."""
+def losses_of(loss_of_rate, *, noise=0.0, seed=0):
+    # A loss shows what the rate of the step before did.
     rng = np.random.default_rng(seed)
-    update = jax.jit(_tick._update_sweep)
-    state = _state.Sweep(*(jnp.zeros(()) for _ in _state.Sweep._fields))
-    rates = np.log10(LO) + np.arange(LENGTH) / (LENGTH - 1) * np.log10(HI / LO)
-    for step in range(LENGTH):
-        # A loss shows what the rate of the step before did.
-        loss = loss_of_rate(rates[max(step - 1, 0)]) + noise * rng.normal()
-        state = update(state, jnp.int32(step), jnp.int32(LENGTH), jnp.float32(loss), jnp.float32(noise))
-    return np.log10(LO) + float(state.position) * np.log10(HI / LO)
+    before = [RATES[max(step - 1, 0)] for step in range(LENGTH)]
+    return np.array([loss_of_rate(rate) + noise * rng.normal() for rate in before], np.float32)
 
 
-def test_a_valley_is_found_at_its_bottom():
-    assert swept(lambda rate: 4.0 - 2.0 * np.exp(-((rate + 2.0) ** 2))) == pytest.approx(-2.0, abs=0.4)
+def swept(losses, *, spread=0.0):
+    """log10 of the rate in the middle of the fall, and how far it is trusted."""
+    state = _sweep.begun()
+    for step, loss in enumerate(losses):
+        state = _update(state, jnp.int32(step), loss, jnp.float32(spread))
+    middle, _, trust = _read(state, jnp.int32(LENGTH))
+    return np.log10(LO) + float(middle) * np.log10(HI / LO), float(trust)
+
+
+def valley(rate):
+    return 4.0 - 2.0 * np.exp(-((rate + 2.0) ** 2))
+
+
+def plateau(rate):
+    return 4.0 - np.clip(rate + 4.0, 0.0, 2.0) / 2.0
+
+
+def test_a_valley_is_found_on_the_way_to_its_bottom():
+    found, trust = swept(losses_of(valley))
+    assert -2.8 < found < -2.0
+    assert trust > 0.9
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_plateau_is_found_where_it_begins(seed):
+def test_a_plateau_is_found_where_the_loss_falls_to_it(seed):
     """Noise makes any place of a plateau the lowest; its high end is next to where training breaks."""
-    found = swept(lambda rate: 4.0 - np.clip(rate + 4.0, 0.0, 2.0) / 2.0, noise=0.03, seed=seed)
-    assert -2.2 < found < -1.2
+    found, trust = swept(losses_of(plateau, noise=0.03, seed=seed), spread=0.03)
+    assert -3.0 < found < -1.8
+    assert trust > 0.95
 
 
-def test_a_plateau_that_still_sinks_a_little_is_a_plateau():
-    assert swept(lambda rate: 4.0 - np.clip(rate + 4.0, 0.0, 2.0) / 2.0 - 0.005 * max(rate + 2.0, 0.0)) < -1.2
+def test_a_plateau_that_sinks_a_little_moves_the_middle_a_little():
+    still, _ = swept(losses_of(plateau))
+    sinking, _ = swept(losses_of(lambda rate: plateau(rate) - 0.02 * max(rate + 2.0, 0.0)))
+    assert sinking == pytest.approx(still, abs=0.3)
 
 
-def test_a_loss_that_falls_to_the_end_points_at_the_end():
-    assert swept(lambda rate: 4.0 - 0.5 * (rate + 5.0)) > -0.4
+def test_one_lucky_batch_at_the_start_is_not_the_best_rate():
+    losses = losses_of(plateau, noise=0.02)
+    losses[0] = 2.0
+    assert swept(losses, spread=0.02)[0] == pytest.approx(swept(losses_of(plateau, noise=0.02))[0], abs=0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_without_a_fall_is_not_trusted(seed):
+    _, trust = swept(losses_of(lambda rate: 3.0, noise=0.3, seed=seed), spread=0.3)
+    assert trust < 0.2
 
 
 def test_the_unit_of_the_loss_and_a_constant_in_it_do_not_matter():
-    def loss(rate):
-        return 4.0 - 2.0 * np.exp(-((rate + 2.0) ** 2))
-
-    assert swept(lambda rate: 1000.0 * loss(rate) - 7.0) == pytest.approx(swept(loss), abs=1e-6)
+    found = swept(losses_of(lambda rate: 1000.0 * valley(rate) - 7.0))
+    assert found == pytest.approx(swept(losses_of(valley)), abs=1e-3)
 
 
-def test_a_run_begins_below_the_plateau():
+@pytest.mark.parametrize("length", [6, 13, 60, 120])
+@pytest.mark.parametrize("seed", range(3))
+def test_it_reads_as_the_plain_version_does(length, seed):
+    rng = np.random.default_rng(seed)
+    losses = (3.0 - np.linspace(0.0, 1.5, length) + 0.2 * rng.normal(size=length)).astype(np.float32)
+    losses[length // 2] += 5.0
+    count = length if seed else max(length * 2 // 3, 4)
+    state, twin = _sweep.begun(), first_round.Sweep()
+    for step, loss in enumerate(losses[:count]):
+        state = _update(state, jnp.int32(step), loss, jnp.float32(0.2))
+        blown = twin.see(loss, np.float32(0.2))
+        assert bool(_sweep.is_blown(state, jnp.float32(0.2), jnp.int32(step))) == blown
+    np.testing.assert_allclose(_read(state, jnp.int32(length)), twin.read(length), atol=1e-5)
+
+
+def test_a_run_begins_where_the_fall_ends():
     tuner = atn.AutoTuneNet({"learning_rate": (LO, HI)}, total_steps=1000)
     update = jax.jit(tuner.update)
     ts = tuner.init(jax.random.key(0))
     while int(ts.phase) == _state.SWEEP:
         rate = np.log10(float(tuner.hyperparams(ts)["learning_rate"]))
-        ts, _ = update(ts, jnp.float32(4.0 - np.clip(rate + 4.0, 0.0, 2.0) / 2.0 - 1e-3 * rate))
+        ts, _ = update(ts, jnp.float32(plateau(rate) - 1e-3 * rate))
     center = float(tuner.space.decode(ts.prior.center)["learning_rate"])
-    assert 2e-3 < center < 4e-2
+    assert 2e-3 < center < 2e-2

@@ -71,11 +71,23 @@ def test_forks_of_a_round_start_from_one_state_and_see_the_same_data(result):
     assert len({row["loss"] for row in firsts}) == 1
 
 
-def test_the_kept_fork_has_the_hyperparameters_in_force(result):
+def test_the_first_round_is_given_away_and_its_choice_lies_among_its_forks(result):
     held = result.history.rounds[0]
-    kept = held["forks"][held["kept"]]
-    assert kept["status"] == "kept"
-    assert held["chosen"] == pytest.approx(kept["hyperparams"])
+    statuses = [fork["status"] for fork in held["forks"]]
+    assert statuses[held["best"]] == "best" and "kept" not in statuses
+    scores = [fork["scores"][-1] for fork in held["forks"]]
+    assert scores[held["best"]] <= np.median(scores)
+    tried = [fork["hyperparams"]["learning_rate"] for fork in held["forks"]]
+    assert min(tried) <= held["chosen"]["learning_rate"] <= max(tried)
+    assert all(row["step"] > held["end"] for row in result.history.records if row["is_kept"])
+
+
+def test_training_begins_where_the_first_round_began_and_warms_up(result):
+    held = result.history.rounds[0]
+    by_step = {row["step"]: row for row in result.history.records}
+    first, fork = by_step[held["end"] + 1], by_step[held["forks"][0]["start"] + 1]
+    assert (first["data_step"], first["loss"]) == (fork["data_step"], fork["loss"])
+    assert first["learning_rate"] < 0.1 * held["chosen"]["learning_rate"]
 
 
 def test_rates_never_leave_the_bounds_upwards_and_decay_to_zero(result):

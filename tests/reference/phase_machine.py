@@ -13,6 +13,7 @@ import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
 from autotunenet_jax import _decide, _guard, _tick, _validation
+from tests.reference import first_round
 
 F = np.float32
 ZERO = F(0)
@@ -139,8 +140,7 @@ class PhaseMachine:
         self.forks: list[Trial] = []
         self.winner: int | None = None
         self.scored_by_eval, self.reference = False, F(np.nan)
-        # First, smoothed and lowest loss of the sweep, the last rate that lowered it much, and the loss there.
-        self.swept = (F(0), F(0), F(0), F(0), F(0))
+        self.sweep = first_round.Sweep()
         starts_now = int(plan.start[0]) == 0
         self.phase = "train" if not starts_now else "sweep" if plan.sweep[0] else "fork"
         self._begin(int(plan.start[0] if not starts_now else plan.sweep[0] or plan.early[0]))
@@ -251,8 +251,8 @@ class PhaseMachine:
 
         due = fork_failed = False
         if self.phase == "sweep":
-            blown = self._sweep(position, loss)
-            due = failed or blown
+            blown = bool(np.isfinite(loss)) and self.sweep.see(loss, self.watch.spread)
+            due = failed or blown or not np.isfinite(loss)
         elif self.phase == "fork":
             fork_failed = due = failed
             if np.isfinite(loss):
@@ -342,27 +342,6 @@ class PhaseMachine:
         self.since_rollback = 0
         self.left = max(self.left, 1)
 
-    def _sweep(self, position: int, loss: Any) -> bool:
-        """Follows the smoothed loss and says whether the rate has gone too far."""
-        if not np.isfinite(loss):
-            return True
-        value, spread = loss, self.watch.spread
-        first, smooth, lowest, where, level = self.swept
-        if position == 0:
-            first = smooth = lowest = level = value
-            where = F(0)
-        else:
-            if position >= 2:
-                value = min(value, smooth + max(first - lowest, F(0)) + F(4) * spread)
-            memory = F(_tick._SWEEP_MEMORY)
-            weight = memory * (1 - memory**position) / (1 - memory ** (position + 1))
-            smooth = F(weight) * smooth + F(1 - weight) * value
-            lowest = min(lowest, smooth)
-            if smooth < level - F(_tick._SWEEP_GAIN) * max(first - level, F(0)):
-                level, where = smooth, F(max(position - 1, 0) / max(self.length - 1, 1))
-        self.swept = (first, smooth, lowest, where, level)
-        return position >= 6 and smooth > lowest + F(0.5) * (first - lowest) + F(4) * spread
-
     # The end of a stretch.
 
     def _decide(self, fork_failed: bool, faulted: bool) -> Result:
@@ -440,31 +419,32 @@ class PhaseMachine:
         self._begin(NEVER if start >= NEVER else max(start - self.step, 1))
 
     def _learn_from_sweep(self) -> None:
-        is_cut = self.swept[3] >= F(1 - 2.5 / max(self.length - 1, 1))
-        offset = F(self.policy.cut_offset if is_cut else self.policy.sweep_offset) / self.decades
-        center = np.clip(self.swept[3] - offset, 0, 1)
+        middle, end, trust = self.sweep.read(self.length)
+        fallen = middle + self.policy.sweep_offset / self.decades
+        unknown = end - self.policy.end_offset / self.decades
+        center = np.clip(trust * fallen + (1 - trust) * unknown, 0, 1)
         self.prior_center = np.where(self.is_rate, center, self.prior_center).astype(F)
         self.knows_rate = True
 
-    def _box(self, is_fast: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _box(self, is_fast: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Where the next fork may be, and whether the first round still goes outward."""
         lower, upper = self.forks[0].x.copy(), self.forks[0].x.copy()
+        explores, is_open = self.plan.sweep[self.row] > 0 and self.knows_rate, False
+        if explores:
+            rung = len(self.forks[-1].scores) - 1
+            below, above = first_round.outward(
+                self.policy, self.forks, rung, self.reference, self.is_rate, self.decades
+            )
+            is_open = below is above
         for i in range(len(lower)):
             if bool(self.is_slow[i]) == is_fast:
                 continue
-            center, reach = self.incumbent[i], F(1)
-            if self.is_rate[i] and self.knows_rate:
-                reach = F(self.policy.later_reach)
-                if self.rounds_held == 0:
-                    center, reach = self.prior_center[i], F(self.policy.fast_reach_decades) / self.decades[i]
-            lower[i], upper[i] = max(center - reach, F(0)), min(center + reach, F(1))
-            if self.is_rate[i] and self.knows_rate and self.rounds_held == 0:
-                # The second and third fork go to either side of the first.
-                first, spread = self.forks[0].x[i], F(self.policy.spread_decades) / self.decades[i]
-                if len(self.forks) == 1 and first - spread > lower[i]:
-                    upper[i] = first - spread
-                elif len(self.forks) == 2 and first + spread < upper[i]:
-                    lower[i] = first + spread
-        return lower, upper
+            if explores and self.is_rate[i]:
+                lower[i], upper[i] = below[i], above[i]
+                continue
+            reach = F(self.policy.later_reach) if self.is_rate[i] and self.knows_rate else F(1)
+            lower[i], upper[i] = max(self.incumbent[i] - reach, F(0)), min(self.incumbent[i] + reach, F(1))
+        return lower, upper, is_open
 
     def _between(self, mean: Callable[..., Any]) -> np.ndarray | None:
         """The point on the way from the best-scored fork to another one that is best in its surroundings."""
@@ -483,6 +463,7 @@ class PhaseMachine:
                 point = (pivot + F(share) * (x - pivot)).astype(F)
                 around = [np.clip(point + sign * step, 0, 1).astype(F) for sign in (-1, 0, 1)]
                 value = sum(w * mean(p) for w, p in zip(_decide._WEIGHTS, around, strict=True))
+                value += F(self.policy.tilt) * sum(np.where(self.is_rate, point * self.decades, 0))
                 if best is None or value < best[0]:
                     best = (value, point)
         return best[1]
@@ -505,7 +486,7 @@ class PhaseMachine:
         y = score - self.reference if succeeded else None
         self.observations.append((self.trial, y, self.group + rung))
 
-        lower, upper = self._box(is_fast)
+        lower, upper, is_open = self._box(is_fast)
         runs = [f.status != "failed" for f in self.forks]
         mean_at, variance, proposal = self.surrogate(self.observations, runs, lower, upper)
         mean = [mean_at(x) for x in [*(f.x for f in self.forks), proposal]]
@@ -538,17 +519,25 @@ class PhaseMachine:
             density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
             improvement = gain * better(gain) + deviation * density
             price = self.policy.price if is_fast else self.policy.slow_price
-            is_worth_it = improvement > price or (is_fast and number <= (self.rounds_held == 0))
+            is_worth_it = improvement > price or is_open or (is_fast and number <= (self.rounds_held == 0))
             has_room = number + 1 < self.plan.forks[self.row]
-        if has_room and is_worth_it and self.discarded + late <= budget and remaining > late:
+        is_lost = self.winner is not None and self._is_given_away()
+        given_away = late + (self.forks[self.winner].steps if is_lost else 0)
+        if has_room and is_worth_it and self.discarded + given_away <= budget and remaining > late:
             self.data_step = self.saved[0]
             self._start_fork(proposal, early)
             result.restore, result.outcome = True, "fork started"
             return
         between = self._between(mean_at) if is_fast else None
-        self._finish_round(wins, proposal, between, result)
+        self._finish_round(wins, proposal, between, self._is_given_away(), result)
 
-    def _finish_round(self, wins: bool, proposal: np.ndarray, between: np.ndarray | None, result: Result) -> None:
+    def _is_given_away(self) -> bool:
+        """Whether the round's winner is lost as well."""
+        return self.plan.sweep[self.row] > 0 and self.policy.starts_afresh
+
+    def _finish_round(
+        self, wins: bool, proposal: np.ndarray, between: np.ndarray | None, is_first: bool, result: Result
+    ) -> None:
         before = self.incumbent
         if self.winner is None:
             # The data goes on: what every fork failed on is not shown again.
@@ -556,8 +545,13 @@ class PhaseMachine:
             result.restore, result.outcome = True, "failed"
         else:
             self.incumbent = self.forks[self.winner].x if between is None else between
-            result.adopt = not wins
-            if result.adopt:
+            result.restore, result.adopt = is_first, not wins and not is_first
+            if is_first:
+                # Training begins again from where the round began.
+                self.discarded += self.forks[self.winner].steps
+                self.data_step = self.saved[0]
+                self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
+            elif result.adopt:
                 self.data_step = max(self.kept_copy[0], self.saved[0])
             moved = np.any(np.abs(self.incumbent - before) > 1e-6)
             result.outcome = "moved" if moved else "stayed"

@@ -1,0 +1,90 @@
+"""Where a round may look: the first one goes outward until its best fork lies between clearly worse ones."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ._plan import MAX_FORKS, SLOW
+from ._policy import Directions, Policy
+from ._state import FORK_FAILED, Round, TunerState
+
+
+class Bracket(NamedTuple):
+    """How the forks of a round lie about their best one; several rates are taken together.
+
+    Attributes:
+      is_open_below: No fork at lower rates is clearly worse than the best one, and there is room below.
+      is_open_above: The best one has the highest rates, the others are clearly worse or only one of them has run, and
+        there is room above. Where a higher rate gains little, one still higher is not looked for.
+      lowest: The fork with the lowest rates, unit cube.
+      highest: The one with the highest.
+    """
+
+    is_open_below: Bool[Array, ""]
+    is_open_above: Bool[Array, ""]
+    lowest: Float[Array, "d"]
+    highest: Float[Array, "d"]
+
+
+def explores(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the round has to find the right decade: those do that open with a range sweep."""
+    return ts.plan.sweep[ts.round.index] > 0
+
+
+def is_run(held: Round) -> Bool[Array, "forks"]:
+    """Which forks of the round have run."""
+    return (jnp.arange(MAX_FORKS) <= held.fork) & (held.steps > 0)
+
+
+def bracket(policy: Policy, space_of: Directions, held: Round) -> Bracket:
+    """Which sides of the best fork are open. Failed forks are worse than any other."""
+    has_run = is_run(held)
+    score = held.score[:, held.rung]
+    is_good = has_run & jnp.isfinite(score) & (held.status != FORK_FAILED)
+    score = jnp.where(is_good, score, jnp.inf)
+    best = jnp.argmin(score)
+    # Where nothing was gained, what the worst fork lost is the unit.
+    worst = jnp.max(jnp.where(is_good, score, -jnp.inf))
+    gain = jnp.maximum(held.reference - score[best], 0.5 * (worst - score[best]))
+    is_worse = has_run & (score - score[best] > policy.clearly_worse * gain)
+    is_other = has_run & (jnp.arange(MAX_FORKS) != best)
+    rate = jnp.where(space_of.is_rate, held.x * space_of.decades, 0.0).sum(axis=1)
+    lowest = held.x[jnp.argmin(jnp.where(has_run, rate, jnp.inf))]
+    highest = held.x[jnp.argmax(jnp.where(has_run, rate, -jnp.inf))]
+    room = 0.5 * policy.spread_decades / jnp.asarray(space_of.decades)
+    is_highest = ~jnp.any(is_other & (rate > rate[best]))
+    leads = jnp.all(is_worse | ~is_other) | (jnp.sum(has_run) <= 2)
+    return Bracket(
+        is_open_below=~jnp.any(is_worse & (rate < rate[best])) & jnp.any(space_of.is_rate & (lowest >= room)),
+        is_open_above=is_highest & leads & jnp.any(space_of.is_rate & (highest <= 1.0 - room)),
+        lowest=lowest,
+        highest=highest,
+    )
+
+
+def box(
+    policy: Policy, space_of: Directions, ts: TunerState, kind: Array, known: Bracket
+) -> tuple[Float[Array, "d"], Float[Array, "d"]]:
+    """The corners of where the next fork may be.
+
+    A round moves its own kind's dimensions; the others stay where its first fork has them. The first round steps
+    outward on the open side, the lower one first, and between its forks once both are closed. Later ones stay about
+    the incumbent.
+    """
+    active = jnp.where(kind == SLOW, space_of.is_slow, ~space_of.is_slow)
+    knows_rate = space_of.is_rate & (ts.prior.curvature > 0)
+    reach = jnp.where(knows_rate, policy.later_reach, 1.0)
+    fixed = ts.round.x[0]
+    lower, upper = jnp.maximum(ts.incumbent - reach, 0.0), jnp.minimum(ts.incumbent + reach, 1.0)
+
+    step = policy.spread_decades / jnp.asarray(space_of.decades)
+    # The second fork goes below the first and the third above, whatever they scored.
+    goes_below = known.is_open_below & ((ts.round.fork != 1) | ~known.is_open_above)
+    outward = jnp.where(goes_below, known.lowest - step, known.highest + step)
+    is_open = known.is_open_below | known.is_open_above
+    first_lower = jnp.where(is_open, jnp.clip(outward, 0.0, 1.0), known.lowest)
+    first_upper = jnp.where(is_open, jnp.clip(outward, 0.0, 1.0), known.highest)
+    is_first = explores(ts) & knows_rate
+    lower, upper = jnp.where(is_first, first_lower, lower), jnp.where(is_first, first_upper, upper)
+    return jnp.where(active, lower, fixed), jnp.where(active, upper, fixed)
