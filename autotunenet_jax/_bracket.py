@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._plan import MAX_FORKS, SLOW
+from ._plan import LEAST_EXPLORING, MAX_FORKS, SLOW
 from ._policy import Directions, Policy
 from ._state import FORK_FAILED, Round, TunerState
 
@@ -30,6 +30,11 @@ class Bracket(NamedTuple):
 def explores(ts: TunerState) -> Bool[Array, ""]:
     """Whether the round has to find the right decade: those do that open with a range sweep."""
     return ts.plan.sweep[ts.round.index] > 0
+
+
+def gives_away(policy: Policy, ts: TunerState) -> Bool[Array, ""]:
+    """Whether training begins again where the round began, so that its best fork is lost as well."""
+    return explores(ts) & (ts.plan.forks[ts.round.index] >= LEAST_EXPLORING) & policy.starts_afresh
 
 
 def is_run(held: Round) -> Bool[Array, "forks"]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -284,14 +285,15 @@ def _choose(
 
     # Is another fork worth its price, and within the budget?
     budget = jnp.where(plan.total > 0, plan.total, jnp.maximum(ts.step, 1000)) * plan.share
-    # What the first round learns of is a fresh start: its forks are all given away.
-    explores = _bracket.explores(ts)
-    given_away = jnp.where(explores & has_kept & policy.starts_afresh, held.steps[best], 0)
+    gives_away = _bracket.gives_away(policy, ts)
+    given_away = jnp.where(gives_away & has_kept, held.steps[best], 0)
     affordable = discarded + given_away + late <= budget
     gain = jnp.where(has_kept, _expected_improvement(mean, covariance, best), jnp.inf)
     may_fork = jnp.where(has_kept, fork + 1 < plan.forks[row], fork + 1 < MAX_FORKS)
-    # A fast round compares two forks, the first one three and both sides, before it weighs any price.
-    is_due = (kind == FAST) & (fork <= jnp.where(ts.rounds_held == 0, 1, 0)) | (explores & ended.is_open)
+    # A fast round compares two forks before it weighs any price. The first one looks to both sides, and has a fork more
+    # for each further hyperparameter: rates move together until then.
+    least = jnp.where(ts.rounds_held == 0, max(int(np.sum(~space_of.is_slow)), 1), 0)
+    is_due = (kind == FAST) & (fork <= least) | (_bracket.explores(ts) & ended.is_open)
     is_worth_it = is_due | (gain > jnp.where(kind == FAST, policy.price, policy.slow_price))
     forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
@@ -313,7 +315,7 @@ def _choose(
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
-    begins_afresh = finishes & has_kept & explores & policy.starts_afresh
+    begins_afresh = finishes & has_kept & gives_away
     discarded = discarded + jnp.where(begins_afresh, given_away, 0)
     adopt = finishes & has_kept & ~wins & ~begins_afresh
     restore = in_sweep | forks_again | retries | (finishes & ~has_kept) | begins_afresh

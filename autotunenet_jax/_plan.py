@@ -24,6 +24,9 @@ MAX_ROUNDS = 32
 MAX_SWEEP = 120
 """Most steps of a range sweep."""
 
+LEAST_EXPLORING = 3
+"""Fewest forks of a round of which all are given away: fewer do not tell enough for that."""
+
 NEVER = 2**30
 """A step count no run reaches."""
 
@@ -113,8 +116,13 @@ def _fast_round(recipe: Recipe, space: SearchSpace, total_steps: int, cap: float
     wanted = max(_scaled(recipe.late, total_steps), _SHORT_FORK)
     # Forks too short to be told apart are no use: where the cap is tight there are fewer of them.
     affordable = max(int((cap - sweep) / min(wanted, _SHORT_FORK)), 1)
-    forks = min(forks, affordable + 1)
-    late = int(min(wanted, (cap - sweep) / (forks - 1)))
+    if sweep and min(forks, affordable) >= LEAST_EXPLORING:
+        forks = lost = min(forks, affordable)
+    else:
+        # Steps are too few to give the winner's away.
+        lost = 1 if sweep else min(forks - 1, affordable)
+        forks = lost + 1
+    late = int(min(wanted, (cap - sweep) / lost))
     if late < _LEAST_FORK:
         raise ValueError(
             f"discarded fork steps may take {cap:.1f} of {total_steps} steps, and a round of forks needs at least "

@@ -85,7 +85,7 @@ def twin_surrogate(kinds, observations, runs, lower, upper):
 @functools.cache
 def tuner(total_steps: int | None = TOTAL, start=1e-4):
     # Forks that may be dropped at an early score: the plan's own have one score only.
-    recipe = Recipe(early=0.025, late=0.06, fast_forks=3)
+    recipe = Recipe(early=0.025, late=0.06, fast_forks=3, fast_share=0.25)
     return atn.AutoTuneNet(SPACE, total_steps, initial={"learning_rate": start, "dropout": 0.1}, recipe=recipe)
 
 

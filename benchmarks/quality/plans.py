@@ -33,6 +33,8 @@ ABLATIONS = (
     "fresh_data",
     "no_gate",
     "no_blur",
+    "keeps_winner",
+    "no_tilt",
     "no_decay",
 )
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")
@@ -91,6 +93,11 @@ def full() -> list[Cell]:
             plan.extend(method(name, which, SEEDS))
         plan.extend(method(name, "ours", MORE_SEEDS))
         plan.extend(method(name, "ours_no_eval", SEEDS))
+    for name in (*workloads.VARIED, *workloads.HELD_OUT):
+        plan.extend(oracle(name, SEEDS))
+        plan.extend(oracle(name, SEEDS, schedule="wsd"))
+        for which in (*STRONGEST, "range_test", "ours", "ours_no_eval"):
+            plan.extend(method(name, which, SEEDS))
     for name in REGULARISED:
         for rate in GRID_RATES:
             plan.extend(grid(name, rate))

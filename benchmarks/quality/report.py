@@ -127,6 +127,23 @@ def methods_table() -> str:
     return _table(["test / oracle", *names], rows)
 
 
+def others_table(names: Sequence[str]) -> str:
+    """The same for further workloads, with the geometric mean over all of them."""
+    names = [name for name in names if oracle_test(name)]
+    kinds: list[tuple[str, str, str | None]] = [("linear, default rate", "linear", "lr1")]
+    kinds += [("wsd, best of 7", "wsd", None)]
+    kinds += [(method, method, "lr1") for method in (*plans.STRONGEST, "range_test")]
+    kinds += [(f"{method} from {start}", method, start) for method in _OURS for start in plans.STARTS]
+    rows = []
+    for shown, method, start in kinds:
+        chosen = {name: start or best_start(name, method, ORACLE_RATES) for name in names}
+        logs = {name: log_ratios(name, method, at) for name, at in chosen.items() if at is not None}
+        if logs and all(logs.values()) and len(logs) == len(names):
+            mean = math.exp(statistics.fmean(statistics.fmean(each) for each in logs.values()))
+            rows.append([shown, *(interval(logs[name]) for name in names), f"{mean:.3f}"])
+    return _table(["test / oracle", *names, "geometric mean"], rows)
+
+
 def _ratio(name: str, method: str, start: str) -> str:
     logs = log_ratios(name, method, start)
     return interval(logs) if logs else ""
@@ -348,6 +365,8 @@ def tables() -> str:
         ("What it costs", cost_table()),
         ("One part taken away", ablation_table()),
         ("Test loss over the learning-rate oracle (95 % interval over seeds)", methods_table()),
+        ("More workloads: other models, optimizers, losses and lengths", others_table(workloads.VARIED)),
+        ("Workloads run once, when everything was decided", others_table(workloads.HELD_OUT)),
         ("Regularisation grids", grids_table()),
         ("Longer runs", longer_table()),
         ("The rate it settles on", picks_table()),

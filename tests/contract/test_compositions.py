@@ -95,12 +95,13 @@ def groups(rates):
 
 def test_groups_are_addressed_by_path(toy):
     space = {"encoder/learning_rate": (1e-4, 1.0), "head/learning_rate": (1e-4, 1.0)}
-    optimizer = toy.wrapped(groups({"encoder": 1e-3, "head": 1e-2}), space)
+    # Long enough for a round that first moves both rates together and then looks between its forks.
+    optimizer = toy.wrapped(groups({"encoder": 1e-3, "head": 1e-2}), space, 400)
     opt_state = optimizer.init(toy.make_params())
     starts = {name: float(value) for name, value in zip(space, opt_state.course.start, strict=True)}
     assert starts == pytest.approx({"encoder/learning_rate": 1e-3, "head/learning_rate": 1e-2})
     step, carry, seen = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), []
-    for key in toy.draws(40):
+    for key in toy.draws(80):
         values = atn.hyperparams(carry[1])
         assert set(values) == set(space)
         before = carry[1]

@@ -13,6 +13,7 @@ import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
 from autotunenet_jax import _decide, _guard, _tick, _validation
+from autotunenet_jax._plan import LEAST_EXPLORING
 from tests.reference import first_round
 
 F = np.float32
@@ -519,7 +520,8 @@ class PhaseMachine:
             density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
             improvement = gain * better(gain) + deviation * density
             price = self.policy.price if is_fast else self.policy.slow_price
-            is_worth_it = improvement > price or is_open or (is_fast and number <= (self.rounds_held == 0))
+            least = max(int(np.sum(~self.is_slow)), 1) if self.rounds_held == 0 else 0
+            is_worth_it = improvement > price or is_open or (is_fast and number <= least)
             has_room = number + 1 < self.plan.forks[self.row]
         is_lost = self.winner is not None and self._is_given_away()
         given_away = late + (self.forks[self.winner].steps if is_lost else 0)
@@ -533,7 +535,8 @@ class PhaseMachine:
 
     def _is_given_away(self) -> bool:
         """Whether the round's winner is lost as well."""
-        return self.plan.sweep[self.row] > 0 and self.policy.starts_afresh
+        is_exploring = self.plan.sweep[self.row] > 0 and self.plan.forks[self.row] >= LEAST_EXPLORING
+        return bool(is_exploring) and self.policy.starts_afresh
 
     def _finish_round(
         self, wins: bool, proposal: np.ndarray, between: np.ndarray | None, is_first: bool, result: Result
