@@ -58,7 +58,6 @@ def make_run(task, *, memory, has_validation):
             "discarded_steps": tuner.discarded,
             "rounds": tuner.rounds_held,
             "rollbacks": tuner.rollbacks,
-            "sweep_position": tuner.sweep.position,
             "last_training_loss": losses[-50:].mean(),
         }
 
