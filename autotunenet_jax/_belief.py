@@ -43,6 +43,8 @@ def prior_after_sweep(policy: Policy, space_of: Directions, ts: TunerState) -> _
     decades = jnp.asarray(space_of.decades)
     above, below = policy.sweep_offset / decades, policy.end_offset / decades
     center = jnp.clip(trust * (middle + above) + (1.0 - trust) * (end - below), 0.0, 1.0)
+    # So near the upper bound that the first round would not look between, the bound itself is tried.
+    center = jnp.where(center > 1.0 - 0.5 * policy.spread_decades / decades, 1.0, center)
     curvature = policy.sweep_curvature * jnp.asarray(space_of.decades) ** 2
     return _surrogate.PriorMean(
         center=jnp.where(space_of.is_rate, center, ts.prior.center),

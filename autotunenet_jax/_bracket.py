@@ -87,9 +87,11 @@ def box(
     # The second fork goes below the first and the third above, whatever they scored.
     goes_below = known.is_open_below & ((ts.round.fork != 1) | ~known.is_open_above)
     outward = jnp.where(goes_below, known.lowest - step, known.highest + step)
+    # What is left beyond is not worth another step: the bound itself is tried.
+    outward = jnp.where(outward < 0.5 * step, 0.0, jnp.where(outward > 1.0 - 0.5 * step, 1.0, outward))
     is_open = known.is_open_below | known.is_open_above
-    first_lower = jnp.where(is_open, jnp.clip(outward, 0.0, 1.0), known.lowest)
-    first_upper = jnp.where(is_open, jnp.clip(outward, 0.0, 1.0), known.highest)
+    first_lower = jnp.where(is_open, outward, known.lowest)
+    first_upper = jnp.where(is_open, outward, known.highest)
     is_first = explores(ts) & knows_rate
     lower, upper = jnp.where(is_first, first_lower, lower), jnp.where(is_first, first_upper, upper)
     return jnp.where(active, lower, fixed), jnp.where(active, upper, fixed)

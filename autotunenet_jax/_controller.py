@@ -32,6 +32,7 @@ Decay = Literal["linear", "cosine", "none"]
 _DECAYS = ("linear", "cosine", "none")
 
 # The rate is never multiplied by less than this while a fork cools, so that its last steps still move.
+_FRESH_SHARE = 0.02
 _COOL_FLOOR = 0.02
 
 
@@ -84,8 +85,12 @@ class Core:
         shape = 0.5 * (1.0 - jnp.cos(math.pi * left)) if self.decay == "cosine" else left
         is_open = (planned <= 0) | (self.decay == "none")
         decay = jnp.where(is_open, 1.0, shape)
-        rewarm = jnp.minimum((ts.since_restart + 1.0) / _tick.REWARM_STEPS, 1.0)
-        return decay * rewarm
+        # A fresh start warms up over a share of a short run.
+        fresh = jnp.clip(_FRESH_SHARE * total, min(self.warmup_steps, _tick.REWARM_STEPS), _tick.REWARM_STEPS)
+        fresh = jnp.where(total > 0, fresh, _tick.REWARM_STEPS)
+        is_fresh = ts.since_restart < ts.since_rollback
+        rewarm = (ts.since_restart + 1.0) / jnp.maximum(jnp.where(is_fresh, fresh, _tick.REWARM_STEPS), 1.0)
+        return decay * jnp.minimum(rewarm, 1.0)
 
     def _cool_down(self, ts: TunerState, pos: Array) -> Float[Array, ""]:
         """A fork warms up briefly and ends with its rate near zero: what it learned is scored, not its noise."""

@@ -90,9 +90,11 @@ def outward(policy: Any, forks: Sequence[Any], rung: int, reference: Any, is_rat
     opens_above = has_room[1] and is_highest and leads
     is_second = len(forks) == 2
     if opens_below and not (is_second and opens_above):
-        point = np.clip(lowest.x - step, 0, 1).astype(F)
+        point = (lowest.x - step).astype(F)
     elif opens_above:
-        point = np.clip(highest.x + step, 0, 1).astype(F)
+        point = (highest.x + step).astype(F)
     else:
         return lowest.x, highest.x
+    # The bound itself, where what is left beyond is not worth another step.
+    point = np.where(point < step / 2, 0, np.where(point > 1 - step / 2, 1, point)).astype(F)
     return point, point

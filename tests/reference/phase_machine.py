@@ -424,6 +424,7 @@ class PhaseMachine:
         fallen = middle + self.policy.sweep_offset / self.decades
         unknown = end - self.policy.end_offset / self.decades
         center = np.clip(trust * fallen + (1 - trust) * unknown, 0, 1)
+        center = np.where(center > 1 - 0.5 * self.policy.spread_decades / self.decades, 1, center)
         self.prior_center = np.where(self.is_rate, center, self.prior_center).astype(F)
         self.knows_rate = True
 
