@@ -95,7 +95,7 @@ def plot_history(history: "History", path: Any = None) -> "matplotlib.figure.Fig
         )
     handles = [
         axes[0].plot([], [], color=_KEPT, lw=1.6, label="kept")[0],
-        axes[0].plot([], [], color=_DISCARDED, lw=1.6, label="discarded (sweep and losing forks)")[0],
+        axes[0].plot([], [], color=_DISCARDED, lw=1.6, label="discarded (sweep and forks)")[0],
     ]
     if history.evals:
         handles.append(axes[0].plot([], [], color=_EVAL, marker="o", ms=3, label="validation")[0])

@@ -87,7 +87,7 @@ def test_training_begins_where_the_first_round_began_and_warms_up(result):
     by_step = {row["step"]: row for row in result.history.records}
     first, fork = by_step[held["end"] + 1], by_step[held["forks"][0]["start"] + 1]
     assert (first["data_step"], first["loss"]) == (fork["data_step"], fork["loss"])
-    assert first["learning_rate"] < 0.1 * held["chosen"]["learning_rate"]
+    assert first["learning_rate"] < 0.25 * held["chosen"]["learning_rate"]
 
 
 def test_rates_never_leave_the_bounds_upwards_and_decay_to_zero(result):

@@ -1,4 +1,4 @@
-"""Workloads that were run once, when everything was decided: no constant of the library was chosen on them."""
+"""Workloads kept apart: no constant of the library was chosen on them."""
 
 from benchmarks.quality import data, models, task
 from benchmarks.quality.task import Workload

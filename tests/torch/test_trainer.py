@@ -49,7 +49,9 @@ class Marked(torch.utils.data.Dataset):
         return torch.full((6,), float(index)) + 0.1 * torch.rand(6), index % 3
 
 
-def test_forks_see_the_same_batches_and_the_same_noise():
+@pytest.mark.parametrize(("epochs", "status"), [(10, "kept"), (20, "best")])
+def test_forks_see_the_same_batches_and_the_same_noise(epochs, status):
+    """A short run goes on from its best fork; a longer one begins again with what the forks saw."""
     seen = []
 
     class Spy(torch.nn.Module):
@@ -63,7 +65,7 @@ def test_forks_see_the_same_batches_and_the_same_noise():
             return self.line(x / 200.0)
 
     loader = torch.utils.data.DataLoader(Marked(), batch_size=16, shuffle=True)
-    history = trainer().fit(Spy(), loader, tuner=AutoTuneNet(SPACE))
+    history = trainer(epochs=epochs).fit(Spy(), loader, tuner=AutoTuneNet(SPACE))
     round_ = history.rounds[0]
     stretches = [round_["sweep"], *([fork["start"], fork["end"]] for fork in round_["forks"])]
     assert len(stretches) >= 3
@@ -72,7 +74,12 @@ def test_forks_see_the_same_batches_and_the_same_noise():
         assert seen[a:b] == longest[: b - a]
     later = seen[round_["end"] :]
     assert len(set(later)) == len(later)  # afterwards nothing repeats
-    assert later[: len(longest)] == longest  # training begins where the round began
+    best = round_["forks"][round_["best"]]
+    assert best["status"] == status
+    if status == "best":
+        assert later[: len(longest)] == longest
+    else:
+        assert not {x for x, _ in later} & {x for x, _ in longest[: best["steps"]]}
 
 
 def test_stream_replays_and_finds_its_place(rows):
