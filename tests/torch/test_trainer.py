@@ -243,6 +243,8 @@ def test_lazy_model_without_a_pass_before(loader):
 
 
 def test_first_ctrl_c_ends_after_the_step(loader):
+    # Started in the background, a process ignores Ctrl-C, and so does the trainer.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     steps = []
 
     def loss_fn(outputs, targets):
@@ -252,7 +254,10 @@ def test_first_ctrl_c_ends_after_the_step(loader):
         return cross_entropy(outputs, targets)
 
     run = Trainer(loss_fn, epochs=10, progress=False)
-    history = run.fit(net(), loader, tuner=AutoTuneNet(SPACE))
+    try:
+        history = run.fit(net(), loader, tuner=AutoTuneNet(SPACE))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert run.is_interrupted and history.summary["steps"] == 30
 
 
