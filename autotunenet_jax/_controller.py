@@ -32,8 +32,10 @@ Decay = Literal["linear", "cosine", "none"]
 _DECAYS = ("linear", "cosine", "none")
 
 # The rate is never multiplied by less than this while a fork cools, so that its last steps still move.
-_FRESH_SHARE = 0.02
 _COOL_FLOOR = 0.02
+
+# Share of the run over which rates warm up where training begins again after the first round.
+_FRESH_SHARE = 0.02
 
 
 def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:

@@ -88,17 +88,15 @@ class Window(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """The range sweep: its first, smoothed and lowest smoothed loss, and all of its losses.
+    """The range sweep: its smoothed and lowest smoothed loss, and all of its losses.
 
     Attributes:
-      first: The first loss.
       smooth: Running mean.
       lowest: The lowest running mean.
       losses: One per step; 0 where there is none yet.
       count: How many there are.
     """
 
-    first: Float[Array, ""]
     smooth: Float[Array, ""]
     lowest: Float[Array, ""]
     losses: Float[Array, "steps"]

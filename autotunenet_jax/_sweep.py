@@ -25,19 +25,18 @@ _DOUBT = 4.0
 def begun() -> Sweep:
     """Before the first step."""
     zero = jnp.zeros((), jnp.float32)
-    return Sweep(zero, zero, zero, jnp.zeros(MAX_SWEEP, jnp.float32), jnp.zeros((), jnp.int32))
+    return Sweep(zero, zero, jnp.zeros(MAX_SWEEP, jnp.float32), jnp.zeros((), jnp.int32))
 
 
 def update(sweep: Sweep, pos: Array, loss: Array, spread: Array) -> Sweep:
     """Takes one loss in."""
     # One wild value is no trend: it enters the running mean clipped, and only several of them end the sweep.
-    reach = sweep.smooth + jnp.maximum(sweep.first - sweep.lowest, 0.0) + 4.0 * spread
+    reach = sweep.smooth + jnp.maximum(sweep.losses[0] - sweep.lowest, 0.0) + 4.0 * spread
     clipped = jnp.where(pos >= 2, jnp.minimum(loss, reach), loss)
     weight = _MEMORY * (1.0 - _MEMORY**pos) / (1.0 - _MEMORY ** (pos + 1.0))
     smooth = jnp.where(pos == 0, loss, weight * sweep.smooth + (1.0 - weight) * clipped)
     is_lowest = (pos == 0) | (smooth < sweep.lowest)
     return Sweep(
-        first=jnp.where(pos == 0, loss, sweep.first),
         smooth=smooth,
         lowest=jnp.where(is_lowest, smooth, sweep.lowest),
         losses=jnp.where(jnp.arange(sweep.losses.size) == pos, loss, sweep.losses),
@@ -47,7 +46,7 @@ def update(sweep: Sweep, pos: Array, loss: Array, spread: Array) -> Sweep:
 
 def is_blown(sweep: Sweep, spread: Array, pos: Array) -> Bool[Array, ""]:
     """Whether the sweep has gone past the rates worth trying; its remaining steps would teach nothing."""
-    return (pos >= 6) & (sweep.smooth > sweep.lowest + 0.5 * (sweep.first - sweep.lowest) + 4.0 * spread)
+    return (pos >= 6) & (sweep.smooth > sweep.lowest + 0.5 * (sweep.losses[0] - sweep.lowest) + 4.0 * spread)
 
 
 def read(sweep: Sweep, length: Array) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
