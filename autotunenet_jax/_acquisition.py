@@ -1,6 +1,5 @@
 """What to try next: noisy expected improvement, in logarithms, inside a box of the unit cube."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -116,13 +115,12 @@ def log_improvement(
     is_live = order > -jnp.inf
     # Products with rows of the identity, which cost the compiler less than gathering.
     chosen = (index[:, None] == np.arange(reference.shape[0])).astype(jnp.float32)
-    choose = functools.partial(jnp.matmul, chosen, precision=jax.lax.Precision.HIGHEST)
-    live, prior = choose(reference), jnp.matmul(choose(prior[:, n:]), chosen.T, precision=jax.lax.Precision.HIGHEST)
+    live, prior = chosen @ reference, chosen @ prior[:, n:] @ chosen.T
     is_given = is_live
     if confidence is not None:
         is_given &= False if pending is None else pending[index]
     # What is not given must not be conditioned on.
-    white, mean = jnp.where(is_given[:, None], choose(white), 0.0), jnp.where(is_live, choose(mean), 0.0)
+    white, mean = jnp.where(is_given[:, None], chosen @ white, 0.0), jnp.where(is_live, chosen @ mean, 0.0)
 
     # Conditioning on f at those references extends the whitening by one block; masked ones are rows of the identity.
     unit = prior_variance(config, posterior)

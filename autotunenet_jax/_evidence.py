@@ -70,9 +70,9 @@ def evidence_of(
     # Inverse squared lengthscales, variances of signal and noise, inverse time lengthscale, noise over signal.
     rates = np.diag([-2.0] * d + [2.0, 2.0, -1.0, 0.0])[:p].astype(np.float32)
     rates[d : d + 2, p] = -2.0, 2.0
-    natural = jnp.exp(jnp.dot(theta, rates, precision=jax.lax.Precision.HIGHEST))
+    natural = jnp.exp(theta @ rates)
     # A product, not a sum: XLA fuses a sum into what follows, which then is not vectorised.
-    total = jnp.dot(natural, data.square, precision=jax.lax.Precision.HIGHEST)
+    total = natural @ data.square
     shape = shape_kernel(config, total, data.lag, variance=natural[:, d], time_rate=natural[:, d + 2])
     shape = data.pair * shape.reshape(count, n, n)
     joint = shape + data.fixed + natural[:, d + 1, None, None] * data.used.reshape(n, n)

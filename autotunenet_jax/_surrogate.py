@@ -174,11 +174,7 @@ def covariance(
     shape = (x.shape[0], z.shape[0])
     lag = jnp.broadcast_to(jnp.abs(jnp.asarray(lag, jnp.float32)), shape).reshape(-1)
     hyper = posterior.hyper
-    total = jnp.dot(
-        jnp.exp(-2.0 * hyper.lengthscale),
-        square(config, x, z).reshape(config.dims, -1),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    total = jnp.exp(-2.0 * hyper.lengthscale) @ square(config, x, z).reshape(config.dims, -1)
     variance, time_rate = jnp.exp(2.0 * hyper.signal), jnp.exp(-hyper.time_lengthscale)
     prior = shape_kernel(config, total, lag, variance=variance, time_rate=time_rate)
     slope = 2.0 * prior * shape_slope(total)

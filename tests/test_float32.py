@@ -1,9 +1,10 @@
-"""Programs that compute in 64 bits: the tuner stays in 32, and decides as it does elsewhere."""
+"""The tuner computes in 32 bits, no more and no fewer, and decides alike whatever the program around it does."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import autotunenet_jax as atn
 
@@ -63,3 +64,31 @@ def test_the_optimiser_on_its_own():
             state = observe(state, point, (point["x"] - 0.3) ** 2)
         assert abs(float(optimizer.best(state)["x"]) - 0.3) < 0.05
         assert dtypes(state) <= {"float32", "int32", "bool"}
+
+
+def products(jaxpr):
+    """The equations of a program that multiply matrices, those of its inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        ):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from products(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_no_product_is_rounded_to_less(precision):
+    """Accelerators multiply in fewer bits unless told not to."""
+    tuner = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1), "dropout": (0.0, 0.5)}, 200)
+    optimizer = atn.BayesianOptimizer({"x": (0.0, 1.0), "kind": ["a", "b"]}, capacity=16)
+    with jax.default_matmul_precision(precision):
+        ts, state = tuner.init(jax.random.key(0)), optimizer.init(jax.random.key(0))
+        decides = jax.make_jaxpr(tuner.update)(ts, 1.0)
+        suggests = jax.make_jaxpr(lambda state: optimizer.suggest(state, count=2))(state)
+    for program in (decides, suggests):
+        found = [equation.params["precision"] for equation in products(program.jaxpr)]
+        assert len(found) > 20
+        highest = jax.lax.Precision.HIGHEST
+        assert set(found) == {(highest, highest)}
