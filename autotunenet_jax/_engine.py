@@ -16,7 +16,7 @@ from ._observations import Observations, add, empty, mask
 from ._one_by_one import one_by_one
 from ._sampling import branches, spread_table, turned, uniforms
 from ._space import SearchSpace
-from ._surrogate import Posterior, fit, predict
+from ._surrogate import Posterior, fit, noise_deviation, predict
 
 # References compared by the acquisition, besides those of a batch.
 _COMPARED = 16
@@ -24,7 +24,10 @@ _COMPARED = 16
 # moves the hyperparameters: the warm start needs fewer rivals.
 _LONG = 128
 # Standard deviations of the lower confidence bound that is minimised where the objective moves.
-_CONFIDENCE = 0.5
+_CONFIDENCE = 1.0
+# How far above the median scores keep their values, in standard deviations of the better half: where every trial
+# counts it matters how bad the worse half is.
+_KEPT, _KEPT_DRIFT = 0.2, 1.5
 # Side of the trust region: at first, at least, at most; doubled after three improvements in a row.
 _SIDE, _SIDE_MIN, _SIDE_MAX = 0.8, 2.0**-7, 1.6
 _WINS = 3
@@ -44,6 +47,8 @@ class EngineState(NamedTuple):
 
     observations: Observations
     hyper: Hyper
+    noise: Float[Array, ""]
+    """Standard deviation of the scores' noise as fitted last, in their unit; 0 before the first fit."""
     region: Region
     key: PRNGKeyArray
     asked: Int[Array, ""]
@@ -76,7 +81,7 @@ class BayesianOptimizer:
         ``d + 2`` at most 16 with `has_drift`.
       has_drift: Whether the objective moves with time. Old observations then count the less the older they are, and
         what is sought is the minimum at the time of the suggestion. Every trial counts, not only the best: suggestions
-        minimise a lower confidence bound of half a standard deviation instead of maximising the expected improvement.
+        minimise a lower confidence bound of one standard deviation instead of maximising the expected improvement.
       drift_time: In how much time the objective becomes another one, roughly; the fit corrects it. By default the unit
         is one observation.
       has_groups: Whether scores carry an unknown offset that all observations with the same ``group`` share: the level
@@ -121,6 +126,7 @@ class BayesianOptimizer:
             # regret in two to six.
             lengthscale_loc=(0.5 * math.log(dims),) * dims,
             time_loc=math.log(drift_time),
+            kept=_KEPT_DRIFT if has_drift else _KEPT,
             fit_starts=2 if capacity >= _LONG else 3,
             fit_steps=12 if capacity >= _LONG else 16,
         )
@@ -130,15 +136,18 @@ class BayesianOptimizer:
         """An optimiser that has seen nothing."""
         dims = self.space.dims
         key, design_key = jax.random.split(key)
+        design = turned(spread_table(self.initial, dims), uniforms(design_key, dims))
+        if self.has_drift:
+            # Where the worst that can be met is least bad, as Google Vizier starts.
+            design = jnp.concatenate([jnp.full((1, dims), 0.5, jnp.float32), design[1:]])
         return EngineState(
             observations=empty(self.capacity, dims),
             hyper=initial_hyper(self.config),
+            noise=jnp.float32(0.0),
             region=Region(jnp.float32(_SIDE), jnp.int32(0)),
             key=key,
             asked=jnp.zeros((), jnp.int32),
-            design=self.space.snap(
-                turned(spread_table(self.initial, self.space.dims), uniforms(design_key, self.space.dims))
-            ),
+            design=self.space.snap(design),
         )
 
     @in_float32
@@ -170,7 +179,7 @@ class BayesianOptimizer:
         key, fit_key, propose_key = branches(state.key, 3)
         used = mask(obs)
         now = self._time(obs, time)
-        posterior = fit(self.config, obs, start=state.hyper, key=fit_key)
+        posterior = fit(self.config, obs, start=state.hyper, key=fit_key, noise=state.noise)
         lower, upper = self._box(state, posterior, now)
 
         reference = jnp.where(used[:, None], obs.x, 0.5)
@@ -209,7 +218,9 @@ class BayesianOptimizer:
         else:
             inputs = (np.arange(size), branches(propose_key, size))
             _, points = jax.lax.scan(one, (reference, is_reference), inputs)
-        state = state._replace(key=key, hyper=posterior.hyper, asked=state.asked + size)
+        state = state._replace(
+            key=key, hyper=posterior.hyper, noise=noise_deviation(posterior), asked=state.asked + size
+        )
         return self.space.decode(points), state
 
     @in_float32
@@ -272,7 +283,7 @@ class BayesianOptimizer:
         obs = state.observations
         score = obs.y
         if self.has_drift or self.has_groups:
-            posterior = fit(self.config, obs, start=state.hyper, key=state.key)
+            posterior = fit(self.config, obs, start=state.hyper, key=state.key, noise=state.noise)
             score, _ = predict(self.config, posterior, obs.x, time=self._time(obs, time))
         return self.space.decode(obs.x[_lowest(obs, score)])
 

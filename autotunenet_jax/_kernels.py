@@ -53,7 +53,9 @@ class SurrogateConfig:
       intercept_scale: ``b``, same unit as the score.
       failure_margin: How much worse than the worst score of its group a failed trial counts, same unit.
       outlier: Without ``standardise``, scores further than this from the median of their group are compressed
-        logarithmically, same unit. With it, the worse half of the scores is replaced by its ranks.
+        logarithmically, same unit.
+      kept: With ``standardise`` and without groups, scores count logarithmically beyond so far above the median, in
+        standard deviations of the better half, and beyond what noise can have carried there.
       fit_steps: Iterations of the fit; each evaluates the evidence once.
       fit_starts: Searches of the fit that run side by side; the first knows the warm start.
       fit_draws: Places each search looks at before it descends from the best of them.
@@ -79,6 +81,7 @@ class SurrogateConfig:
     intercept_scale: float = 1.0
     failure_margin: float = 0.5
     outlier: float = 4.0
+    kept: float = 0.2
     fit_steps: int = 16
     fit_starts: int = 3
     fit_draws: int = 3
@@ -96,7 +99,7 @@ class SurrogateConfig:
                 raise ValueError(f"{name} needs one entry per dimension, {self.dims}; got {len(given)}.")
             object.__setattr__(self, name, tuple(type(default[0])(entry) for entry in given))
         positive = ("lengthscale_scale", "signal_scale", "noise_scale", "noise_floor", "time_scale", "intercept_scale",
-                    "outlier", "fit_steps", "fit_starts",
+                    "outlier", "kept", "fit_steps", "fit_starts",
                     "fit_draws")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:

@@ -87,7 +87,12 @@ def _seeds(
 
 @single_kernel(static_argnums=(0,))
 def _prepared(
-    config: SurrogateConfig, obs: Observations, start: Hyper, key: PRNGKeyArray, prior_mean: PriorMean | None
+    config: SurrogateConfig,
+    obs: Observations,
+    start: Hyper,
+    key: PRNGKeyArray,
+    prior_mean: PriorMean | None,
+    noise: Float[Array, ""] | None,
 ) -> tuple[Float[Array, "n d"], Bool[Array, "n"], Targets, Data, Float[Array, "draws starts p"]]:
     """What a fit begins with: points, which of them count, targets, what the evidence needs, and where to look."""
     used = used_slots(obs)
@@ -101,6 +106,8 @@ def _prepared(
         is_centred_apart=config.has_groups,
         outlier=config.outlier,
         failure_margin=config.failure_margin,
+        kept=config.kept,
+        noise=0.0 if noise is None else noise,
     )
     data = prepare(config, x=x, time=obs.time, group=group, used=used, noise=target.noise, residual=target.residual)
 
@@ -116,6 +123,7 @@ def fit(
     start: Hyper,
     key: PRNGKeyArray,
     prior_mean: PriorMean | None = None,
+    noise: Float[Array, ""] | None = None,
 ) -> Posterior:
     """Fits the hyperparameters to the trials by maximum a posteriori and conditions on the trials.
 
@@ -127,6 +135,7 @@ def fit(
       start: Warm start, usually the last posterior's ``hyper``.
       key: For the starting points drawn from the prior.
       prior_mean: What is believed before the first trial; flat by default.
+      noise: With ``standardise``, the `noise_deviation` of the last posterior; by default scores carry none.
 
     Returns:
       The posterior at the best hyperparameters found.
@@ -134,7 +143,7 @@ def fit(
     Cost:
       ``fit_starts * (fit_draws + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
     """
-    x, used, target, data, seeds = _prepared(config, obs, start, key, prior_mean)
+    x, used, target, data, seeds = _prepared(config, obs, start, key, prior_mean, noise)
     loc, scale = hyperprior(config)
     low, high = loc - _REACH * scale, loc + _REACH * scale
     search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
@@ -156,6 +165,11 @@ def fit(
         prior_mean=prior_mean,
         evidence=-value,
     )
+
+
+def noise_deviation(posterior: Posterior) -> Float[Array, ""]:
+    """Standard deviation of the scores' noise that was learnt, in their unit."""
+    return jnp.exp(posterior.hyper.noise) * posterior.scale
 
 
 def covariance(
@@ -223,7 +237,7 @@ def predict(
 
     Returns:
       Mean, in the unit of the scores, and covariance, in its square. With ``standardise`` that unit is true of the
-      better half of the scores; above their median predictions are compressed as the scores were.
+      better half of the scores; far above their median predictions are compressed as the scores were.
 
     Cost:
       O(n^2 m + n m^2).

@@ -1,6 +1,5 @@
 """From scores to what the surrogate is fitted to."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._observations import Observations
 from ._observations import mask as used_slots
+
+
+# How far above the median scores keep their values, in standard deviations of the noise.
+_NOISE_KEPT = 4.0
 
 
 class Targets(NamedTuple):
@@ -27,37 +30,44 @@ def _compress(t: Float[Array, "n"], limit: float) -> Float[Array, "n"]:
     return jnp.clip(t, -limit, limit) + jnp.sign(t) * jnp.log1p(excess)
 
 
-def half_rank(
-    y: Float[Array, "n"], good: Bool[Array, "n"]
+def tamed(
+    y: Float[Array, "n"], good: Bool[Array, "n"], *, least: float, noise: Float[Array, ""]
 ) -> tuple[Float[Array, "n"], Float[Array, ""], Float[Array, ""]]:
-    """Keeps the better half of the scores and replaces the worse half by normal scores of their ranks.
+    """Keeps the better half of the scores and what noise may have carried above it; worse ones count logarithmically.
 
-    Where the minimum lies depends on the better half; how bad the bad points are does not matter, and on the raw scale
-    they would rule the fit. Equal scores stay equal.
+    Where the minimum lies depends on the better half; how bad the bad points are matters less, and on the raw scale
+    they would rule the fit. But a better half whose members differ by noise alone says nothing of the shape, which
+    then must be read from the scores above it.
+
+    Args:
+      y: Scores.
+      good: Which of them count.
+      least: How far above the median scores keep their values at least, in standard deviations of the better half.
+      noise: Standard deviation of the scores' noise as far as it is known, in their unit; four of them are kept.
 
     Returns:
       Scores about the median in standard deviations of the better half, with the location and scale that lead back
-      there: ``y = location + scale * value`` holds for the better half.
+      there: ``y = location + scale * value`` holds as far as scores keep their values.
 
     Source:
-      The half-rank warping of Google Vizier's Gaussian process bandit (Song et al., 2024), with mid-ranks for ties.
+      The half-rank warping of Google Vizier's Gaussian process bandit (Song et al., 2024). Theirs replaces the worse
+      half by its ranks, however noisy the scores are.
     """
     ones = np.ones(y.size, np.float32)
     members = good.astype(jnp.float32)
     count = jnp.maximum(members @ ones, 1.0)
     below = jnp.where(y[None, :] < y[:, None], 1.0, jnp.where(y[None, :] == y[:, None], 0.5, 0.0))
-    quantile = (below @ members) / count
-    is_better_half = good & (quantile <= 0.5)
+    is_better_half = good & ((below @ members) / count <= 0.5)
     # The largest score of the better half stands for the median; with all scores equal that is the score itself.
     median = jnp.max(jnp.where(is_better_half, y, -jnp.inf))
     median = jnp.where(median > -jnp.inf, median, 0.0)
     spread = jnp.where(is_better_half, jnp.stack([jnp.square(y - median), ones]), 0.0) @ ones
     scale = jnp.sqrt(spread[0] / jnp.maximum(spread[1], 1.0))
-    # A better half without spread has no unit of its own; then the ranks set it.
+    # A better half without spread has no unit of its own; then the logarithms set it.
     scale = jnp.where(scale > 1e-6 * jnp.abs(median), scale, jnp.maximum(1e-6 * jnp.abs(median), 1e-12))
-    # The normal distribution's quantile, by a function that costs the compiler a quarter of `ndtri`.
-    normal = math.sqrt(2.0) * jax.lax.erf_inv(2.0 * jnp.clip(quantile, 0.5, 1.0 - 0.25 / count) - 1.0)
-    return jnp.where(is_better_half, (y - median) / scale, normal), median, scale
+    value = jnp.minimum((y - median) / scale, 1e30)
+    limit = jnp.clip(_NOISE_KEPT * noise / scale, least, 1e6)
+    return jnp.minimum(value, limit) + limit * jnp.log(jnp.maximum(value / limit, 1.0)), median, scale
 
 
 def group_median(y: Float[Array, "n"], same: Bool[Array, "m n"]) -> Float[Array, "m"]:
@@ -85,6 +95,8 @@ def targets(
     is_centred_apart: bool,
     outlier: float,
     failure_margin: float,
+    kept: float = 0.2,
+    noise: Float[Array, ""] | float = 0.0,
 ) -> Targets:
     """Centres the scores, compresses outliers, and places failures a margin above the worst score of their group.
 
@@ -94,12 +106,14 @@ def targets(
       obs: The trials.
       group: Trials that share an intercept.
       level: Prior mean at the trials, in the unit of the score; None is flat.
-      standardise: Whether scores come in an arbitrary unit: then residuals are scaled to unit variance, and `half_rank`
-        tames the scores unless groups are centred apart; ranks across groups would compare their intercepts.
+      standardise: Whether scores come in an arbitrary unit: then residuals are scaled to unit variance, and scores are
+        `tamed` unless groups are centred apart: a median across groups would compare their intercepts.
       is_centred_apart: Whether each group is centred by its own mean, which leaves ``location`` at 0.
       outlier: Distance from the median of the group, in the unit of the score, beyond which scores are compressed
         logarithmically unless ``standardise``.
       failure_margin: How much worse than the worst a failure counts, in the surrogate's unit.
+      kept: The ``least`` of `tamed`.
+      noise: Standard deviation of the scores' noise as far as it is known, besides that of the trials, for `tamed`.
 
     Cost:
       O(n^2) comparisons.
@@ -112,7 +126,9 @@ def targets(
     same = (group[:, None] == group[None, :]) & good[None, :] if is_centred_apart else good[None, :]
     location, scale = jnp.float32(0.0), jnp.float32(1.0)
     if standardise and not is_centred_apart:
-        centred, location, scale = half_rank(obs.y, good)
+        known = jnp.where(good, obs.noise, 0.0) @ ones / count
+        noise = jnp.sqrt(jnp.square(noise) + known)
+        centred, location, scale = tamed(obs.y, good, least=kept, noise=noise)
     elif standardise:
         centred = jnp.where(good, obs.y - group_median(obs.y, same), 0.0)
         # The better half sets the unit, however bad the worst is.
@@ -142,5 +158,5 @@ def targets(
     worst = _row_max(jnp.where(same, centred[None, :], 0.0))
     residual = jnp.where(obs.failed, worst + failure_margin, centred)
     # Beyond this a trial weighs nothing, and larger numbers would cost digits.
-    noise = jnp.minimum(obs.noise / jnp.square(scale), 1e4)
-    return Targets(jnp.where(used, residual, 0.0), jnp.where(used, noise, 0.0), location, scale)
+    known = jnp.minimum(obs.noise / jnp.square(scale), 1e4)
+    return Targets(jnp.where(used, residual, 0.0), jnp.where(used, known, 0.0), location, scale)

@@ -1,11 +1,17 @@
 """The optimisers that `benchmarks.engine` measures, as ``make(problem, seed) -> (ask, tell)``.
 
 ``ask()`` gives a point of the unit cube, ``tell(y)`` its score, NaN where the trial failed. Libraries are imported when
-first used, and each runs on one thread.
+first used, and each runs on one thread. Google Vizier needs an interpreter of its own, named by the environment variable
+``VIZIER_PYTHON``; how to make one is in `benchmarks/_engine_vizier.py`.
 """
 
 import functools
 import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import weakref
 
 import jax
 import numpy as np
@@ -97,6 +103,31 @@ def botorch_search(problem, seed, *, initial=None):
     return ask, ys.append
 
 
+def vizier_search(problem, seed):
+    """A process of another interpreter, asked and told in lines of JSON; it ends with the run."""
+    script = pathlib.Path(__file__).with_name("_engine_vizier.py")
+    process = subprocess.Popen(
+        [os.environ["VIZIER_PYTHON"], str(script)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
+
+    def say(what):
+        process.stdin.write(json.dumps(what) + "\n")
+        process.stdin.flush()
+
+    def ask():
+        say("ask")
+        return json.loads(process.stdout.readline())
+
+    def tell(y):
+        say(float(y) if np.isfinite(y) else None)
+
+    say({"dims": problem.dims, "is_mixed": problem.is_mixed, "seed": seed})
+    weakref.finalize(ask, process.kill)
+    return ask, tell
+
+
 def methods():
     """Name to ``make``, of those whose libraries are here."""
     has = importlib.util.find_spec
@@ -107,4 +138,6 @@ def methods():
         found["Optuna GP"] = functools.partial(optuna_search, sampler="GPSampler")
     if has("botorch"):
         found["BoTorch"] = botorch_search
+    if "VIZIER_PYTHON" in os.environ:
+        found["Vizier"] = vizier_search
     return found
