@@ -2,14 +2,12 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ._observations import Observations
 from ._observations import mask as used_slots
-
 
 # How far above the median scores keep their values, in standard deviations of the noise.
 _NOISE_KEPT = 4.0

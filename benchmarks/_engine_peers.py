@@ -1,8 +1,8 @@
 """The optimisers that `benchmarks.engine` measures, as ``make(problem, seed) -> (ask, tell)``.
 
 ``ask()`` gives a point of the unit cube, ``tell(y)`` its score, NaN where the trial failed. Libraries are imported when
-first used, and each runs on one thread. Google Vizier needs an interpreter of its own, named by the environment variable
-``VIZIER_PYTHON``; how to make one is in `benchmarks/_engine_vizier.py`.
+first used, and each runs on one thread. Google Vizier needs an interpreter of its own, which the environment variable
+``VIZIER_PYTHON`` names; how to make one is in `benchmarks/_engine_vizier.py`.
 """
 
 import functools

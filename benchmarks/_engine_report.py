@@ -4,9 +4,16 @@ import statistics
 
 from benchmarks._engine_problems import PROBLEMS
 
-COLUMNS = ("ours", "BoTorch", "Optuna GP", "Optuna TPE", "random")
-COLORS = {"ours": "#c1272d", "BoTorch": "#0000a7", "Optuna GP": "#008176", "Optuna TPE": "#eecc16", "random": "#999999"}
+COLORS = {"ours": "#c1272d", "BoTorch": "#0000a7", "Optuna GP": "#008176", "Vizier": "#b35806", "Optuna TPE": "#eecc16",
+          "random": "#999999"}  # fmt: skip
+TIMED = ("ours", "BoTorch", "Optuna GP", "Optuna TPE")
 STEPS = (25, 50, 100)
+
+
+def columns(data):
+    """The methods of which there are regrets, ours first."""
+    found = {cell.split("|")[1] for cell in data.get("regret", {})}
+    return tuple(method for method in COLORS if method in found)
 
 
 def regrets(data, name, method, step):
@@ -40,12 +47,12 @@ def _head(cells):
 
 
 def regret_table(data, step, *, is_drifting):
-    lines = _head(["problem", *COLUMNS])
+    lines = _head(["problem", *columns(data)])
     for name, problem in PROBLEMS.items():
         if problem.is_drifting != is_drifting:
             continue
         cells = []
-        for method in COLUMNS:
+        for method in columns(data):
             values = list(regrets(data, name, method, step).values())
             error = f" ± {standard_error(values):.{1 if is_drifting else 2}f}" if len(values) > 1 else ""
             cells.append(_number(mean(values), 1 if is_drifting else 2) + error)
@@ -67,17 +74,17 @@ def summary(data):
     quiet = [n for n, p in PROBLEMS.items() if not p.is_drifting and not p.noise]
     noisy = [n for n, p in PROBLEMS.items() if p.noise]
     moving = [n for n, p in PROBLEMS.items() if p.is_drifting]
-    lines = _head(["ours less ...", *COLUMNS[1:]])
+    lines = _head(["ours less ...", *columns(data)[1:]])
     for label, names in (("noiseless", quiet), ("noisy", noisy)):
         for step in STEPS:
-            gaps = {m: _difference(data, names, m, step) for m in COLUMNS[1:]}
+            gaps = {m: _difference(data, names, m, step) for m in columns(data)[1:]}
             if not any(gaps.values()):
                 continue
             cells = [f"{mean(g):+.2f} ± {standard_error(g):.2f} ({len(g)})" if g else "" for g in gaps.values()]
             lines.append(_row([f"log10 regret, {label}, {step} evaluations", *cells]))
     for step in STEPS:
         cells = []
-        for method in COLUMNS[1:]:
+        for method in columns(data)[1:]:
             shares = []
             for name in moving:
                 a, b = regrets(data, name, "ours", step), regrets(data, name, method, step)
@@ -90,10 +97,10 @@ def summary(data):
 
 
 def seeds_table(data):
-    lines = _head(["runs", *COLUMNS])
+    lines = _head(["runs", *columns(data)])
     for step in STEPS:
         counts = []
-        for method in COLUMNS:
+        for method in columns(data):
             numbers = [len(regrets(data, name, method, step)) for name in PROBLEMS]
             low, high = min(numbers), max(numbers)
             counts.append(str(low) if low == high else f"{low} to {high}")
@@ -112,7 +119,7 @@ def latency_cells(data, method):
 
 
 def latency_table(data):
-    mine, methods = latency_cells(data, "ours"), COLUMNS[:4]
+    mine, methods = latency_cells(data, "ours"), TIMED
     lines = _head(["d, n", *[f"{m}: median (p95)" for m in methods], "BoTorch / ours", "first call of ours, s"])
     for cell, row in mine.items():
         cells = []
@@ -159,7 +166,7 @@ def plot(data, path):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     names = [n for n, p in PROBLEMS.items() if not p.is_drifting]
-    for method in COLUMNS:
+    for method in columns(data):
         points = [mean(list(regrets(data, name, method, 50).values())) for name in names]
         left.plot([p if p is not None else float("nan") for p in points], range(len(names)), "o",
                   color=COLORS[method], label=method, alpha=0.9)  # fmt: skip
@@ -168,7 +175,7 @@ def plot(data, path):
     left.grid(axis="x", alpha=0.3)
     left.set_xlabel("log10 regret after 50 evaluations (mean)")
     left.legend(fontsize=8)
-    for method in COLUMNS[:4]:
+    for method in TIMED:
         for d, style in ((2, "-"), (12, "--")):
             cells = {n: row[1] for (dims, n), row in latency_cells(data, method).items() if dims == d}
             if cells:

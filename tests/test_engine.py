@@ -72,6 +72,22 @@ def test_it_finds_the_minimum_of_a_bowl():
     np.testing.assert_allclose(best["y"], 0.8, atol=0.02)
 
 
+def test_it_learns_how_noisy_the_scores_are():
+    def step(state, key):
+        point, state = SMOOTH.suggest(state)
+        score = 20.0 * (point["x"] - 0.3) ** 2 + 5.0 * (point["y"] - 0.8) ** 2
+        return SMOOTH.observe(state, point, score + 0.5 * jax.random.normal(key)), None
+
+    def run(key):
+        first, second = jax.random.split(key)
+        state = jax.lax.scan(step, SMOOTH.init(first), jax.random.split(second, 32))[0]
+        return state.noise, SMOOTH.best(state)
+
+    noise, best = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 4))
+    assert np.all((np.asarray(noise) > 0.25) & (np.asarray(noise) < 1.0))
+    assert np.all(np.abs(np.asarray(best["x"]) - 0.3) < 0.2)
+
+
 def test_the_surrogate_beats_the_design_it_starts_from():
     _, scores, _ = run_smooth()
     scores = np.asarray(scores)

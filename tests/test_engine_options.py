@@ -63,6 +63,12 @@ def test_the_minimum_is_sought_at_the_time_of_the_suggestion():
     assert abs(float(best(state)["x"]) - 0.8) < 0.05
 
 
+def test_where_every_trial_counts_the_middle_comes_first():
+    optimizer = BayesianOptimizer({"x": (0.0, 2.0), "y": (0.0, 1.0)}, 8, has_drift=True)
+    point, _ = optimizer.suggest(optimizer.init(jax.random.key(3)))
+    assert (float(point["x"]), float(point["y"])) == (1.0, 0.5)
+
+
 def test_times_go_on_by_themselves():
     optimizer = BayesianOptimizer(LINE, 8, has_drift=True)
     state = told(optimizer, [0.1, 0.2], [1.0, 2.0])

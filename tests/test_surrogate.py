@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from autotunenet_jax import _evidence, _kernels, _observations, _surrogate
+from autotunenet_jax import _evidence, _kernels, _observations, _surrogate, _targets
 
 from .reference import gaussian_process as twin
 
@@ -133,7 +133,7 @@ def test_posterior_agrees_with_the_twin_at_the_fitted_hyperparameters(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fit_reaches_the_optimum_that_scipy_finds(name):
-    config, rows = CONFIGS[name], history()
+    config, rows = CONFIGS[name], history(3)
     obs = record(rows)
     start = _kernels.initial_hyper(config)
     for _ in range(3):
@@ -220,6 +220,25 @@ def test_failures_and_explosions_do_not_bend_the_fit(name):
     assert float(bad[0]) > float(after.max())
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.3, 5.0])
+def test_scores_are_tamed_as_by_the_twin(noise):
+    y = np.exp(2.0 * np.random.default_rng(5).normal(size=USED))
+    padded = jnp.asarray([*y, jnp.nan], jnp.float32)
+    got = _targets.tamed(padded, jnp.arange(USED + 1) < USED, least=0.2, noise=jnp.float32(noise))
+    values, *expected = twin.tamed(y, least=0.2, noise=noise)
+    np.testing.assert_allclose(got[0][:USED], values, rtol=1e-4)
+    np.testing.assert_allclose(got[1:], expected, rtol=1e-4)
+
+
+def test_noise_lets_the_worse_half_keep_its_values():
+    y, good = jnp.arange(10.0), jnp.ones(10, bool)
+    quiet, median, scale = _targets.tamed(y, good, least=0.2, noise=jnp.float32(0.0))
+    noisy, *_ = _targets.tamed(y, good, least=0.2, noise=jnp.float32(2.0))
+    np.testing.assert_allclose(noisy, (y - median) / scale, rtol=1e-6)
+    np.testing.assert_allclose(quiet[:5], noisy[:5], rtol=1e-6)
+    assert float(quiet[-1]) < 0.3 * float(noisy[-1])
+
+
 def test_vmap_is_a_loop():
     histories = [record(history(seed)) for seed in range(3)]
     start = _kernels.initial_hyper(CONFIGS["plain"])
@@ -236,6 +255,7 @@ def test_vmap_is_a_loop():
         ({"dims": 0}, "dims must be at least 1; got 0"),
         ({"is_categorical": (True,)}, "is_categorical needs one entry per dimension, 3; got 1"),
         ({"noise_floor": 0.0}, "noise_floor must be above zero; got 0.0"),
+        ({"kept": 0.0}, "kept must be above zero; got 0.0"),
         ({"failure_margin": -1.0}, "failure_margin must be at least 0; got -1.0"),
     ],
 )

@@ -76,3 +76,13 @@ def log_improvement(mean, covariance, normal, *, jitter):
         best = np.min(mean[:-1] + lower @ z)
         values.append(log_expected_positive_part((best - mean[-1] - weights @ z) / deviation) + np.log(deviation))
     return special.logsumexp(values) - np.log(len(values))
+
+
+def tamed(y, *, least, noise):
+    """Scores about the median of the better half, in its standard deviations; logarithms far above it."""
+    better = y[np.array([np.mean(y < score) + 0.5 * np.mean(y == score) for score in y]) <= 0.5]
+    median = better.max()
+    scale = np.sqrt(np.mean((better - median) ** 2))
+    limit = max(4.0 * noise / scale, least)
+    value = (y - median) / scale
+    return np.where(value > limit, limit * (1.0 + np.log(np.maximum(value, limit) / limit)), value), median, scale
