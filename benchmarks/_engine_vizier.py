@@ -1,7 +1,7 @@
 """Google Vizier's Gaussian process bandit as a process of its own, asked and told in lines of JSON.
 
-Its requirements (Equinox 0.11, which uses what JAX 0.10 has removed) conflict with ours, so it lives in an environment of its own,
-and `benchmarks.engine` starts this file with the interpreter that the variable ``VIZIER_PYTHON`` names:
+Its requirements (Equinox 0.11, which uses what JAX 0.10 has removed) conflict with ours, so it lives in an environment
+of its own, and `benchmarks.engine` starts this file with the interpreter that the variable ``VIZIER_PYTHON`` names:
 
     python3.11 -m venv vizier
     vizier/bin/pip install "google-vizier[jax]==0.1.24" && vizier/bin/pip uninstall -y tfp-nightly
