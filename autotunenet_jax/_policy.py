@@ -32,6 +32,9 @@ class Policy:
       clearly_worse: Shortfall, as a share of the gain of the best fork, from which a fork is worse beyond doubt.
       tilt: What a decade of rate counts where one is chosen: one too high costs the rest of a run more than one too low
         does, and shows later.
+      held_share: Share of the budget over which rates are held before they decay: at the same mean rate that ends lower
+        than a decay from the start.
+      ease_decades: How far below what short forks find best a rate that is held is set.
       starts_afresh: Whether training begins again, at the chosen rate, from where the first round began. Otherwise it
         goes on from the best fork, whose first steps may have done lasting harm.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
@@ -56,6 +59,8 @@ class Policy:
     spread_decades: float = 0.5
     clearly_worse: float = 0.05
     tilt: float = 0.15
+    held_share: float = 0.5
+    ease_decades: float = 0.1
     starts_afresh: bool = True
     slow_center: float = 0.5
     slow_curvature: float = 0.6
