@@ -39,7 +39,7 @@ def predecessor(task: Workload, seed: int, hp: dict[str, float]) -> Found:
     """Its adapter on a PyTorch optimizer whose rate the training steps of the workload take.
 
     As its documentation has it: told a metric, which it maximises, after every epoch, here a twentieth of the budget;
-    everything at its defaults, without a schedule. The metric is the negative loss on the 512 probe rows, at their price.
+    everything at its defaults, without a schedule. The metric is the negative loss on the 512 probe rows, charged.
     """
     import optuna
     import torch
