@@ -347,20 +347,21 @@ class PhaseMachine:
         return lower, upper, is_open
 
     def _between(self, mean: Callable[..., Any]) -> np.ndarray | None:
-        """The point on the way from the best-scored fork to another one that is best in its surroundings."""
+        """The point on the way from the best fork to another one that is best in its surroundings."""
         rung = len(self.forks[-1].scores) - 1
-        scored = [
-            (f.scores[rung], f.x) for f in self.forks if f.status != "failed" and len(f.scores) > rung
-        ]  # fmt: skip
-        scored = [(score, x) for score, x in scored if np.isfinite(score)]
+        counts, *_ = first_round.standings(
+            self.policy, self.forks, rung, self.reference, self.is_rate, self.decades
+        )  # fmt: skip
+        scored = [fork.x for fork, count in zip(self.forks, counts, strict=True) if np.isfinite(count)]
         if not scored:
             return None
-        pivot = min(scored, key=lambda entry: entry[0])[1]
+        pivot = self.forks[int(np.argmin(counts))].x
         step = np.where(self.is_rate, F(self.policy.blur_decades) / self.decades, 0).astype(F)
+        reach = np.where(self.is_rate, F(self.policy.reach_decades) / self.decades, 1).astype(F)
         best = None
         for share in _decide._BETWEEN:
-            for _, x in scored:
-                point = (pivot + F(share) * (x - pivot)).astype(F)
+            for x in scored:
+                point = (pivot + np.clip(F(share) * (x - pivot), -reach, reach)).astype(F)
                 around = [np.clip(point + sign * step, 0, 1).astype(F) for sign in (-1, 0, 1)]
                 value = sum(w * mean(p) for w, p in zip(_decide._WEIGHTS, around, strict=True))
                 value += F(self.policy.tilt) * sum(np.where(self.is_rate, point * self.decades, 0))
