@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ._plan import LEAST_EXPLORING, MAX_FORKS, SLOW
 from ._policy import Directions, Policy
@@ -14,15 +14,18 @@ class Bracket(NamedTuple):
     """How the forks of a round lie about their best one; several rates are taken together.
 
     Attributes:
-      is_open_below: No fork at lower rates is clearly worse than the best one, and there is room below.
+      is_open_below: No fork at lower rates is clearly worse than the best one, none lies farther below it than a rate
+        may be chosen and a step beyond, and there is room below.
       is_open_above: The best one has the highest rates, the others are clearly worse or only one of them has run, and
         there is room above. Where a higher rate gains little, one still higher is not looked for.
-      lowest: The fork with the lowest rates, unit cube.
+      best: The best fork.
+      lowest: The one with the lowest rates, unit cube.
       highest: The one with the highest.
     """
 
     is_open_below: Bool[Array, ""]
     is_open_above: Bool[Array, ""]
+    best: Int[Array, ""]
     lowest: Float[Array, "d"]
     highest: Float[Array, "d"]
 
@@ -43,26 +46,32 @@ def is_run(held: Round) -> Bool[Array, "forks"]:
 
 
 def bracket(policy: Policy, space_of: Directions, held: Round) -> Bracket:
-    """Which sides of the best fork are open. Failed forks are worse than any other."""
+    """Which fork is the best, and which sides of it are open. Failed forks are worse than any other."""
     has_run = is_run(held)
     score = held.score[:, held.rung]
     is_good = has_run & jnp.isfinite(score) & (held.status != FORK_FAILED)
     score = jnp.where(is_good, score, jnp.inf)
-    best = jnp.argmin(score)
     # Where nothing was gained, what the worst fork lost is the unit.
-    worst = jnp.max(jnp.where(is_good, score, -jnp.inf))
-    gain = jnp.maximum(held.reference - score[best], 0.5 * (worst - score[best]))
+    lowest_score, worst = jnp.min(score), jnp.max(jnp.where(is_good, score, -jnp.inf))
+    gain = jnp.maximum(held.reference - lowest_score, 0.5 * (worst - lowest_score))
+    # Of forks that hardly differ, the one nearest to where the round began.
+    rate = jnp.where(space_of.is_rate, held.x * space_of.decades, 0.0).sum(axis=1)
+    score += jnp.where(is_good, policy.stay * gain * jnp.abs(rate - rate[0]), 0.0)
+    best = jnp.argmin(score)
     is_worse = has_run & (score - score[best] > policy.clearly_worse * gain)
     is_other = has_run & (jnp.arange(MAX_FORKS) != best)
-    rate = jnp.where(space_of.is_rate, held.x * space_of.decades, 0.0).sum(axis=1)
     lowest = held.x[jnp.argmin(jnp.where(has_run, rate, jnp.inf))]
     highest = held.x[jnp.argmax(jnp.where(has_run, rate, -jnp.inf))]
     room = 0.5 * policy.spread_decades / jnp.asarray(space_of.decades)
     is_highest = ~jnp.any(is_other & (rate > rate[best]))
+    # Whatever is found there, it would not be chosen.
+    is_far = (rate[best] - rate) > (policy.reach_decades + policy.spread_decades - 0.01) * jnp.sum(space_of.is_rate)
     leads = jnp.all(is_worse | ~is_other) | (jnp.sum(has_run) <= 2)
     return Bracket(
-        is_open_below=~jnp.any(is_worse & (rate < rate[best])) & jnp.any(space_of.is_rate & (lowest >= room)),
+        is_open_below=~jnp.any((is_worse & (rate < rate[best])) | (has_run & is_far))
+        & jnp.any(space_of.is_rate & (lowest >= room)),
         is_open_above=is_highest & leads & jnp.any(space_of.is_rate & (highest <= 1.0 - room)),
+        best=best,
         lowest=lowest,
         highest=highest,
     )

@@ -83,7 +83,9 @@ class Core:
         total = ts.plan.total
         planned = jnp.where(ts.anneal_start >= 0, ts.anneal_steps, total)
         begin = jnp.where(ts.anneal_start >= 0, ts.anneal_start, 0)
-        left = jnp.clip((begin + planned - ts.step) / jnp.maximum(planned, 1), 0.0, 1.0)
+        # A decay that is asked for sets in at once.
+        falling = jnp.where(ts.anneal_start >= 0, 1.0, 1.0 - self.policy.held_share) * planned
+        left = jnp.clip((begin + planned - ts.step) / jnp.maximum(falling, 1.0), 0.0, 1.0)
         shape = 0.5 * (1.0 - jnp.cos(math.pi * left)) if self.decay == "cosine" else left
         is_open = (planned <= 0) | (self.decay == "none")
         decay = jnp.where(is_open, 1.0, shape)
@@ -212,8 +214,8 @@ class AutoTuneNet:
 
     Args:
       param_space: A `SearchSpace`, or a mapping it takes.
-      total_steps: Training steps of the whole run, forks included. With it the rate decays to zero at the end. None
-        for an open-ended run: rounds come at doubling intervals and `anneal` starts a decay.
+      total_steps: Training steps of the whole run, forks included. With it the rate is held for half of the budget and
+        then decays to zero. None for an open-ended run: rounds come at doubling intervals and `anneal` starts a decay.
       initial: Values to start from, any subset of the names. The others start in the middle of their range, slow ones
         on a linear scale at a fifth of it.
       mode: Whether the validation metric of `observe_eval` is minimised (``"min"``) or maximised (``"max"``). The loss
@@ -221,7 +223,8 @@ class AutoTuneNet:
       guard: Thresholds of the watch over training.
       max_share: Most of the budget that discarded fork steps may take, in (0, 1). By default 0.15, or 0.45 when slow
         hyperparameters are tuned.
-      decay: Shape of the base schedule on the budget spent: ``"linear"`` or ``"cosine"`` to zero, or ``"none"``.
+      decay: Shape of the base schedule's second half, on the budget spent: ``"linear"`` or ``"cosine"`` to zero, or
+        ``"none"`` for a rate that is held to the end.
       warmup_steps: Steps over which a fork that starts at the very beginning raises its rate from zero.
       capacity: Observations the surrogate keeps.
       recipe: Proportions of the plan; for experts.

@@ -68,14 +68,18 @@ def _select(condition: Array, new, old):
 
 
 def _between(
-    space: SearchSpace, x: Float[Array, "forks d"], score: Float[Array, "forks"], is_run: Array
+    policy: Policy, space: SearchSpace, x: Float[Array, "forks d"], best: Array, is_scored: Array
 ) -> tuple[Float[Array, "p d"], Array]:
-    """Points on the way from the fork with the best score to the other ones, snapped, and which of them exist."""
-    is_scored = is_run & jnp.isfinite(score)
-    pivot = x[jnp.argmin(jnp.where(is_scored, score, jnp.inf))]
+    """Points on the way from the best fork to the other ones, snapped, and which of them exist.
+
+    Rates stay near those of that fork: where the scores of distant ones are no worse, forks are too short to tell.
+    """
+    space_of = directions(space)
+    pivot = x[best]
     # Between two options without order there is nothing.
     step = jnp.where(jnp.asarray(space.is_categorical), 0.0, x - pivot)
-    points = pivot + jnp.asarray(_BETWEEN, jnp.float32)[:, None, None] * step
+    reach = jnp.where(space_of.is_rate, policy.reach_decades / space_of.decades, 1.0)
+    points = pivot + jnp.clip(jnp.asarray(_BETWEEN, jnp.float32)[:, None, None] * step, -reach, reach)
     return space.snap(points.reshape(-1, x.shape[1])), jnp.tile(is_scored, len(_BETWEEN))
 
 
@@ -180,7 +184,8 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     known = _bracket.bracket(policy, space_of, held_now)
     lower, upper = _bracket.box(policy, space_of, ts._replace(round=held_now), plan.kind[row], known)
     is_rival = _bracket.is_run(held) & (held.status != FORK_FAILED)
-    between, is_between = _between(space, held.x, held.score[:, rung], is_rival)
+    is_scored = is_rival & jnp.isfinite(held.score[:, rung])
+    between, is_between = _between(policy, space, held.x, known.best, is_scored)
     return Ended(
         ts=ts,
         is_retry=retries,
@@ -311,7 +316,8 @@ def _choose(
     tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
     halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
-    chosen = jnp.where(has_kept, winner, proposal)
+    ease = jnp.where(space_of.is_rate & gives_away, policy.ease_decades / space_of.decades, 0.0)
+    chosen = jnp.where(has_kept, jnp.maximum(winner - ease, 0.0), proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins

@@ -30,8 +30,14 @@ class Policy:
       center_noise: Standard deviation of a score about the prior mean's shape.
       spread_decades: How far beyond its outermost forks the first round looks for worse ones.
       clearly_worse: Shortfall, as a share of the gain of the best fork, from which a fork is worse beyond doubt.
+      stay: What a decade of rate away from the first fork counts where the best one is looked for, as a share of the
+        gain of the best fork: forks that hardly differ say nothing.
       tilt: What a decade of rate counts where one is chosen: one too high costs the rest of a run more than one too low
         does, and shows later.
+      reach_decades: How far from those of the best fork rates are chosen.
+      held_share: Share of the budget over which rates are held before they decay: at the same mean rate that ends lower
+        than a decay from the start.
+      ease_decades: How far below what short forks find best a rate that is held is set.
       starts_afresh: Whether training begins again, at the chosen rate, from where the first round began. Otherwise it
         goes on from the best fork, whose first steps may have done lasting harm.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
@@ -55,7 +61,11 @@ class Policy:
     center_noise: float = 0.2
     spread_decades: float = 0.5
     clearly_worse: float = 0.05
+    stay: float = 0.02
     tilt: float = 0.15
+    reach_decades: float = 0.5
+    held_share: float = 0.5
+    ease_decades: float = 0.1
     starts_afresh: bool = True
     slow_center: float = 0.5
     slow_curvature: float = 0.6

@@ -16,10 +16,11 @@ UPDATE, RATE = jax.jit(TUNER.update), jax.jit(lambda ts: TUNER.hyperparams(ts)["
 
 
 @functools.cache
-def first_round(best, misleads=False):
+def first_round(best, misleads=False, is_flat=False):
     """log10 of the rates tried, and of the one chosen, where a step gains most at log10 rate ``best``.
 
-    ``misleads`` makes the sweep see its one good batch at the lowest rate.
+    ``misleads`` makes the sweep see its one good batch at the lowest rate; with ``is_flat`` forks gain the same at
+    every rate.
     """
     rng = np.random.default_rng(0)
     ts, tried, level = TUNER.init(jax.random.key(0)), [], 2.0
@@ -28,7 +29,8 @@ def first_round(best, misleads=False):
         if is_fork and int(ts.segment_left) == int(ts.segment_length):
             tried.append(np.log10(float(TUNER.space.decode(ts.trial)["learning_rate"])))
             level = 2.0
-        gain = 0.05 * np.exp(-0.5 * (np.log10(float(RATE(ts))) - best) ** 2)
+        distance = 0.0 if is_fork and is_flat else np.log10(float(RATE(ts))) - best
+        gain = 0.05 * np.exp(-0.5 * distance**2)
         level *= 1.0 - (gain if is_fork or not misleads else 0.0)
         loss = 1.0 if misleads and not is_fork and int(ts.step) == 0 else level
         ts, directive = UPDATE(ts, jnp.float32(loss + 0.002 * rng.normal()))
@@ -55,6 +57,12 @@ def test_a_sweep_that_misleads_does_not_confine_the_forks():
     assert max(abs(rate + 3.0) for rate in tried[:1]) > 0.5
     assert min(abs(rate + 3.0) for rate in tried) < 0.5
     assert chosen == pytest.approx(-3.0, abs=0.8)
+
+
+def test_where_forks_cannot_tell_it_stays_where_the_sweep_points():
+    tried, chosen, *_ = first_round(-2.0, is_flat=True)
+    assert tried[0] == pytest.approx(-2.0, abs=0.7)
+    assert abs(chosen - tried[0]) < 1.0
 
 
 def test_all_of_it_is_given_away_within_the_share():

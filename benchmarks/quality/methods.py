@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.quality import ablations, baselines, peers, populations, searches, workloads
+from benchmarks.quality import ablations, baselines, peers, populations, predecessor, searches, workloads
 from benchmarks.quality.cells import Cell, start_values
 from benchmarks.quality.task import RunState, Workload
 
@@ -64,6 +64,7 @@ METHODS |= {name: _peer(name) for name in peers.PEERS}
 METHODS |= {
     "range_test": _search(searches.range_test),
     "wide_fork": _search(searches.wide_fork),
+    "autotunenet_1_0_2": _search(predecessor.predecessor),
     "ours": _search(searches.ours, all_tuned=False),
     "ours_no_eval": _search(searches.ours, all_tuned=False, has_eval=False),
     "ours_all": _search(searches.ours, all_tuned=True),

@@ -25,7 +25,7 @@ LONGER = {"W1": (4800, 19200)}
 STRONGEST = ("prodigy_cosine", "schedule_free", "wide_fork")
 FREE = ("range_test", "dog", "mechanic_cosine", "cocob", "momo")
 """Methods that take no start."""
-STARTED = ("plateau", "hypergradient", "three_stream")
+STARTED = ("plateau", "hypergradient", "three_stream", "autotunenet_1_0_2")
 ABLATIONS = (
     "random",
     "hot_scores",
@@ -35,6 +35,7 @@ ABLATIONS = (
     "no_blur",
     "keeps_winner",
     "no_tilt",
+    "no_hold",
     "no_decay",
 )
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")

@@ -110,4 +110,35 @@ def _h7() -> Workload:
     )
 
 
-MAKERS = {"H1": _h1, "H2": _h2, "H3": _h3, "H4": _h4, "H5": _h5, "H6": _h6, "H7": _h7}
+def _h8() -> Workload:
+    return Workload(
+        name="H8",
+        title="smooth function, MLP, Adam",
+        total_steps=1000,
+        batch_size=64,
+        model=models.mlp(4, 64, 64, 1),
+        load=data.waves,
+        optimizer=task.adam,
+        loss="real",
+        defaults={"learning_rate": 0.01, "weight_decay": 0.0},
+        space={"learning_rate": (1e-5, 1.0)},
+    )
+
+
+def _h9() -> Workload:
+    return Workload(
+        name="H9",
+        title="smooth function, MLP, SGD-momentum",
+        total_steps=1500,
+        batch_size=64,
+        model=models.mlp(4, 64, 64, 1),
+        load=data.waves,
+        optimizer=task.momentum_sgd,
+        family="sgd",
+        loss="real",
+        defaults={"learning_rate": 0.01, "weight_decay": 0.0},
+        space={"learning_rate": (1e-5, 10.0)},
+    )
+
+
+MAKERS = {"H1": _h1, "H2": _h2, "H3": _h3, "H4": _h4, "H5": _h5, "H6": _h6, "H7": _h7, "H8": _h8, "H9": _h9}

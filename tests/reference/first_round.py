@@ -54,6 +54,24 @@ class Sweep:
         return float(np.mean(marks)) / unit, (n - 1) / unit, float(trust)
 
 
+def standings(policy: Any, forks: Sequence[Any], rung: int, reference: Any, is_rate: Any, decades: Any) -> Any:
+    """What each fork counts for, and what the best one gained; a decade away from the first fork counts against it."""
+
+    def height(fork: Any) -> Any:
+        return sum((fork.x[i] * decades[i] for i in range(len(decades)) if is_rate[i]), F(0))
+
+    def score(fork: Any) -> Any:
+        is_good = fork.status != "failed" and len(fork.scores) > rung and np.isfinite(fork.scores[rung])
+        return fork.scores[rung] if is_good else F(np.inf)
+
+    finite = [score(fork) for fork in forks if np.isfinite(score(fork))]
+    gain = max(reference - min(finite), F(0.5) * (max(finite) - min(finite))) if finite else F(np.inf)
+    away = [abs(height(fork) - height(forks[0])) for fork in forks]
+    pulls = [F(policy.stay) * gain * far if finite else F(0) for far in away]
+    counts = [score(fork) + pull for fork, pull in zip(forks, pulls, strict=True)]
+    return counts, gain, [height(fork) for fork in forks]
+
+
 def outward(policy: Any, forks: Sequence[Any], rung: int, reference: Any, is_rate: Any, decades: Any) -> Any:
     """Where the first round's next fork goes: a point, or else the corners of what its forks enclose.
 
@@ -68,25 +86,19 @@ def outward(policy: Any, forks: Sequence[Any], rung: int, reference: Any, is_rat
     Returns:
       ``(lower, upper)``, equal where the round goes outward.
     """
-
-    def height(fork: Any) -> Any:
-        return sum((fork.x[i] * decades[i] for i in range(len(decades)) if is_rate[i]), F(0))
-
-    def score(fork: Any) -> Any:
-        is_good = fork.status != "failed" and len(fork.scores) > rung and np.isfinite(fork.scores[rung])
-        return fork.scores[rung] if is_good else F(np.inf)
-
-    best = min(forks, key=score)
-    finite = [score(fork) for fork in forks if np.isfinite(score(fork))]
-    gain = max(reference - min(finite), F(0.5) * (max(finite) - min(finite))) if finite else F(np.inf)
-    limit = score(best) + F(policy.clearly_worse) * gain
-    worse = [fork for fork in forks if score(fork) > limit]
-    lowest, highest = min(forks, key=height), max(forks, key=height)
+    counts, gain, heights = standings(policy, forks, rung, reference, is_rate, decades)
+    best = int(np.argmin(counts))
+    is_worse = [count > counts[best] + F(policy.clearly_worse) * gain for count in counts]
+    lowest, highest = forks[int(np.argmin(heights))], forks[int(np.argmax(heights))]
     step = F(policy.spread_decades) / np.asarray(decades, F)
     has_room = [any(is_rate & (lowest.x >= step / 2)), any(is_rate & (highest.x <= 1 - step / 2))]
-    opens_below = has_room[0] and not any(height(fork) < height(best) for fork in worse)
-    is_highest = not any(height(fork) > height(best) for fork in forks)
-    leads = len(forks) <= 2 or len(worse) == len(forks) - 1
+    # A fork so far below the best one that nothing beyond it would be chosen.
+    far = F(policy.reach_decades + policy.spread_decades - 0.01) * F(np.sum(is_rate))
+    is_far = any(heights[best] - height > far for height in heights)
+    has_worse = any(worse and height < heights[best] for worse, height in zip(is_worse, heights, strict=True))
+    opens_below = has_room[0] and not is_far and not has_worse
+    is_highest = not any(height > heights[best] for height in heights)
+    leads = len(forks) <= 2 or sum(is_worse) == len(forks) - 1
     opens_above = has_room[1] and is_highest and leads
     is_second = len(forks) == 2
     if opens_below and not (is_second and opens_above):

@@ -12,64 +12,15 @@ from typing import Any
 import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
-from autotunenet_jax import _decide, _guard, _tick, _validation
+from autotunenet_jax import _decide, _tick, _validation
 from autotunenet_jax._plan import LEAST_EXPLORING
 from tests.reference import first_round
+from tests.reference.validation import Metrics
+from tests.reference.watch import FIRST, Watch
 
 F = np.float32
 ZERO = F(0)
 NEVER = 2**30
-FIRST = 4
-
-
-@dataclasses.dataclass
-class Watch:
-    """The guard's running statistics."""
-
-    level: Any = ZERO
-    spread: Any = ZERO
-    short: Any = ZERO
-    count: int = 0
-    strikes: int = 0
-    peak: Any = ZERO
-    lowest: Any = np.finfo(F).max
-    since_lowest: int = 0
-
-    def see(self, guard: Any, loss: Any, ceiling: Any) -> str:
-        is_warm = self.count >= guard.warmup
-        self.since_lowest += is_warm and bool(np.isfinite(loss))
-        if not np.isfinite(loss):
-            self.strikes = max(self.strikes - 1, 0)
-            self.peak = F(_guard._PEAK_MEMORY) * self.peak if is_warm else ZERO
-            return "non-finite"
-        sigma = self.spread / F(math.sqrt(2 / math.pi))
-        slack = F(1e-5) * abs(self.level) + F(1e-12)
-        unusual = is_warm and loss > self.level + F(guard.sigmas) * sigma + slack
-        reach = self.level + F(_guard._REACH_SIGMAS) * sigma + slack
-        clipped = min(loss, reach) if self.count >= FIRST else loss
-        self.short += max(F(0.2), F(1 / (self.count + 1))) * (clipped - self.short)
-        diverged = self.count >= FIRST and self.short > ceiling
-        height = min(loss, ceiling if np.isfinite(ceiling) else reach) - self.level
-        is_returning = height < F(_guard._RETURNING_SHARE) * self.peak
-        self.peak = max(F(_guard._PEAK_MEMORY) * self.peak, height) if is_warm else ZERO
-        if unusual:
-            self.strikes += not is_returning
-        else:
-            self.strikes = max(self.strikes - 1, 0)
-            rate = max(F(1 / guard.window), F(1 / (self.count + 1)))
-            self.level += rate * (clipped - self.level)
-            if self.count > 0:
-                self.spread += rate * (abs(clipped - self.level) - self.spread)
-            self.count += 1
-            if is_warm and self.level < self.lowest - F(_guard._PROGRESS_SIGMAS) * sigma - slack:
-                self.lowest, self.since_lowest = self.level, 0
-        if diverged:
-            return "diverged"
-        if self.strikes >= guard.patience:
-            return "spike"
-        if unusual:
-            return "watching"
-        return "stalled" if self.since_lowest >= guard.stall_steps else "healthy"
 
 
 @dataclasses.dataclass
@@ -127,7 +78,7 @@ class PhaseMachine:
         self.incumbent, self.trial = start, start
         self.prior_center = np.where(is_slow, F(policy.slow_center), start)
         self.knows_rate = False
-        self._forget_metrics()
+        self.metrics = Metrics()
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
         self.relapses = 0
@@ -151,75 +102,18 @@ class PhaseMachine:
     def _begin(self, length: int) -> None:
         self.length = self.left = length
         self.scored: list[Any] = []
-        self.metrics: list[Any] = []
+        self.scored_metrics: list[Any] = []
 
     # Validation.
 
     def observe_eval(self, metric: Any) -> None:
         if self.phase == "fork" and self.left == 1:
-            self.metrics.append(metric)
+            self.scored_metrics.append(metric)
         if (self.phase == "train" or self.step == 0) and np.isfinite(metric):
             self.eval_level = metric
-            self._validate(metric)
-
-    def _validate(self, metric: Any) -> None:
-        """Lowers the rates when validation gets worse while training goes on getting better."""
-        if np.isnan(self.first_metric):
-            self.first_metric = metric
-        change = metric - self.last_metric
-        bend = abs(change - self.last_change)
-        if np.isfinite(bend):
-            self.bends = F(0.5) * (self.bends + bend) if self.bends > 0 else bend
-        # Two or three bends may happen to be small: those since the best metric count as well.
-        typical = max(self.bends, self.later_bends / F(max(self.later, 1)))
-        self.last_change = change
-        if self.step > 0:
-            self.last_metric = metric
-        margin = F(_validation._RISE_SHARE) * max(self.first_metric - self.best_metric, F(0))
-        # The best metric may be this one: it is compared with the best before it.
-        best = self.best_metric
-        is_above = metric > best + margin and self.watch.short < self.best_short and typical > 0
-        has_risen = is_above and metric > best + margin + F(_validation._RISE_BENDS) * typical
-        is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
-        fails = False
-        if is_last and metric >= best and np.isfinite(best):
-            self.later += 1
-            fell = max(self.initial_loss - self.best_short, F(1e-12))
-            unit = np.clip((self.first_metric - best) / fell, 0, F(_validation._LARGEST_UNIT))
-            self.away += metric - best + F(_validation._FOLLOWING) * unit * (self.best_short - self.watch.short)
-            self.later_bends += bend if np.isfinite(bend) else ZERO
-            explained = self.later_bends * (F(_validation._LUCK) + F(_validation._LATER_BENDS) / np.sqrt(F(self.later)))
-            span = F(_validation._LATER_SHARE) * (self.plan.total or self.step)
-            is_long = self.later >= _validation._LATER and self.step - self.best_step >= span
-            fails = is_long and self.watch.short < self.best_short and self.away > explained
-        if metric < self.best_metric:
-            self.best_metric, self.best_short = metric, self.watch.short
-            self._count_anew()
-            self.keeps, self.is_kept = self.keeps or is_last, False
-        self.rises = self.rises + 1 if has_risen else 0
-        self.returns = False
-        if (self.rises >= _validation._RISES or fails) and is_last:
-            self._retreat(_validation._RISE_RETREAT_DECADES)
-            self.rises = 0
-            self._count_anew()
-            self.returns = self.is_kept
-        elif is_above and is_last and self.plan.total:
-            is_ending = self.plan.total - self.step <= F(_validation._ENDING_SHARE) * self.plan.total
-            self.returns = bool(is_ending) and self.is_kept and metric > best + margin + typical
-        if self.returns:
-            self.last_metric = self.last_change = F(np.nan)
-            self.bends = ZERO
-
-    def _count_anew(self) -> None:
-        self.later, self.away, self.later_bends, self.best_step = 0, ZERO, ZERO, self.step
-
-    def _forget_metrics(self) -> None:
-        self.later, self.away, self.later_bends, self.best_step = 0, ZERO, ZERO, 0
-        self.first_metric, self.best_metric, self.best_short = F(np.nan), F(np.inf), F(np.inf)
-        self.rises = 0
-        self.last_metric = self.last_change = F(np.nan)
-        self.bends = ZERO
-        self.keeps = self.returns = self.is_kept = False
+            is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
+            if self.metrics.see(metric, self.watch.short, self.initial_loss, self.step, self.plan.total, is_last):
+                self._retreat(_validation._RISE_RETREAT_DECADES)
 
     def _retreat(self, decades: float) -> None:
         lower = self.incumbent - F(decades) / self.decades
@@ -279,7 +173,11 @@ class PhaseMachine:
         due = due or self.left <= 0
         is_calm = self.phase == "train" and verdict in ("healthy", "stalled") and not due and self.watch.strikes == 0
         here = (self.data_step, self.step)
-        if self.phase == "train" and self.plan.start[self.row] >= NEVER and (self.is_kept or self.keeps):
+        if (
+            self.phase == "train"
+            and self.plan.start[self.row] >= NEVER
+            and (self.metrics.is_kept or self.metrics.keeps)
+        ):
             if is_calm:
                 self._in_last_stretch(here, ages, result)
         elif is_calm and min(ages.values()) >= self.plan.save_every:
@@ -297,16 +195,16 @@ class PhaseMachine:
 
     def _in_last_stretch(self, here: tuple[int, int], ages: dict[str, int], result: Result) -> None:
         """The kept copy is that of the best metric; the saved one is the newest."""
-        if self.returns and self.is_kept:
-            result.adopt, self.returns = True, False
+        if self.metrics.returns and self.metrics.is_kept:
+            result.adopt, self.metrics.returns = True, False
             self.watch.count, self.watch.peak = 0, ZERO
             return
-        self.returns = False
+        self.metrics.returns = False
         if ages["saved"] >= self.plan.save_every:
             self.saved, result.save = here, True
-        if self.keeps:
+        if self.metrics.keeps:
             self.kept_copy, result.keep = here, True
-            self.keeps, self.is_kept = False, True
+            self.metrics.keeps, self.metrics.is_kept = False, True
 
     def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, climbed: bool,
                       result: Result) -> None:  # fmt: skip
@@ -319,7 +217,7 @@ class PhaseMachine:
             self.initial_loss = np.fmax(self.initial_loss, loss)
             if accepts:
                 result.outcome, self.relapses = "accepted", 0
-                self._forget_metrics()
+                self.metrics = Metrics()
             elif self.guard.max_rollbacks > 0:
                 self.plan = self.plan._replace(start=np.full_like(self.plan.start, NEVER))
                 self.left = NEVER
@@ -449,20 +347,21 @@ class PhaseMachine:
         return lower, upper, is_open
 
     def _between(self, mean: Callable[..., Any]) -> np.ndarray | None:
-        """The point on the way from the best-scored fork to another one that is best in its surroundings."""
+        """The point on the way from the best fork to another one that is best in its surroundings."""
         rung = len(self.forks[-1].scores) - 1
-        scored = [
-            (f.scores[rung], f.x) for f in self.forks if f.status != "failed" and len(f.scores) > rung
-        ]  # fmt: skip
-        scored = [(score, x) for score, x in scored if np.isfinite(score)]
+        counts, *_ = first_round.standings(
+            self.policy, self.forks, rung, self.reference, self.is_rate, self.decades
+        )  # fmt: skip
+        scored = [fork.x for fork, count in zip(self.forks, counts, strict=True) if np.isfinite(count)]
         if not scored:
             return None
-        pivot = min(scored, key=lambda entry: entry[0])[1]
+        pivot = self.forks[int(np.argmin(counts))].x
         step = np.where(self.is_rate, F(self.policy.blur_decades) / self.decades, 0).astype(F)
+        reach = np.where(self.is_rate, F(self.policy.reach_decades) / self.decades, 1).astype(F)
         best = None
         for share in _decide._BETWEEN:
-            for _, x in scored:
-                point = (pivot + F(share) * (x - pivot)).astype(F)
+            for x in scored:
+                point = (pivot + np.clip(F(share) * (x - pivot), -reach, reach)).astype(F)
                 around = [np.clip(point + sign * step, 0, 1).astype(F) for sign in (-1, 0, 1)]
                 value = sum(w * mean(p) for w, p in zip(_decide._WEIGHTS, around, strict=True))
                 value += F(self.policy.tilt) * sum(np.where(self.is_rate, point * self.decades, 0))
@@ -475,10 +374,10 @@ class PhaseMachine:
         number, fork = len(self.forks) - 1, self.forks[-1]
         rung = len(fork.scores)
         if number == 0 and rung == 0:
-            self.scored_by_eval = bool(self.metrics)
+            self.scored_by_eval = bool(self.scored_metrics)
             if self.scored_by_eval:
                 self.reference = self.eval_level
-        column = self.metrics if self.scored_by_eval else self.scored
+        column = self.scored_metrics if self.scored_by_eval else self.scored
         score = F(sum(column, F(0)) / F(len(column))) if column else F(np.nan)
         if not np.isfinite(self.reference):
             self.reference = score
@@ -551,7 +450,9 @@ class PhaseMachine:
             self.incumbent = self.forks[self.winner].x if between is None else between
             result.restore, result.adopt = is_first, not wins and not is_first
             if is_first:
-                # Training begins again from where the round began.
+                # Training begins again from where the round began, at a rate that can be held.
+                ease = np.where(self.is_rate, F(self.policy.ease_decades) / self.decades, 0).astype(F)
+                self.incumbent = np.maximum(self.incumbent - ease, 0).astype(F)
                 self.discarded += self.forks[self.winner].steps
                 self.data_step = self.saved[0]
                 self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
