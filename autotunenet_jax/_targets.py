@@ -124,7 +124,8 @@ def targets(
     same = (group[:, None] == group[None, :]) & good[None, :] if is_centred_apart else good[None, :]
     location, scale = jnp.float32(0.0), jnp.float32(1.0)
     if standardise and not is_centred_apart:
-        known = jnp.where(good, obs.noise, 0.0) @ ones / count
+        # One trial that is known to be worthless must not pass for all.
+        known = group_median(obs.noise, good[None, :])[0]
         noise = jnp.sqrt(jnp.square(noise) + known)
         centred, location, scale = tamed(obs.y, good, least=kept, noise=noise)
     elif standardise:

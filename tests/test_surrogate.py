@@ -241,6 +241,16 @@ def test_noise_lets_the_worse_half_keep_its_values():
     assert float(quiet[-1]) < 0.5 * float(noisy[-1])
 
 
+def test_one_trial_known_to_be_worthless_does_not_pass_for_all():
+    rows = history(offset=0.0)
+    rows[4] = (rows[4][0], 50.0, {})
+    doubtful = [*rows[:7], (rows[7][0], rows[7][1], {"noise": 1e6}), *rows[8:]]
+    options = {"level": None, "standardise": True, "is_centred_apart": False, "outlier": 4.0, "failure_margin": 0.5}
+    group = jnp.zeros(CAPACITY, jnp.int32)
+    values = [_targets.targets(record(each), group=group, **options).residual for each in (rows, doubtful)]
+    assert float(values[1][4]) == pytest.approx(float(values[0][4]), rel=0.05)
+
+
 def test_vmap_is_a_loop():
     histories = [record(history(seed)) for seed in range(3)]
     start = _kernels.initial_hyper(CONFIGS["plain"])
