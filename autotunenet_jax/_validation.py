@@ -8,6 +8,9 @@ from jaxtyping import Array, Bool, Float
 from ._plan import NEVER
 from ._state import TRAIN, TunerState, Validation
 
+# What the last bend weighs in the running mean of them: two or three that happen to be small say little, and one large
+# one, of a loss that jumped and came back, is forgotten.
+_NEWS = 0.2
 # A metric this share of its whole improvement above its best, and as much as its noise explains, so many times in a
 # row, has risen for good. Of independent noise a bend is two standard deviations on average, and the best of a hundred
 # metrics lies two and a half below them.
@@ -48,13 +51,13 @@ def validate(
     is_best = is_settled & (metric < seen.best)
     change = metric - seen.last
     bend = jnp.abs(change - seen.change)
-    noise = jnp.where(seen.noise > 0.0, 0.5 * (seen.noise + bend), bend)
+    noise = jnp.where(seen.noise > 0.0, seen.noise + _NEWS * (bend - seen.noise), bend)
     noise = jnp.where(is_settled & jnp.isfinite(bend), noise, seen.noise)
-    # Two or three bends may happen to be small: those since the best metric count as well.
+    # While there is time to wait, all bends since the best metric count.
     typical = jnp.maximum(noise, seen.bends / jnp.maximum(seen.later, 1.0))
     limit = seen.best + _RISE_SHARE * jnp.maximum(first - seen.best, 0.0)
     # Nothing has risen beyond a noise that is not known yet.
-    is_above = is_settled & (metric > limit) & (level < seen.level) & (typical > 0.0)
+    is_above = is_settled & (metric > limit) & (level < seen.level) & (noise > 0.0)
     has_risen = is_above & (metric > limit + _RISE_BENDS * typical)
     rises = jnp.where(has_risen, seen.rises + 1, jnp.where(is_settled, 0, seen.rises))
     is_last = (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
@@ -72,7 +75,7 @@ def validate(
     starts_anew = is_best | retreats
     # Towards the end the schedule has lowered the rates already, and no time is left to wait and see.
     is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step <= _ENDING_SHARE * ts.plan.total)
-    ends = is_above & (metric > limit + typical) & is_last & is_ending & ~retreats
+    ends = is_above & (metric > limit + noise) & is_last & is_ending & ~retreats
     goes_back = (retreats | ends) & seen.is_kept
     return ts._replace(
         incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),

@@ -92,6 +92,15 @@ def test_the_fall_from_the_untrained_state_is_no_noise():
     assert not retreats(VALIDATED, np.float32([2.68, 0.39, 0.38, 0.38, 0.37, 0.37]), levels)
 
 
+def test_a_jump_long_past_does_not_hide_that_the_end_is_worse():
+    """A loss that jumped in mid-run, came back, and settled well above the best metric: those jumps are not its noise."""
+    metrics = np.float32([2.7, 0.12, 0.12, 0.08, 0.12, 0.07, 0.22, 0.33, 0.31, 0.28, 0.12, 0.21, 0.15, *[0.139] * 7])
+    levels = np.float32(0.05 * 0.8 ** np.arange(len(metrics)))
+    levels[5:9] += 0.3
+    assert retreats(VALIDATED, metrics, levels)
+    assert not retreats(VALIDATED, np.minimum(metrics, np.minimum.accumulate(metrics) + 0.01), levels)
+
+
 @pytest.mark.parametrize("count", [10, 50])
 def test_noise_about_a_metric_that_follows_seldom_looks_like_a_rise(count):
     rng = np.random.default_rng(0)

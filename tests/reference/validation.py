@@ -38,8 +38,9 @@ class Metrics:
         change = metric - self.last
         bend = abs(change - self.last_change)
         if np.isfinite(bend):
-            self.bends = F(0.5) * (self.bends + bend) if self.bends > 0 else bend
-        # Two or three bends may happen to be small: those since the best metric count as well.
+            news = F(_validation._NEWS)
+            self.bends = self.bends + news * (bend - self.bends) if self.bends > 0 else bend
+        # While there is time to wait, all bends since the best metric count.
         typical = max(self.bends, self.later_bends / F(max(self.later, 1)))
         self.last_change = change
         if step > 0:
@@ -47,7 +48,7 @@ class Metrics:
         # The best metric may be this one: it is compared with the best before it.
         best = self.best
         limit = best + F(_validation._RISE_SHARE) * max(self.first - best, F(0))
-        is_above = metric > limit and short < self.best_short and typical > 0
+        is_above = metric > limit and short < self.best_short and self.bends > 0
         has_risen = is_above and metric > limit + F(_validation._RISE_BENDS) * typical
         fails = False
         if is_last and metric >= best and np.isfinite(best):
@@ -65,7 +66,7 @@ class Metrics:
             self.returns = self.is_kept
         elif is_above and is_last and total:
             is_ending = total - step <= F(_validation._ENDING_SHARE) * total
-            self.returns = bool(is_ending) and self.is_kept and metric > limit + typical
+            self.returns = bool(is_ending) and self.is_kept and metric > limit + self.bends
         if self.returns:
             self.last = self.last_change = UNKNOWN
             self.bends = ZERO
