@@ -10,7 +10,7 @@ from ._state import TRAIN, TunerState, Validation
 
 # What the last bend weighs in the running mean of them: two or three that happen to be small say little, and one large
 # one, of a loss that jumped and came back, is forgotten.
-_NEWS = 0.2
+_NEWS = 0.3
 # A metric this share of its whole improvement above its best, and as much as its noise explains, so many times in a
 # row, has risen for good. Of independent noise a bend is two standard deviations on average, and the best of a hundred
 # metrics lies two and a half below them.
@@ -18,7 +18,7 @@ _RISE_SHARE = 0.005
 _RISE_BENDS = 2.0
 _RISES = 2
 _RISE_RETREAT_DECADES = 1.0
-# In the last part of the budget one rise by that share and a bend is enough.
+# In the last part of the budget one such rise is enough, and what counts as noise is what there is of late.
 _ENDING_SHARE = 0.125
 # Metrics after the best one, so many and over this share of the budget, have failed to follow the training loss if
 # together they lie further than noise explains above what half of its fall would have made of them. The best of many
@@ -75,7 +75,7 @@ def validate(
     starts_anew = is_best | retreats
     # Towards the end the schedule has lowered the rates already, and no time is left to wait and see.
     is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step <= _ENDING_SHARE * ts.plan.total)
-    ends = is_above & (metric > limit + noise) & is_last & is_ending & ~retreats
+    ends = is_above & (metric > limit + _RISE_BENDS * noise) & is_last & is_ending & ~retreats
     goes_back = (retreats | ends) & seen.is_kept
     return ts._replace(
         incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),

@@ -66,7 +66,7 @@ class Metrics:
             self.returns = self.is_kept
         elif is_above and is_last and total:
             is_ending = total - step <= F(_validation._ENDING_SHARE) * total
-            self.returns = bool(is_ending) and self.is_kept and metric > limit + self.bends
+            self.returns = bool(is_ending) and self.is_kept and metric > limit + F(_validation._RISE_BENDS) * self.bends
         if self.returns:
             self.last = self.last_change = UNKNOWN
             self.bends = ZERO
