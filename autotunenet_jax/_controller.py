@@ -214,8 +214,8 @@ class AutoTuneNet:
 
     Args:
       param_space: A `SearchSpace`, or a mapping it takes.
-      total_steps: Training steps of the whole run, forks included. With it the rate is held for half of the budget and
-        then decays to zero. None for an open-ended run: rounds come at doubling intervals and `anneal` starts a decay.
+      total_steps: Training steps of the whole run, forks included. With it the rate decays to zero at the end. None
+        for an open-ended run: rounds come at doubling intervals and `anneal` starts a decay.
       initial: Values to start from, any subset of the names. The others start in the middle of their range, slow ones
         on a linear scale at a fifth of it.
       mode: Whether the validation metric of `observe_eval` is minimised (``"min"``) or maximised (``"max"``). The loss
@@ -223,8 +223,7 @@ class AutoTuneNet:
       guard: Thresholds of the watch over training.
       max_share: Most of the budget that discarded fork steps may take, in (0, 1). By default 0.15, or 0.45 when slow
         hyperparameters are tuned.
-      decay: Shape of the base schedule's second half, on the budget spent: ``"linear"`` or ``"cosine"`` to zero, or
-        ``"none"`` for a rate that is held to the end.
+      decay: Shape of the base schedule on the budget spent: ``"linear"`` or ``"cosine"`` to zero, or ``"none"``.
       warmup_steps: Steps over which a fork that starts at the very beginning raises its rate from zero.
       capacity: Observations the surrogate keeps.
       recipe: Proportions of the plan; for experts.

@@ -66,7 +66,8 @@ def test_without_scores_or_with_failed_ones_only_the_sweep_is_believed():
 def test_a_rate_is_chosen_for_its_surroundings_between_the_forks():
     x = jnp.zeros((8, 2)).at[:3].set(jnp.array([[0.6, 0.5], [0.4, 0.5], [0.8, 0.9]]))
     score = jnp.full(8, jnp.nan).at[:3].set(jnp.array([0.2, 0.3, 0.25]))
-    points, exist = _decide._between(SPACE, x, score, jnp.arange(8) < 3)
+    is_scored = (jnp.arange(8) < 3) & jnp.isfinite(score)
+    points, exist = _decide._between(POLICY, SPACE, x, jnp.argmin(jnp.where(is_scored, score, jnp.inf)), is_scored)
     points = np.asarray(points)[np.asarray(exist)]
     assert points[:, 0].min() >= 0.4 - 1e-6 and points[:, 0].max() <= 0.8
     # Never beyond a fork that ran, and all of them pass through the best one.

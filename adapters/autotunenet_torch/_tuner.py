@@ -50,8 +50,8 @@ class AutoTuneNet:
         minimised.
       guard: Thresholds of the watch over training.
       max_share: Most of the budget that discarded fork steps may take, in (0, 1).
-      decay: Shape of the rate over the second half of the budget: ``"linear"`` or ``"cosine"`` to zero, or ``"none"``.
-        By default linear, and none beside a scheduler of the user's own.
+      decay: Shape of the rate over the budget: ``"linear"`` or ``"cosine"`` to zero, or ``"none"``. By default linear,
+        and none beside a scheduler of the user's own.
       warmup_steps: Steps over which a fork that starts at the very beginning raises its rate from zero.
       targets: Setters ``(model, value) -> None`` for hyperparameters of your own, by name.
       seed: Of the tuner's random choices.

@@ -35,7 +35,7 @@ ABLATIONS = (
     "no_blur",
     "keeps_winner",
     "no_tilt",
-    "no_hold",
+    "held",
     "no_decay",
 )
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")
