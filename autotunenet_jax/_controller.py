@@ -83,9 +83,7 @@ class Core:
         total = ts.plan.total
         planned = jnp.where(ts.anneal_start >= 0, ts.anneal_steps, total)
         begin = jnp.where(ts.anneal_start >= 0, ts.anneal_start, 0)
-        # A decay that is asked for sets in at once.
-        falling = jnp.where(ts.anneal_start >= 0, 1.0, 1.0 - self.policy.held_share) * planned
-        left = jnp.clip((begin + planned - ts.step) / jnp.maximum(falling, 1.0), 0.0, 1.0)
+        left = jnp.clip((begin + planned - ts.step) / jnp.maximum(planned, 1), 0.0, 1.0)
         shape = 0.5 * (1.0 - jnp.cos(math.pi * left)) if self.decay == "cosine" else left
         is_open = (planned <= 0) | (self.decay == "none")
         decay = jnp.where(is_open, 1.0, shape)

@@ -316,8 +316,7 @@ def _choose(
     tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
     halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
-    ease = jnp.where(space_of.is_rate & gives_away, policy.ease_decades / space_of.decades, 0.0)
-    chosen = jnp.where(has_kept, jnp.maximum(winner - ease, 0.0), proposal)
+    chosen = jnp.where(has_kept, winner, proposal)
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins

@@ -35,9 +35,6 @@ class Policy:
       tilt: What a decade of rate counts where one is chosen: one too high costs the rest of a run more than one too low
         does, and shows later.
       reach_decades: How far from those of the best fork rates are chosen.
-      held_share: Share of the budget over which rates are held before they decay. At the same mean rate that ends lower
-        on average than a decay from the start, but nothing then lowers one that is too high.
-      ease_decades: How far below what short forks find best a rate that is to be held is set.
       starts_afresh: Whether training begins again, at the chosen rate, from where the first round began. Otherwise it
         goes on from the best fork, whose first steps may have done lasting harm.
       slow_center: Where, in the unit cube, slow hyperparameters are expected to be best before anything is known.
@@ -64,8 +61,6 @@ class Policy:
     stay: float = 0.02
     tilt: float = 0.15
     reach_decades: float = 0.5
-    held_share: float = 0.0
-    ease_decades: float = 0.0
     starts_afresh: bool = True
     slow_center: float = 0.5
     slow_curvature: float = 0.6

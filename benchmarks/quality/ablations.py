@@ -89,9 +89,8 @@ ABLATIONS: dict[str, Callable[..., searches.Found]] = {
     "no_blur": _ablated(lambda: _policy(blur_decades=1e-3)),
     "keeps_winner": _ablated(lambda: _policy(starts_afresh=False)),
     "no_tilt": _ablated(lambda: _policy(tilt=0.0)),
-    "held": _ablated(lambda: _policy(held_share=0.5, ease_decades=0.1)),
     "no_decay": _ablated(lambda: {"decay": "none"}),
 }
 """By what is missing: the engine's proposals, the cool-down before scoring, rounds' own levels, the same batches for
 all forks, the price of a fork, the blur around a fork's best rate, the fresh start after the first round, the charge on
-high rates, the first half of the decay, all of it."""
+high rates, the decay."""

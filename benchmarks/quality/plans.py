@@ -35,7 +35,6 @@ ABLATIONS = (
     "no_blur",
     "keeps_winner",
     "no_tilt",
-    "held",
     "no_decay",
 )
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")

@@ -450,9 +450,7 @@ class PhaseMachine:
             self.incumbent = self.forks[self.winner].x if between is None else between
             result.restore, result.adopt = is_first, not wins and not is_first
             if is_first:
-                # Training begins again from where the round began, at a rate that can be held.
-                ease = np.where(self.is_rate, F(self.policy.ease_decades) / self.decades, 0).astype(F)
-                self.incumbent = np.maximum(self.incumbent - ease, 0).astype(F)
+                # Training begins again from where the round began.
                 self.discarded += self.forks[self.winner].steps
                 self.data_step = self.saved[0]
                 self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
