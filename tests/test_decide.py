@@ -70,6 +70,9 @@ def test_a_rate_is_chosen_for_its_surroundings_between_the_forks():
     points, exist = _decide._between(POLICY, SPACE, x, jnp.argmin(jnp.where(is_scored, score, jnp.inf)), is_scored)
     points = np.asarray(points)[np.asarray(exist)]
     assert points[:, 0].min() >= 0.4 - 1e-6 and points[:, 0].max() <= 0.8
+    far = x.at[1, 0].set(0.05)
+    near, _ = _decide._between(POLICY, SPACE, far, jnp.int32(0), is_scored)
+    assert float(near[:, 0].min()) == pytest.approx(0.6 - POLICY.reach_decades / SPACE_OF.decades[0], abs=1e-5)
     # Never beyond a fork that ran, and all of them pass through the best one.
     np.testing.assert_allclose(points[0], [0.6, 0.5], atol=1e-6)
     around = np.asarray(_decide._around(POLICY, SPACE_OF, jnp.asarray(points)))
