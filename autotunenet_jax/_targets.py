@@ -125,9 +125,9 @@ def targets(
     location, scale = jnp.float32(0.0), jnp.float32(1.0)
     if standardise and not is_centred_apart:
         # One trial that is known to be worthless must not pass for all.
-        known = group_median(obs.noise, good[None, :])[0]
-        noise = jnp.sqrt(jnp.square(noise) + known)
-        centred, location, scale = tamed(obs.y, good, least=kept, noise=noise)
+        typical = group_median(obs.noise, good[None, :])[0]
+        spread = jnp.sqrt(jnp.square(noise) + typical)
+        centred, location, scale = tamed(obs.y, good, least=kept, noise=spread)
     elif standardise:
         centred = jnp.where(good, obs.y - group_median(obs.y, same), 0.0)
         # The better half sets the unit, however bad the worst is.
