@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._plan import LEAST_EXPLORING, MAX_FORKS, SLOW
+from ._plan import LEAST_EXPLORING, MAX_FORKS, RAISE, SLOW
 from ._policy import Directions, Policy
 from ._state import FORK_FAILED, Round, TunerState
 
@@ -18,6 +18,7 @@ class Bracket(NamedTuple):
         may be chosen and a step beyond, and there is room below.
       is_open_above: The best one has the highest rates, the others are clearly worse or only one of them has run, and
         there is room above. Where a higher rate gains little, one still higher is not looked for.
+      has_room: Whether there is room above the highest rates.
       best: The best fork.
       lowest: The one with the lowest rates, unit cube.
       highest: The one with the highest.
@@ -25,6 +26,7 @@ class Bracket(NamedTuple):
 
     is_open_below: Bool[Array, ""]
     is_open_above: Bool[Array, ""]
+    has_room: Bool[Array, ""]
     best: Int[Array, ""]
     lowest: Float[Array, "d"]
     highest: Float[Array, "d"]
@@ -67,10 +69,12 @@ def bracket(policy: Policy, space_of: Directions, held: Round) -> Bracket:
     # Whatever is found there, it would not be chosen.
     is_far = (rate[best] - rate) > (policy.reach_decades + policy.spread_decades - 0.01) * jnp.sum(space_of.is_rate)
     leads = jnp.all(is_worse | ~is_other) | (jnp.sum(has_run) <= 2)
+    has_room = jnp.any(space_of.is_rate & (highest <= 1.0 - room))
     return Bracket(
         is_open_below=~jnp.any((is_worse & (rate < rate[best])) | (has_run & is_far))
         & jnp.any(space_of.is_rate & (lowest >= room)),
-        is_open_above=is_highest & leads & jnp.any(space_of.is_rate & (highest <= 1.0 - room)),
+        is_open_above=is_highest & leads & has_room,
+        has_room=has_room,
         best=best,
         lowest=lowest,
         highest=highest,
@@ -103,4 +107,10 @@ def box(
     first_upper = jnp.where(is_open, outward, known.highest)
     is_first = explores(ts) & knows_rate
     lower, upper = jnp.where(is_first, first_lower, lower), jnp.where(is_first, first_upper, upper)
+    # A round that raises rates moves nothing else.
+    above = known.highest + step
+    above = jnp.where(above > 1.0 - 0.5 * step, 1.0, above)
+    raised = jnp.where(space_of.is_rate, above, fixed)
+    raises = kind == RAISE
+    lower, upper = jnp.where(raises, raised, lower), jnp.where(raises, raised, upper)
     return jnp.where(active, lower, fixed), jnp.where(active, upper, fixed)

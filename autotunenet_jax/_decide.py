@@ -12,8 +12,8 @@ import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _acquisition, _belief, _bracket, _guard, _kernels, _observations, _surrogate
-from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, SLOW
+from . import _acquisition, _belief, _bracket, _guard, _kernels, _observations, _surrogate, _validation
+from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, RAISE, SLOW
 from ._policy import Directions, Policy, directions
 from ._single_kernel import single_kernel
 from ._space import SearchSpace
@@ -103,6 +103,7 @@ class Ended(NamedTuple):
       lower: Lower corner of the box to look in.
       upper: Its upper corner.
       is_open: Whether forks on either side of the best one are still to be found worse.
+      has_room: Whether rates can be raised.
       is_rival: Which forks a proposal has to improve on.
       between: Points between the best fork and the others, where the choice may fall.
       is_between: Which of them exist.
@@ -121,6 +122,7 @@ class Ended(NamedTuple):
     lower: Float[Array, "d"]
     upper: Float[Array, "d"]
     is_open: Array
+    has_room: Array
     is_rival: Array
     between: Float[Array, "p d"]
     is_between: Array
@@ -197,6 +199,7 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
         lower=lower,
         upper=upper,
         is_open=known.is_open_below | known.is_open_above,
+        has_room=known.has_room,
         is_rival=is_rival,
         between=between,
         is_between=is_between,
@@ -268,7 +271,12 @@ def _choose(
     p_better = jnp.where(has_holder, _probability_better(mean, covariance, fork, holder), 1.0)
     is_late = (rung == 1) | (plan.early[row] >= late)
     continues = succeeded & ~is_late & (p_better >= policy.drop_below)
-    wins = succeeded & is_late & (~has_holder | (p_better > policy.move))
+    raises = kind == RAISE
+    score = held.score[fork, rung]
+    lead = held.score[holder, rung] - score
+    gains = (lead > 0.0) & (lead > policy.raise_gain * (held.reference - score))
+    is_better = jnp.where(raises, gains, p_better > policy.move)
+    wins = succeeded & is_late & (~has_holder | is_better)
     ends = in_fork & ~continues
     status = jnp.where(
         continues,
@@ -300,11 +308,15 @@ def _choose(
     least = jnp.where(ts.rounds_held == 0, max(int(np.sum(~space_of.is_slow)), 1), 0)
     is_due = (kind == FAST) & (fork <= least) | (_bracket.explores(ts) & ended.is_open)
     is_worth_it = is_due | (gain > jnp.where(kind == FAST, policy.price, policy.slow_price))
+    # Upward as long as that gains, and there is room.
+    is_worth_it = jnp.where(raises, wins & ended.has_room, is_worth_it)
     forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
 
     # A round begins with the incumbent, unless the sweep says its rate is far off.
-    holds = in_train & (remaining > late) & affordable & ((kind == FAST) | jnp.isfinite(ts.eval_level))
+    holds = in_train & (remaining > late) & affordable & ((kind != SLOW) | jnp.isfinite(ts.eval_level))
+    # What already gets worse in validation wants no higher rates.
+    holds &= ~raises | (ended.has_room & ~_validation.is_worse(ts))
     skips = in_train & ~holds
     starts_sweep = holds & (plan.sweep[row] > 0)
     is_far = jnp.abs(ts.incumbent - prior.center) * space_of.decades > policy.plausible_decades
@@ -316,7 +328,7 @@ def _choose(
     tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
     halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
-    chosen = jnp.where(has_kept, winner, proposal)
+    chosen = jnp.where(has_kept, winner, jnp.where(raises, ts.incumbent, proposal))
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
@@ -338,6 +350,13 @@ def _choose(
     )
     # The best fork is not what training goes on from: a rollback prefers the state that it does go on from.
     slots = slots._replace(kept_step=jnp.where(begins_afresh, slots.saved_step - 1, slots.kept_step))
+
+    # A round takes the place of the best state: what it begins from, and then its winner, is what is to be bettered.
+    is_won = raises & wins & held.has_eval
+    metric = jnp.where(is_won, score, ts.eval_level)
+    level = jnp.where(is_won, ts.window.loss_sum / ts.window.loss_count, ts.guard.short)
+    measured = _validation.measured_from(ts, metric, level, is_kept=is_won)
+    validation = _select(is_won | (holds & raises & jnp.isfinite(ts.eval_level)), measured, ts.validation)
 
     # The next round, and the segment that leads to it.
     next_row = jnp.where(finishes | skips, row + 1, row)
@@ -390,6 +409,7 @@ def _choose(
         rounds_held=ts.rounds_held + finishes,
         since_restart=jnp.where(begins_afresh, 0, ts.since_restart),
         outcome=outcome,
+        validation=validation,
         window=empty_window(),
         round=held,
         slots=slots,

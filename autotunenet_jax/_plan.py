@@ -8,12 +8,13 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ._space import SearchSpace
 
-FAST, SLOW = 0, 1
+FAST, SLOW, RAISE = 0, 1, 2
 
 MAX_FORKS = 8
 """Most forks a round can hold; sizes the controller's arrays."""
@@ -37,9 +38,9 @@ MIN_TOTAL_STEPS = 64
 _REFERENCE_STEPS = 1000
 _LENGTH_EXPONENT = 0.75
 
-# Steps of the shortest fork that can be scored, of the shortest that means something, and of the shortest sweep that
-# shows a minimum.
-_LEAST_FORK, _SHORT_FORK, _LEAST_SWEEP = 2, 5, 6
+# Steps of the shortest fork that can be scored, of the shortest that means something, of the shortest sweep that shows a
+# minimum, and of the shortest fork worth holding in a run whose rate is known already.
+_LEAST_FORK, _SHORT_FORK, _LEAST_SWEEP, _LEAST_RAISED = 2, 5, 6, 10
 
 
 class Plan(NamedTuple):
@@ -47,7 +48,8 @@ class Plan(NamedTuple):
 
     Attributes:
       start: Budget step at which the round may begin; `NEVER` pads.
-      kind: `FAST` (rates and other hyperparameters that show within a few steps) or `SLOW`.
+      kind: `FAST` (rates and other hyperparameters that show within a few steps), `SLOW`, or `RAISE` (whether higher
+        rates are better by now).
       forks: Most forks of the round.
       early: Steps after which a fork is scored for the first time; weak ones are dropped there.
       late: Steps of a fork that runs to its end; equal to ``early`` when there is one score only.
@@ -68,6 +70,12 @@ class Plan(NamedTuple):
     save_every: Array | np.int32
 
 
+def only_raises(plan: Plan, index: Array) -> Bool[Array, ""]:
+    """Whether no rounds are to come from row ``index`` on but such that raise rates."""
+    is_over = jnp.arange(MAX_ROUNDS) < index
+    return jnp.all(is_over | (jnp.asarray(plan.start) >= NEVER) | (jnp.asarray(plan.kind) == RAISE))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The proportions a plan is made with, as shares of the run.
@@ -77,12 +85,15 @@ class Recipe:
       early: First score of a fast fork.
       late: Full length of a fast fork.
       fast_forks: Forks of the first fast round for one hyperparameter; one more for each further one.
+      raised: Length of a fork of the round that raises rates.
+      raise_start: When that round begins.
       slow: Length of a slow fork.
       slow_forks: Forks of a slow round.
       slow_starts: When slow rounds begin.
       slow_least: Steps of a slow fork below which a run holds one slow round of two forks only: what shows slowly
         hardly shows in them, and a short run has few steps to give away.
-      fast_share: Most of the budget that discarded steps of fast rounds may take.
+      first_share: Most of the budget that the first round may take.
+      fast_share: Most of the budget that discarded steps may take.
       slow_share: The same when slow hyperparameters are tuned too.
     """
 
@@ -90,11 +101,14 @@ class Recipe:
     early: float = 0.02
     late: float = 0.02
     fast_forks: int = 6
+    raised: float = 0.04
+    raise_start: float = 0.2
     slow: float = 0.08
     slow_forks: int = 4
     slow_starts: tuple[float, ...] = (0.4, 0.65)
     slow_least: int = 60
-    fast_share: float = 0.15
+    first_share: float = 0.15
+    fast_share: float = 0.2
     slow_share: float = 0.45
 
 
@@ -160,7 +174,7 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
         )
     rounds = []
     if total_steps is None:
-        first = _fast_round(recipe, space, _REFERENCE_STEPS, min(share, recipe.fast_share) * _REFERENCE_STEPS)
+        first = _fast_round(recipe, space, _REFERENCE_STEPS, min(share, recipe.first_share) * _REFERENCE_STEPS)
         slow = {"kind": SLOW, "forks": recipe.slow_forks, "sweep": 0}
         if has_fast:
             rounds.append({"start": 0, **first})
@@ -174,8 +188,12 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
             start *= 2
     else:
         if has_fast:
-            cap = min(share, recipe.fast_share) * total_steps
+            cap = min(share, recipe.first_share) * total_steps
             rounds.append({"start": 0, **_fast_round(recipe, space, total_steps, cap)})
+        length = round(_scaled(recipe.raised, total_steps))
+        if "rate" in space.roles and length >= _LEAST_RAISED:
+            rounds.append({"start": math.ceil(recipe.raise_start * total_steps), "kind": RAISE, "forks": MAX_FORKS,
+                           "early": length, "late": length, "sweep": 0})  # fmt: skip
         if has_slow:
             length = max(round(recipe.slow * total_steps), 8)
             is_short = has_fast and length < recipe.slow_least

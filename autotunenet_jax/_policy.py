@@ -43,6 +43,8 @@ class Policy:
       blur_decades: How far the best rate of the whole run may lie from that of a fork, to either side: a rate is chosen
         for the scores around it, so that it keeps its distance from where training breaks.
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
+      raise_gain: How much better the fork of a higher rate has to be for that rate to be raised, as a share of what it
+        gained.
     """
 
     fast_resolution: float = 0.05
@@ -67,6 +69,7 @@ class Policy:
     plausible_decades: float = 0.3
     blur_decades: float = 0.3
     later_reach: float = 0.3
+    raise_gain: float = 0.1
 
 
 class Directions(NamedTuple):

@@ -36,7 +36,7 @@ _BUDGET_SPENT = (
     "in force are held from here on."
 )
 
-_KINDS = {_plan.FAST: "fast", _plan.SLOW: "slow"}
+_KINDS = {_plan.FAST: "fast", _plan.SLOW: "slow", _plan.RAISE: "raise"}
 
 
 class Recorder:

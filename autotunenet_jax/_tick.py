@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from . import _guard, _sweep
-from ._plan import NEVER
+from ._plan import NEVER, only_raises
 from ._single_kernel import single_kernel
 from ._state import (
     FORK,
@@ -183,7 +183,7 @@ def tick(
     # After the last round the kept copy is the state of the best validation metric: what to return to.
     # Metrics from before the data changed are no measure any more.
     seen = _where(accepts, no_validation(), ts.validation)
-    owns_kept = in_train & (ts.plan.start[ts.round.index] >= NEVER) & (seen.is_kept | seen.keeps)
+    owns_kept = in_train & only_raises(ts.plan, ts.round.index) & (seen.is_kept | seen.keeps)
     returns = calm & seen.returns & seen.is_kept
     save = jnp.where(owns_kept, calm & (saved_age >= ts.plan.save_every) & ~returns, save)
     keep = jnp.where(owns_kept, calm & seen.keeps & ~returns, keep)

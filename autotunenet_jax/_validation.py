@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._plan import NEVER
+from ._plan import only_raises
 from ._state import TRAIN, TunerState, Validation
 
 # What the last bend weighs in the running mean of them: two or three that happen to be small say little, and one large
@@ -20,12 +20,46 @@ _RISES = 2
 _RISE_RETREAT_DECADES = 1.0
 # In the last part of the budget one such rise is enough, and what counts as noise is what there is of late.
 _ENDING_SHARE = 0.125
+# A metric above the best one by this share of the whole improvement is one that gets worse.
+_WORSE_SHARE = 0.1
 # Metrics after the best one, so many and over this share of the budget, have failed to follow the training loss if
 # together they lie further than noise explains above what half of its fall would have made of them. The best of many
 # is lower than it should be by about so many bends.
 _LATER, _LATER_SHARE = 3, 0.15
 _FOLLOWING, _LARGEST_UNIT = 0.5, 10.0
 _LUCK, _LATER_BENDS = 1.5, 2.0
+
+
+def is_worse(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the last metric is clearly above the best one, or training had to go back for such a one before."""
+    seen = ts.validation
+    margin = _WORSE_SHARE * jnp.maximum(seen.first - seen.best, 0.0)
+    return (ts.eval_level > seen.best + margin) | (seen.retreats > 0)
+
+
+def measured_from(
+    ts: TunerState, metric: Float[Array, ""], level: Float[Array, ""], *, is_kept: Bool[Array, ""]
+) -> Validation:
+    """Later metrics are to better this one, whatever came before it.
+
+    Args:
+      ts: State now.
+      metric: float32 scalar.
+      level: Level of the training loss that goes with it.
+      is_kept: Whether the kept state is the one it was measured on.
+    """
+    zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+    return ts.validation._replace(
+        best=metric,
+        level=level,
+        at=ts.step,
+        later=zero,
+        away=zero,
+        bends=zero,
+        rises=jnp.zeros_like(ts.validation.rises),
+        keeps=no,
+        is_kept=is_kept,
+    )
 
 
 def validate(
@@ -60,7 +94,7 @@ def validate(
     is_above = is_settled & (metric > limit) & (level < seen.level) & (noise > 0.0)
     has_risen = is_above & (metric > limit + _RISE_BENDS * typical)
     rises = jnp.where(has_risen, seen.rises + 1, jnp.where(is_settled, 0, seen.rises))
-    is_last = (ts.plan.start[ts.round.index] >= NEVER) & (ts.phase == TRAIN)
+    is_last = only_raises(ts.plan, ts.round.index) & (ts.phase == TRAIN)
     counts = is_settled & is_last & ~is_best & jnp.isfinite(seen.best)
     later = seen.later + counts
     # What the metric fell by while the training loss fell by one.

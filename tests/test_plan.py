@@ -95,9 +95,10 @@ def test_an_open_ended_first_round_keeps_to_its_share():
 
 def test_only_what_is_tuned_has_rounds():
     kinds = {name: {row["kind"] for row in rows(plan_of(space, 1000))} for name, space in SPACES.items()}
-    assert kinds["rate"] == kinds["fast"] == kinds["many"] == {_plan.FAST}
+    assert kinds["fast"] == kinds["many"] == {_plan.FAST}
+    assert kinds["rate"] == {_plan.FAST, _plan.RAISE}
     assert kinds["slow"] == {_plan.SLOW}
-    assert kinds["both"] == {_plan.FAST, _plan.SLOW}
+    assert kinds["both"] == {_plan.FAST, _plan.RAISE, _plan.SLOW}
     for name in ("slow", "fast", "many"):  # only rates are swept
         assert not np.any(plan_of(SPACES[name], 1000).sweep)
     assert np.any(plan_of(SPACES["rate"], 1000).sweep)
@@ -109,6 +110,14 @@ def test_slow_rounds_come_later_and_run_longer():
     slow = [row for row in held if row["kind"] == _plan.SLOW]
     assert max(row["start"] for row in fast) < min(row["start"] for row in slow)
     assert max(row["late"] for row in fast) < min(row["late"] for row in slow)
+
+
+def test_rates_are_raised_between_the_first_round_and_the_slow_ones():
+    kinds = [row["kind"] for row in rows(plan_of(SPACES["both"], 1000))]
+    assert kinds[:2] == [_plan.FAST, _plan.RAISE] and set(kinds[2:]) == {_plan.SLOW}
+    # Forks of a few steps tell nothing: a run so short holds no such round, nor does one without an end.
+    for total_steps in (200, None):
+        assert _plan.RAISE not in {row["kind"] for row in rows(plan_of(SPACES["rate"], total_steps))}
 
 
 def test_a_fast_round_costs_less_than_proportionally_more_in_a_longer_run():

@@ -13,7 +13,7 @@ import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
 from autotunenet_jax import _decide, _tick, _validation
-from autotunenet_jax._plan import LEAST_EXPLORING
+from autotunenet_jax._plan import FAST, LEAST_EXPLORING, RAISE, SLOW
 from tests.reference import first_round
 from tests.reference.validation import Metrics
 from tests.reference.watch import FIRST, Watch
@@ -111,9 +111,14 @@ class PhaseMachine:
             self.scored_metrics.append(metric)
         if (self.phase == "train" or self.step == 0) and np.isfinite(metric):
             self.eval_level = metric
-            is_last = self.phase == "train" and self.plan.start[self.row] >= NEVER
+            is_last = self.phase == "train" and self._only_raises()
             if self.metrics.see(metric, self.watch.short, self.initial_loss, self.step, self.plan.total, is_last):
                 self._retreat(_validation._RISE_RETREAT_DECADES)
+
+    def _only_raises(self) -> bool:
+        """Whether no rounds are to come but such that raise rates."""
+        ahead = zip(self.plan.start[self.row :], self.plan.kind[self.row :], strict=True)
+        return all(kind == RAISE for start, kind in ahead if start < NEVER)
 
     def _retreat(self, decades: float) -> None:
         lower = self.incumbent - F(decades) / self.decades
@@ -173,11 +178,7 @@ class PhaseMachine:
         due = due or self.left <= 0
         is_calm = self.phase == "train" and verdict in ("healthy", "stalled") and not due and self.watch.strikes == 0
         here = (self.data_step, self.step)
-        if (
-            self.phase == "train"
-            and self.plan.start[self.row] >= NEVER
-            and (self.metrics.is_kept or self.metrics.keeps)
-        ):
+        if self.phase == "train" and self._only_raises() and (self.metrics.is_kept or self.metrics.keeps):
             if is_calm:
                 self._in_last_stretch(here, ages, result)
         elif is_calm and min(ages.values()) >= self.plan.save_every:
@@ -245,7 +246,7 @@ class PhaseMachine:
 
     def _decide(self, fork_failed: bool, faulted: bool) -> Result:
         plan, row = self.plan, self.row
-        late, early, is_fast = int(plan.late[row]), int(plan.early[row]), plan.kind[row] == 0
+        late, early, kind = int(plan.late[row]), int(plan.early[row]), int(plan.kind[row])
         total, ran = int(plan.total), self.length - self.left
         remaining = total - self.step if total else NEVER
         budget = F((total or max(self.step, 1000)) * plan.share)
@@ -276,7 +277,7 @@ class PhaseMachine:
             self._start_fork(opening, early)
             result.restore, result.outcome = True, "fork started"
         else:
-            self._end_of_stretch(fork_failed, ran, late, early, is_fast, remaining, budget, result)
+            self._end_of_stretch(fork_failed, ran, late, early, kind, remaining, budget, result)
         return result
 
     def _fresh_watch(self) -> None:
@@ -285,12 +286,17 @@ class PhaseMachine:
     def _open(self, remaining: int, budget: Any, result: Result) -> None:
         row = self.row
         affordable = self.discarded + int(self.plan.late[row]) <= budget
-        can_score = self.plan.kind[row] == 0 or np.isfinite(self.eval_level)
+        can_score = self.plan.kind[row] != SLOW or np.isfinite(self.eval_level)
+        raises = self.plan.kind[row] == RAISE
+        if raises and (not self._has_room(self.incumbent) or self.metrics.is_worse(self.eval_level)):
+            can_score = False
         if not (remaining > self.plan.late[row] and affordable and can_score):
             self.group += 2
             self._to_next_round()
             result.outcome = "skipped"
             return
+        if raises and np.isfinite(self.eval_level):
+            self.metrics.measure_from(self.eval_level, self.watch.short, self.step, is_kept=False)
         self.saved = (self.data_step, self.step)
         self._new_round()
         result.save, result.outcome = True, "round started"
@@ -326,9 +332,19 @@ class PhaseMachine:
         self.prior_center = np.where(self.is_rate, center, self.prior_center).astype(F)
         self.knows_rate = True
 
-    def _box(self, is_fast: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+    def _has_room(self, x: np.ndarray) -> bool:
+        """Whether a rate of ``x`` can be raised."""
+        return bool(np.any(self.is_rate & (x <= 1 - F(0.5) * F(self.policy.spread_decades) / self.decades)))
+
+    def _box(self, kind: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Where the next fork may be, and whether the first round still goes outward."""
         lower, upper = self.forks[0].x.copy(), self.forks[0].x.copy()
+        if kind == RAISE:
+            step = F(self.policy.spread_decades) / self.decades
+            above = max((fork.x for fork in self.forks), key=lambda x: float(np.sum((x * self.decades)[self.is_rate])))
+            above = above + step
+            raised = np.where(self.is_rate, np.where(above > 1 - F(0.5) * step, 1, above), lower).astype(F)
+            return raised, raised, False
         explores, is_open = self.plan.sweep[self.row] > 0 and self.knows_rate, False
         if explores:
             rung = len(self.forks[-1].scores) - 1
@@ -337,7 +353,7 @@ class PhaseMachine:
             )
             is_open = below is above
         for i in range(len(lower)):
-            if bool(self.is_slow[i]) == is_fast:
+            if bool(self.is_slow[i]) != (kind == SLOW):
                 continue
             if explores and self.is_rate[i]:
                 lower[i], upper[i] = below[i], above[i]
@@ -369,7 +385,7 @@ class PhaseMachine:
                     best = (value, point)
         return best[1]
 
-    def _end_of_stretch(self, fork_failed: bool, ran: int, late: int, early: int, is_fast: bool, remaining: int,
+    def _end_of_stretch(self, fork_failed: bool, ran: int, late: int, early: int, kind: int, remaining: int,
                         budget: Any, result: Result) -> None:  # fmt: skip
         number, fork = len(self.forks) - 1, self.forks[-1]
         rung = len(fork.scores)
@@ -387,7 +403,7 @@ class PhaseMachine:
         y = score - self.reference if succeeded else None
         self.observations.append((self.trial, y, self.group + rung))
 
-        lower, upper, is_open = self._box(is_fast)
+        lower, upper, is_open = self._box(kind)
         runs = [f.status != "failed" for f in self.forks]
         mean_at, variance, proposal = self.surrogate(self.observations, runs, lower, upper)
         mean = [mean_at(x) for x in [*(f.x for f in self.forks), proposal]]
@@ -403,12 +419,19 @@ class PhaseMachine:
             self._fresh_watch()
             result.outcome = "fork continues"
             return
-        wins = succeeded and is_late and (self.winner is None or chance > self.policy.move)
+        is_better = chance > self.policy.move
+        if kind == RAISE and self.winner is not None:
+            lead = self.forks[self.winner].scores[-1] - score
+            is_better = lead > 0 and lead > F(self.policy.raise_gain) * (self.reference - score)
+        wins = succeeded and is_late and (self.winner is None or is_better)
         fork.status = "failed" if not succeeded else "finished" if is_late else "dropped"
         if wins:
             self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
             self.winner, result.keep = number, True
             self.kept_copy = (self.data_step, self.step)
+            if kind == RAISE and self.scored_by_eval:
+                level = F(sum(self.scored, F(0)) / F(len(self.scored)))
+                self.metrics.measure_from(score, level, self.step, is_kept=True)
         else:
             self.discarded += fork.steps
 
@@ -419,10 +442,12 @@ class PhaseMachine:
             z = gain / deviation
             density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
             improvement = gain * better(gain) + deviation * density
-            price = self.policy.price if is_fast else self.policy.slow_price
+            price = self.policy.price if kind == FAST else self.policy.slow_price
             least = max(int(np.sum(~self.is_slow)), 1) if self.rounds_held == 0 else 0
-            is_worth_it = improvement > price or is_open or (is_fast and number <= least)
+            is_worth_it = improvement > price or is_open or (kind == FAST and number <= least)
             has_room = number + 1 < self.plan.forks[self.row]
+        if kind == RAISE:
+            is_worth_it = wins and self._has_room(fork.x)
         is_lost = self.winner is not None and self._is_given_away()
         given_away = late + (self.forks[self.winner].steps if is_lost else 0)
         if has_room and is_worth_it and self.discarded + given_away <= budget and remaining > late:
@@ -430,7 +455,7 @@ class PhaseMachine:
             self._start_fork(proposal, early)
             result.restore, result.outcome = True, "fork started"
             return
-        between = self._between(mean_at) if is_fast else None
+        between = self._between(mean_at) if kind == FAST else None
         self._finish_round(wins, proposal, between, self._is_given_away(), result)
 
     def _is_given_away(self) -> bool:
@@ -444,7 +469,7 @@ class PhaseMachine:
         before = self.incumbent
         if self.winner is None:
             # The data goes on: what every fork failed on is not shown again.
-            self.incumbent = proposal
+            self.incumbent = self.incumbent if self.plan.kind[self.row] == RAISE else proposal
             result.restore, result.outcome = True, "failed"
         else:
             self.incumbent = self.forks[self.winner].x if between is None else between

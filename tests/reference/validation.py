@@ -30,6 +30,18 @@ class Metrics:
     keeps: bool = False
     returns: bool = False
     is_kept: bool = False
+    retreats: int = 0
+
+    def is_worse(self, metric: Any) -> bool:
+        """Whether the last metric is clearly above the best one, or training went back for such a one before."""
+        margin = F(_validation._WORSE_SHARE) * max(self.first - self.best, F(0))
+        return bool(metric > self.best + margin) or self.retreats > 0
+
+    def measure_from(self, metric: Any, short: Any, step: int, *, is_kept: bool) -> None:
+        """Later metrics are to better this one."""
+        self.best, self.best_short = metric, short
+        self._count_anew(step)
+        self.rises, self.keeps, self.is_kept = 0, False, is_kept
 
     def see(self, metric: Any, short: Any, initial_loss: Any, step: int, total: int, is_last: bool) -> bool:
         """Takes one in; whether the rates are to be lowered, since it gets worse while training gets better."""
@@ -67,6 +79,7 @@ class Metrics:
         elif is_above and is_last and total:
             is_ending = total - step <= F(_validation._ENDING_SHARE) * total
             self.returns = bool(is_ending) and self.is_kept and metric > limit + F(_validation._RISE_BENDS) * self.bends
+        self.retreats += bool(retreats or self.returns)
         if self.returns:
             self.last = self.last_change = UNKNOWN
             self.bends = ZERO
