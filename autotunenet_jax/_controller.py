@@ -219,7 +219,7 @@ class AutoTuneNet:
       mode: Whether the validation metric of `observe_eval` is minimised (``"min"``) or maximised (``"max"``). The loss
         of `update` is always minimised.
       guard: Thresholds of the watch over training.
-      max_share: Most of the budget that discarded fork steps may take, in (0, 1). By default 0.15, or 0.45 when slow
+      max_share: Most of the budget that discarded fork steps may take, in (0, 1). By default 0.2, or 0.45 when slow
         hyperparameters are tuned.
       decay: Shape of the base schedule on the budget spent: ``"linear"`` or ``"cosine"`` to zero, or ``"none"``.
       warmup_steps: Steps over which a fork that starts at the very beginning raises its rate from zero.

@@ -38,8 +38,8 @@ MIN_TOTAL_STEPS = 64
 _REFERENCE_STEPS = 1000
 _LENGTH_EXPONENT = 0.75
 
-# Steps of the shortest fork that can be scored, of the shortest that means something, of the shortest sweep that shows a
-# minimum, and of the shortest fork worth holding in a run whose rate is known already.
+# Steps of the shortest fork that can be scored, of the shortest that means something, of the shortest sweep that shows
+# a minimum, and of the shortest fork worth holding in a run whose rate is known already.
 _LEAST_FORK, _SHORT_FORK, _LEAST_SWEEP, _LEAST_RAISED = 2, 5, 6, 10
 
 
@@ -93,7 +93,7 @@ class Recipe:
       slow_least: Steps of a slow fork below which a run holds one slow round of two forks only: what shows slowly
         hardly shows in them, and a short run has few steps to give away.
       first_share: Most of the budget that the first round may take.
-      fast_share: Most of the budget that discarded steps may take.
+      fast_share: Most of the budget that all discarded steps may take.
       slow_share: The same when slow hyperparameters are tuned too.
     """
 

@@ -40,14 +40,14 @@ def _shuffled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[order], y[order]
 
 
-def _standardise(data: Data, *, axis: int | None) -> Data:
+def standardised(data: Data, *, axis: int | None) -> Data:
     """Shift and scale every split by the mean and deviation of the training rows."""
     mean = data.train.x.mean(axis=axis, keepdims=True)
     scale = data.train.x.std(axis=axis, keepdims=True) + 1e-6
     return Data(*(Split(((part.x - mean) / scale).astype(np.float32), part.y) for part in data))
 
 
-def _cut(x: np.ndarray, y: np.ndarray, sizes: tuple[int, int, int]) -> Data:
+def cut(x: np.ndarray, y: np.ndarray, sizes: tuple[int, int, int]) -> Data:
     x, y = _shuffled(x, y)
     edges = np.cumsum((0, *sizes))
     if edges[-1] > len(x):
@@ -70,7 +70,7 @@ def fashion(n_train: int = 12_000, n_val: int = 3_000, n_test: int = 5_000) -> D
     # Validation rows are fixed whatever the size of the training set, so that losses compare across workloads.
     val = Split(x[-n_val:] / 255.0, y[-n_val:])
     train = Split(x[:n_train] / 255.0, y[:n_train])
-    return _standardise(Data(train, val, Split(x_test[:n_test] / 255.0, y_test[:n_test])), axis=None)
+    return standardised(Data(train, val, Split(x_test[:n_test] / 255.0, y_test[:n_test])), axis=None)
 
 
 @functools.lru_cache
@@ -79,7 +79,7 @@ def digits() -> Data:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return _standardise(_cut(bunch.data, bunch.target.astype(np.int32), (1200, 300, 297)), axis=None)
+    return standardised(cut(bunch.data, bunch.target.astype(np.int32), (1200, 300, 297)), axis=None)
 
 
 @functools.lru_cache
@@ -90,7 +90,7 @@ def mnist1d() -> Data:
     raw = make_dataset(get_dataset_args())
     x, y = _shuffled(raw["x"], raw["y"].astype(np.int32))
     test = Split(raw["x_test"], raw["y_test"].astype(np.int32))
-    return _standardise(Data(Split(x[:3200], y[:3200]), Split(x[3200:], y[3200:]), test), axis=None)
+    return standardised(Data(Split(x[:3200], y[:3200]), Split(x[3200:], y[3200:]), test), axis=None)
 
 
 _PLAYS = ("romeo_and_juliet", "henry_v", "as_you_like_it", "cymbeline", "merchant_of_venice", "twelfth_night")
@@ -133,7 +133,7 @@ def diamonds() -> Data:
         columns.extend((values == level).astype(np.float64) for level in sorted(set(values))[1:])
     price = np.log(frame["price"].to_numpy(np.float64))
     target = ((price - price.mean()) / price.std()).astype(np.float32)
-    return _standardise(_cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)
+    return standardised(cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)
 
 
 @functools.lru_cache
@@ -172,7 +172,7 @@ def flights() -> Data:
         columns.extend((values == level).astype(np.float64) for level in frame[name].value_counts().index[:count])
     delay = np.clip(frame["arr_delay"].to_numpy(np.float64), -60, 120)
     target = ((delay - delay.mean()) / delay.std()).astype(np.float32)
-    return _standardise(_cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)
+    return standardised(cut(np.stack(columns, 1), target, (20_000, 5_000, 10_000)), axis=0)
 
 
 @functools.lru_cache
@@ -185,4 +185,4 @@ def waves() -> Data:
     x = generator.uniform(-3.0, 3.0, (5_000, 4))
     y = np.sin(2.0 * x[:, 0]) * x[:, 1] + 0.5 * np.abs(x[:, 2])
     y += 0.1 * y.std() * generator.normal(size=len(x))
-    return _cut(x.astype(np.float32), y.astype(np.float32), (2_000, 1_000, 2_000))
+    return cut(x.astype(np.float32), y.astype(np.float32), (2_000, 1_000, 2_000))

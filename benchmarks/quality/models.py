@@ -3,6 +3,7 @@
 ``key`` and ``rate`` drive dropout; ``key=None`` switches it off. The rate may be traced, so it can be tuned online.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -53,6 +54,23 @@ def mlp(*sizes: int) -> Model:
         keys = [None] * depth if key is None else jax.random.split(key, depth)
         for layer, k in zip(params[:-1], keys[:-1], strict=True):
             x = dropout(jax.nn.relu(_dense(layer, x)), k, rate)
+        return _dense(params[-1], x)
+
+    return Model(init, apply)
+
+
+def tanh_mlp(*sizes: int) -> Model:
+    """Layers of tanh of the given widths, without dropout."""
+    pairs = list(itertools.pairwise(sizes))
+
+    def init(key):
+        return [
+            _dense_init(k, a, b, gain=1.0) for k, (a, b) in zip(jax.random.split(key, len(pairs)), pairs, strict=True)
+        ]
+
+    def apply(params, x, key, rate):
+        for layer in params[:-1]:
+            x = jnp.tanh(_dense(layer, x))
         return _dense(params[-1], x)
 
     return Model(init, apply)

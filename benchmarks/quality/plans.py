@@ -98,6 +98,10 @@ def full() -> list[Cell]:
         plan.extend(oracle(name, SEEDS, schedule="wsd"))
         for which in (*STRONGEST, "range_test", "ours", "ours_no_eval"):
             plan.extend(method(name, which, SEEDS))
+    for name in workloads.SMALL:
+        plan.extend(oracle(name, SEEDS))
+        for which in (*STRONGEST, "range_test", "ours", "ours_no_eval"):
+            plan.extend(method(name, which, SEEDS))
     for name in REGULARISED:
         for rate in GRID_RATES:
             plan.extend(grid(name, rate))

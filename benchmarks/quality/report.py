@@ -366,6 +366,7 @@ def tables() -> str:
         ("One part taken away", ablation_table()),
         ("Test loss over the learning-rate oracle (95 % interval over seeds)", methods_table()),
         ("More workloads: other models, optimizers, losses and lengths", others_table(workloads.VARIED)),
+        ("Small workloads", others_table(workloads.SMALL)),
         ("Workloads kept apart: no constant was chosen on them", others_table(workloads.HELD_OUT)),
         ("Regularisation grids", grids_table()),
         ("Longer runs", longer_table()),

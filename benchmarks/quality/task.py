@@ -52,6 +52,16 @@ def plain_sgd(learning_rate: Any, weight_decay: Any) -> optax.GradientTransforma
     return optax.chain(optax.add_decayed_weights(weight_decay, mask=_matrices), optax.sgd(learning_rate))
 
 
+def rmsprop(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """RMSProp with weight decay on matrices."""
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask=_matrices), optax.rmsprop(learning_rate))
+
+
+def adagrad(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """Adagrad with weight decay on matrices."""
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask=_matrices), optax.adagrad(learning_rate))
+
+
 def lion(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
     """Lion with decoupled weight decay on matrices."""
     return optax.lion(learning_rate, weight_decay=weight_decay, mask=_matrices)

@@ -5,7 +5,7 @@ import functools
 
 import jax.numpy as jnp
 
-from benchmarks.quality import data, held_out, models, task, varied
+from benchmarks.quality import data, held_out, models, small, task, varied
 from benchmarks.quality.task import Workload
 
 _RATE = {"learning_rate": (1e-5, 1e-1)}
@@ -129,6 +129,7 @@ def _w8() -> Workload:
 _MAKERS = {"W0": _w0, "W1": _w1, "W2": _w2, "W3": _w3, "W4": _w4, "W5": _w5, "W6": _w6, "W7": _w7, "W8": _w8}
 NAMES = tuple(_MAKERS)
 VARIED = tuple(varied.MAKERS)
+SMALL = tuple(small.MAKERS)
 HELD_OUT = tuple(held_out.MAKERS)
 
 
@@ -137,13 +138,13 @@ def get(name: str, total_steps: int | None = None) -> Workload:
     """The workload of that name; one object per process, so that compiled functions are shared.
 
     Args:
-      name: A name in `NAMES`, `VARIED` or `HELD_OUT`.
+      name: A name in `NAMES`, `VARIED`, `SMALL` or `HELD_OUT`.
       total_steps: Another budget than the workload's own.
 
     Raises:
       ValueError: Unknown name.
     """
-    makers = _MAKERS | varied.MAKERS | held_out.MAKERS
+    makers = _MAKERS | varied.MAKERS | small.MAKERS | held_out.MAKERS
     if name not in makers:
         raise ValueError(f"unknown workload {name!r}; choose from {', '.join(makers)}.")
     task = makers[name]()
