@@ -39,7 +39,7 @@ from ._state import (
     empty_round,
     empty_window,
 )
-from ._tick import position
+from ._tick import position, probation_steps
 
 # What a rate lowered, kept and raised weighs where a choice is judged by its surroundings.
 _WEIGHTS = (0.25, 0.5, 0.25)
@@ -78,8 +78,9 @@ def _between(
     pivot = x[best]
     # Between two options without order there is nothing.
     step = jnp.where(jnp.asarray(space.is_categorical), 0.0, x - pivot)
-    reach = jnp.where(space_of.is_rate, policy.reach_decades / space_of.decades, 1.0)
-    points = pivot + jnp.clip(jnp.asarray(_BETWEEN, jnp.float32)[:, None, None] * step, -reach, reach)
+    step *= jnp.asarray(_BETWEEN, jnp.float32)[:, None, None]
+    reach = jnp.where(space_of.is_rate, policy.reach_decades / space_of.decades, jnp.inf)
+    points = pivot + step / jnp.maximum(jnp.max(jnp.abs(step) / reach, axis=-1, keepdims=True), 1.0)
     return space.snap(points.reshape(-1, x.shape[1])), jnp.tile(is_scored, len(_BETWEEN))
 
 
@@ -294,6 +295,8 @@ def _choose(
     )
     has_kept = held.kept >= 0
     best = jnp.maximum(held.kept, 0)
+    fork_loss = ts.window.loss_sum / ts.window.loss_count
+    held = held._replace(lowest=jnp.where(ends & succeeded, jnp.fmin(held.lowest, fork_loss), held.lowest))
     report = held
 
     # Is another fork worth its price, and within the budget?
@@ -333,6 +336,7 @@ def _choose(
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
     begins_afresh = finishes & has_kept & gives_away
+    probation = jnp.where(begins_afresh, probation_steps(late), jnp.where(holds, 0, ts.probation))
     discarded = discarded + jnp.where(begins_afresh, given_away, 0)
     adopt = finishes & has_kept & ~wins & ~begins_afresh
     restore = in_sweep | forks_again | retries | (finishes & ~has_kept) | begins_afresh
@@ -354,7 +358,7 @@ def _choose(
     # A round takes the place of the best state: what it begins from, and then its winner, is what is to be bettered.
     is_won = raises & wins & held.has_eval
     metric = jnp.where(is_won, score, ts.eval_level)
-    level = jnp.where(is_won, ts.window.loss_sum / ts.window.loss_count, ts.guard.short)
+    level = jnp.where(is_won, fork_loss, ts.guard.short)
     measured = _validation.measured_from(ts, metric, level, is_kept=is_won)
     validation = _select(is_won | (holds & raises & jnp.isfinite(ts.eval_level)), measured, ts.validation)
 
@@ -368,7 +372,8 @@ def _choose(
         fork=jnp.where(forks_again, fork + 1, held.fork),
         rung=jnp.where(continues, 1, jnp.where(starts_fork | retries, 0, held.rung)),
     )
-    until_round = jnp.maximum(plan.start[next_row] - ts.step, 1)
+    # No round begins on probation: it would take the place of the state to go back to.
+    until_round = jnp.maximum(plan.start[next_row] - ts.step, probation + 1)
     until_round = jnp.where(plan.start[next_row] >= NEVER, NEVER, until_round)
     segment = jnp.where(continues, late - plan.early[row], plan.early[row])
     sweeps = starts_sweep | (retries & (ts.phase == SWEEP))
@@ -408,6 +413,8 @@ def _choose(
         discarded=discarded,
         rounds_held=ts.rounds_held + finishes,
         since_restart=jnp.where(begins_afresh, 0, ts.since_restart),
+        probation=probation.astype(jnp.int32),
+        promised=jnp.where(begins_afresh, report.lowest, ts.promised),
         outcome=outcome,
         validation=validation,
         window=empty_window(),

@@ -118,6 +118,8 @@ def _first(
         relapses=zero_i,
         since_rollback=jnp.int32(NEVER),
         since_restart=jnp.int32(NEVER),
+        probation=zero_i,
+        promised=jnp.full((), jnp.inf, jnp.float32),
         rounds_held=zero_i,
         anneal_start=jnp.int32(-1),
         anneal_steps=zero_i,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED = range(6)
+HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED, BEHIND = range(7)
 
 MESSAGES = {
     HEALTHY: "The loss is healthy.",
@@ -16,6 +16,7 @@ MESSAGES = {
     SPIKE: "The loss jumped and did not come back; the last healthy snapshot was restored.",
     DIVERGED: "The loss rose above where it started; the last healthy snapshot was restored.",
     STALLED: "The loss has not fallen for a long time; training goes on, nothing is undone.",
+    BEHIND: "Training is far behind what shorter forks reached; it begins again from there, at a lower rate.",
 }
 
 # Mean absolute deviation of a normal variable, in standard deviations.
@@ -197,4 +198,4 @@ def watch(
 
 def is_failure(verdict: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether a verdict asks for a rollback."""
-    return (verdict >= NON_FINITE) & (verdict <= DIVERGED)
+    return ((verdict >= NON_FINITE) & (verdict <= DIVERGED)) | (verdict == BEHIND)

@@ -152,6 +152,7 @@ class Round(NamedTuple):
       group: Id of the round's early scores among the observations; its late scores have the next one.
       has_eval: Whether the round is scored by validation metrics.
       reference: Score of the state all forks start from.
+      lowest: Lowest training loss that a fork ended with; infinite before the first.
       x: Hyperparameters of the forks, unit cube.
       score: Early and late score of each fork, NaN where there is none.
       steps: Steps each fork ran.
@@ -166,6 +167,7 @@ class Round(NamedTuple):
     group: Int[Array, ""]
     has_eval: Bool[Array, ""]
     reference: Float[Array, ""]
+    lowest: Float[Array, ""]
     x: Float[Array, "forks d"]
     score: Float[Array, "forks 2"]
     steps: Int[Array, "forks"]
@@ -207,6 +209,8 @@ class TunerState(NamedTuple):
       relapses: Rollbacks in a row for a loss that was high on the restored snapshot itself.
       since_rollback: Steps since the last one.
       since_restart: Steps since that or since the first round ended, whichever came later: rates warm up from there.
+      probation: Steps of training until it has to have got as far as the forks it began again for; 0 for none.
+      promised: Training loss that the best of them ended with.
       rounds_held: Rounds ended so far.
       anneal_start: Budget step at which the decay begins, with ``anneal_steps`` its length; -1 for the plan's own.
       outcome: Outcome of the last decision.
@@ -232,6 +236,8 @@ class TunerState(NamedTuple):
     relapses: Int[Array, ""]
     since_rollback: Int[Array, ""]
     since_restart: Int[Array, ""]
+    probation: Int[Array, ""]
+    promised: Float[Array, ""]
     rounds_held: Int[Array, ""]
     anneal_start: Int[Array, ""]
     anneal_steps: Int[Array, ""]
@@ -287,6 +293,7 @@ def empty_round(dims: int, *, index: Array | int, group: Array | int) -> Round:
         group=jnp.asarray(group, jnp.int32),
         has_eval=jnp.zeros((), bool),
         reference=nan,
+        lowest=jnp.full((), jnp.inf, jnp.float32),
         x=jnp.zeros((MAX_FORKS, dims), jnp.float32),
         score=jnp.full((MAX_FORKS, 2), jnp.nan, jnp.float32),
         steps=jnp.zeros((MAX_FORKS,), jnp.int32),

@@ -35,6 +35,16 @@ _LOSS_LIMIT = 1e15
 
 _FIRST_LOSSES = 4
 
+# Training that began again has to be as far as its forks were after so many times their length, if they had so many
+# steps at least: what shorter ones end with is noise.
+_PROBATION_FORKS, _LEAST_PROMISING = 4, 10
+
+# Share of the best fork's gain that may be missing then, since it was cooled down and training is not; the least such
+# gain, in spreads of the loss, that tells from noise; and decades by which rates fall where more is missing.
+_MISSING_SHARE = 0.15
+_LEAST_GAIN = 2.0
+_PROBATION_RETREAT_DECADES = 1.0
+
 REWARM_STEPS = 20
 """Steps over which a rate climbs to its value after a rollback or a fresh start."""
 
@@ -58,6 +68,11 @@ _BLUE_RETREAT_WITHIN = 20
 def position(ts: TunerState) -> Array:
     """Steps already taken in the running segment."""
     return ts.segment_length - ts.segment_left
+
+
+def probation_steps(late: Array) -> Array:
+    """Steps after which training that began again is held against forks of ``late`` steps; 0 for never."""
+    return jnp.where(late >= _LEAST_PROMISING, _PROBATION_FORKS * late, 0)
 
 
 def scored_from(length: Array) -> Array:
@@ -130,7 +145,12 @@ def tick(
     accepts = at_once & (ts.relapses > 0)
     # A rollback: training only; an unhealthy fork or sweep just ends.
     may_retry = (verdict == _guard.NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
-    rolls_back = in_train & unhealthy & may_retry & ~accepts
+    is_due = in_train & (ts.probation == 1)
+    gain = initial_loss - ts.promised
+    is_missing = (guard_state.short > ts.promised + _MISSING_SHARE * gain) & (gain > _LEAST_GAIN * guard_state.spread)
+    is_behind = is_due & ~unhealthy & is_missing & (ts.rollbacks < guard.max_rollbacks)
+    verdict = jnp.where(is_behind, _guard.BEHIND, verdict)
+    rolls_back = (in_train & unhealthy & may_retry & ~accepts) | is_behind
     gives_up = in_train & unhealthy & ~may_retry & ~accepts
     saved_age, kept_age = ts.step - ts.slots.saved_step, ts.step - ts.slots.kept_step
     saved_is_newer = saved_age < kept_age
@@ -140,14 +160,20 @@ def tick(
     is_blue = ~is_finite & ~climbed
     least_age = jnp.where(is_blue, 1, _MIN_SNAPSHOT_AGE)
     newer_is_safe = (jnp.minimum(saved_age, kept_age) >= least_age) & ~was_damaged
-    restores = jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer)
+    restores = jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer) | is_behind
     within = jnp.where(is_blue, _BLUE_RETREAT_WITHIN, _RATE_RETREAT_WITHIN)
     repeated = rolls_back & (ts.since_rollback < within) & ~was_damaged
+    decades = jnp.where(is_blue, _BLUE_RETREAT_DECADES, _RATE_RETREAT_DECADES)
     incumbent = jnp.where(
-        repeated | (rolls_back & (verdict == _guard.DIVERGED) & ~at_once),
-        retreat(ts.incumbent, jnp.where(is_blue, _BLUE_RETREAT_DECADES, _RATE_RETREAT_DECADES)),
+        repeated | is_behind | (rolls_back & (verdict == _guard.DIVERGED) & ~at_once),
+        retreat(ts.incumbent, jnp.where(is_behind, _PROBATION_RETREAT_DECADES, decades)),
         ts.incumbent,
     )
+    # At the lower bound there is nothing left to try.
+    goes_on = (ts.probation > 0) & ~(is_behind & jnp.all(incumbent == ts.incumbent))
+    on_probation = in_train & (ts.probation > 0)
+    probation = jnp.where(in_train, jnp.maximum(ts.probation - 1, 0), ts.probation)
+    probation = jnp.where(rolls_back, jnp.where(goes_on, probation_steps(ts.plan.late[0]), 0), probation)
     # After a rollback, and where a new level has to be accepted, the spikes seen so far mean nothing.
     zero = jnp.zeros_like(guard_state.peak)
     fresh = guard_state._replace(strikes=jnp.zeros_like(guard_state.strikes), short=guard_state.level, peak=zero)
@@ -170,7 +196,7 @@ def tick(
 
     step = ts.step + 1
     segment_left = ts.segment_left - 1
-    segment_left = jnp.where(rolls_back, jnp.maximum(segment_left, 1), segment_left)
+    segment_left = jnp.where(rolls_back, jnp.maximum(segment_left, probation + 1), segment_left)
     segment_left = jnp.where(holds_for_good, NEVER, segment_left)
     has_failed = in_fork & unhealthy
     due = (segment_left <= 0) | has_failed | sweep_ends
@@ -179,25 +205,27 @@ def tick(
     is_well = (verdict == _guard.HEALTHY) | (verdict == _guard.STALLED)
     calm = in_train & is_well & ~due & (guard_state.strikes == 0)
     takes = calm & (jnp.minimum(saved_age, kept_age) >= ts.plan.save_every)
-    save, keep = takes & ~saved_is_newer, takes & saved_is_newer
+    # On probation the saved state is the one that training began again from.
+    save, keep = takes & ~saved_is_newer & ~on_probation, takes & (saved_is_newer | on_probation)
     # After the last round the kept copy is the state of the best validation metric: what to return to.
-    # Metrics from before the data changed are no measure any more.
-    seen = _where(accepts, no_validation(), ts.validation)
+    # Metrics from before the data changed are no measure any more, nor are those of training that is given up.
+    seen = _where(accepts | is_behind, no_validation(), ts.validation)
     owns_kept = in_train & only_raises(ts.plan, ts.round.index) & (seen.is_kept | seen.keeps)
     returns = calm & seen.returns & seen.is_kept
-    save = jnp.where(owns_kept, calm & (saved_age >= ts.plan.save_every) & ~returns, save)
+    save = jnp.where(owns_kept, calm & (saved_age >= ts.plan.save_every) & ~returns & ~on_probation, save)
     keep = jnp.where(owns_kept, calm & seen.keeps & ~returns, keep)
     validation = seen._replace(
         keeps=seen.keeps & ~keep, returns=seen.returns & ~calm, is_kept=seen.is_kept | (seen.keeps & keep)
     )
     # The training loss of another state: the guard learns it anew.
     learning = guard_state._replace(count=jnp.zeros_like(guard_state.count), peak=zero)
-    guard_state = _where(returns, learning, guard_state)
+    guard_state = _where(returns | is_behind, learning, guard_state)
     data_step = ts.data_step + 1
     # A snapshot passed over may hold the damage: it becomes the older one, which is overwritten next.
     distrusts = rolls_back & ~newer_is_safe
     saved_step = jnp.where(distrusts & saved_is_newer, ts.slots.kept_step - 1, ts.slots.saved_step)
-    kept_step = jnp.where(distrusts & (kept_age < saved_age), ts.slots.saved_step - 1, ts.slots.kept_step)
+    distrusts_kept = (distrusts | is_behind) & (kept_age < saved_age)
+    kept_step = jnp.where(distrusts_kept, ts.slots.saved_step - 1, ts.slots.kept_step)
     slots = ts.slots._replace(
         saved_data=jnp.where(save, data_step, ts.slots.saved_data),
         saved_step=jnp.where(save, step, saved_step),
@@ -219,6 +247,7 @@ def tick(
         relapses=jnp.where(rolls_back, jnp.where(at_once, ts.relapses + 1, 0), jnp.where(accepts, 0, ts.relapses)),
         since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
         since_restart=jnp.where(rolls_back, 0, jnp.minimum(ts.since_restart + 1, NEVER)),
+        probation=probation.astype(jnp.int32),
         outcome=jnp.where(rolls_back | accepts, outcome, ts.outcome).astype(jnp.int32),
         window=window,
         sweep=sweep,

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import autotunenet_jax as atn
 
-TOTAL_STEPS = 600
+TOTAL_STEPS = 1000
 
 x, y = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(x))

@@ -212,7 +212,7 @@ def test_noise_is_no_failure(heavy):
 
 
 def test_every_verdict_has_a_message_for_the_user():
-    assert set(_guard.MESSAGES) == set(range(6))
+    assert set(_guard.MESSAGES) == set(range(7))
     assert all(message.endswith(".") and len(message.split()) >= 4 for message in _guard.MESSAGES.values())
     failures = [bool(_guard.is_failure(jnp.int32(code))) for code in range(6)]
     assert failures == [False, False, True, True, True, False]

@@ -115,7 +115,7 @@ def test_it_is_not_held_where_validation_gets_worse_already():
 def test_it_is_not_held_where_there_is_no_room():
     tuner = atn.AutoTuneNet({"learning_rate": (LO, 10 ** (FIRST - 1.0))}, TOTAL)
     ts, update = tuner.init(jax.random.key(0)), jax.jit(tuner.update)
-    for _ in range(int(tuner.plan.start[ROW]) + 5):
+    for _ in range(TOTAL // 3):
         phase, row = int(ts.phase), int(ts.round.index)
         ts, _ = update(ts, jnp.float32(2.0 - 0.001 * np.log10(max(float(tuner.hyperparams(ts)["learning_rate"]), LO))))
         assert not (row == ROW and phase == _state.FORK)

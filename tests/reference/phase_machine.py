@@ -81,7 +81,8 @@ class PhaseMachine:
         self.metrics = Metrics()
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
-        self.relapses = 0
+        self.relapses = self.probation = 0
+        self.lowest, self.promised = F(np.inf), F(np.inf)
         self.since_rollback = NEVER
         self.row = 0
         self.initial_loss, self.best_level, self.eval_level = F(np.nan), F(np.inf), F(np.nan)
@@ -173,16 +174,24 @@ class PhaseMachine:
         newer, older = ("saved", "kept") if ages["saved"] < ages["kept"] else ("kept", "saved")
         self.step += 1
         self.data_step += 1
+        on_probation = self.phase == "train" and self.probation > 0
+        if on_probation:
+            self.probation -= 1
+        is_behind = on_probation and self.probation == 0 and not failed and self._is_behind(ages, result)
         if self.phase == "train" and failed:
             self._train_failed(verdict, loss, ages, newer, older, climbed, result)
+            if result.outcome == "rollback" and on_probation:
+                self.probation = self._probation_steps()
+                self.left = max(self.left, self.probation + 1)
         due = due or self.left <= 0
         is_calm = self.phase == "train" and verdict in ("healthy", "stalled") and not due and self.watch.strikes == 0
+        is_calm = is_calm and not is_behind
         here = (self.data_step, self.step)
         if self.phase == "train" and self._only_raises() and (self.metrics.is_kept or self.metrics.keeps):
             if is_calm:
-                self._in_last_stretch(here, ages, result)
+                self._in_last_stretch(here, ages, result, on_probation)
         elif is_calm and min(ages.values()) >= self.plan.save_every:
-            if older == "saved":
+            if older == "saved" and not on_probation:
                 self.saved, result.save = here, True
             else:
                 self.kept_copy, result.keep = here, True
@@ -194,14 +203,38 @@ class PhaseMachine:
         result.data_step = self.data_step
         return result
 
-    def _in_last_stretch(self, here: tuple[int, int], ages: dict[str, int], result: Result) -> None:
+    def _probation_steps(self) -> int:
+        late = int(self.plan.late[0])
+        return _tick._PROBATION_FORKS * late if late >= _tick._LEAST_PROMISING else 0
+
+    def _is_behind(self, ages: dict[str, int], result: Result) -> bool:
+        """Training that began again is not nearly as far as its forks were: it begins once more, at a lower rate."""
+        gain = self.initial_loss - self.promised
+        is_missing = self.watch.short > self.promised + F(_tick._MISSING_SHARE) * gain
+        is_clear = gain > F(_tick._LEAST_GAIN) * self.watch.spread
+        if not (is_missing and is_clear) or self.rollbacks >= self.guard.max_rollbacks:
+            return False
+        result.outcome, result.restore = "rollback", True
+        before = self.incumbent
+        self._retreat(_tick._PROBATION_RETREAT_DECADES)
+        self.probation = 0 if np.all(before == self.incumbent) else self._probation_steps()
+        if ages["kept"] < ages["saved"]:
+            self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
+        self.watch.strikes, self.watch.short, self.watch.peak, self.watch.count = 0, self.watch.level, ZERO, 0
+        self.metrics = Metrics()
+        self.rollbacks += 1
+        self.relapses = self.since_rollback = 0
+        self.left = max(self.left, self.probation + 1)
+        return True
+
+    def _in_last_stretch(self, here: tuple[int, int], ages: dict[str, int], result: Result, on_probation: bool) -> None:
         """The kept copy is that of the best metric; the saved one is the newest."""
         if self.metrics.returns and self.metrics.is_kept:
             result.adopt, self.metrics.returns = True, False
             self.watch.count, self.watch.peak = 0, ZERO
             return
         self.metrics.returns = False
-        if ages["saved"] >= self.plan.save_every:
+        if ages["saved"] >= self.plan.save_every and not on_probation:
             self.saved, result.save = here, True
         if self.metrics.keeps:
             self.kept_copy, result.keep = here, True
@@ -298,6 +331,7 @@ class PhaseMachine:
         if raises and np.isfinite(self.eval_level):
             self.metrics.measure_from(self.eval_level, self.watch.short, self.step, is_kept=False)
         self.saved = (self.data_step, self.step)
+        self.probation = 0
         self._new_round()
         result.save, result.outcome = True, "round started"
         if self.plan.sweep[row]:
@@ -308,7 +342,7 @@ class PhaseMachine:
 
     def _new_round(self) -> None:
         self.forks, self.winner = [], None
-        self.scored_by_eval, self.reference = False, F(np.nan)
+        self.scored_by_eval, self.reference, self.lowest = False, F(np.nan), F(np.inf)
 
     def _start_fork(self, x: np.ndarray, length: int) -> None:
         self.phase, self.trial = "fork", x
@@ -321,7 +355,7 @@ class PhaseMachine:
         self._new_round()
         self.phase = "train"
         start = int(self.plan.start[self.row])
-        self._begin(NEVER if start >= NEVER else max(start - self.step, 1))
+        self._begin(NEVER if start >= NEVER else max(start - self.step, self.probation + 1))
 
     def _learn_from_sweep(self) -> None:
         middle, end, trust = self.sweep.read(self.length)
@@ -373,11 +407,12 @@ class PhaseMachine:
             return None
         pivot = self.forks[int(np.argmin(counts))].x
         step = np.where(self.is_rate, F(self.policy.blur_decades) / self.decades, 0).astype(F)
-        reach = np.where(self.is_rate, F(self.policy.reach_decades) / self.decades, 1).astype(F)
+        reach = np.where(self.is_rate, F(self.policy.reach_decades) / self.decades, np.inf).astype(F)
         best = None
         for share in _decide._BETWEEN:
             for x in scored:
-                point = (pivot + np.clip(F(share) * (x - pivot), -reach, reach)).astype(F)
+                way = F(share) * (x - pivot)
+                point = (pivot + way / max(np.max(np.abs(way) / reach), 1)).astype(F)
                 around = [np.clip(point + sign * step, 0, 1).astype(F) for sign in (-1, 0, 1)]
                 value = sum(w * mean(p) for w, p in zip(_decide._WEIGHTS, around, strict=True))
                 value += F(self.policy.tilt) * sum(np.where(self.is_rate, point * self.decades, 0))
@@ -425,13 +460,15 @@ class PhaseMachine:
             is_better = lead > 0 and lead > F(self.policy.raise_gain) * (self.reference - score)
         wins = succeeded and is_late and (self.winner is None or is_better)
         fork.status = "failed" if not succeeded else "finished" if is_late else "dropped"
+        fork_loss = F(sum(self.scored, F(0)) / F(len(self.scored))) if self.scored else F(np.nan)
+        if succeeded:
+            self.lowest = np.fmin(self.lowest, fork_loss)
         if wins:
             self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
             self.winner, result.keep = number, True
             self.kept_copy = (self.data_step, self.step)
             if kind == RAISE and self.scored_by_eval:
-                level = F(sum(self.scored, F(0)) / F(len(self.scored)))
-                self.metrics.measure_from(score, level, self.step, is_kept=True)
+                self.metrics.measure_from(score, fork_loss, self.step, is_kept=True)
         else:
             self.discarded += fork.steps
 
@@ -478,6 +515,8 @@ class PhaseMachine:
                 # Training begins again from where the round began.
                 self.discarded += self.forks[self.winner].steps
                 self.data_step = self.saved[0]
+                self.probation = self._probation_steps()
+                self.promised = self.lowest
                 self.kept_copy = (self.kept_copy[0], self.saved[1] - 1)
             elif result.adopt:
                 self.data_step = max(self.kept_copy[0], self.saved[0])

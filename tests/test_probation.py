@@ -1,0 +1,77 @@
+"""Training that begins again after the first round, and is not as far as its forks were by the time it should be."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax import _guard, _state
+
+TOTAL = 1000
+TUNER = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, TOTAL)
+UPDATE = jax.jit(TUNER.update)
+LATE = int(TUNER.plan.late[0])
+
+
+@functools.cache
+def run(kind, noise=0.01):
+    """A run whose forks get from 2 to 1; afterwards training falls on ('healthy'), or stays at 1.7 until its rate is
+    lowered by a decade ('ruined'), or for good ('lost')."""
+    rng = np.random.default_rng(0)
+    ts, level, trace = TUNER.init(jax.random.key(0)), 2.0, []
+    begun = rate = None
+    while int(ts.round.index) < 2 and int(ts.step) < TOTAL // 2:
+        in_fork, was = int(ts.phase) == _state.FORK, ts
+        if in_fork and int(ts.segment_left) == int(ts.segment_length):
+            level = 2.0
+        if in_fork:
+            level = max(level - 1.0 / LATE, 1.0)
+        elif begun is not None:
+            is_lower = float(ts.incumbent[0]) < rate - 0.2
+            is_well = kind == "healthy" or (kind == "ruined" and is_lower)
+            level = max(level - (0.02 if is_well else 0.01), 0.5 if is_well else 1.7)
+        ts, directive = UPDATE(ts, jnp.float32(level + noise * rng.normal()))
+        if begun is None and int(ts.rounds_held) == 1:
+            begun, rate, level = int(ts.step), float(ts.incumbent[0]), 2.0
+        elif begun is not None and not in_fork:
+            level = 2.0 if bool(directive.restore) else level
+            trace.append((int(was.step) - begun + 1, directive, float(ts.incumbent[0]), ts))
+    return rate, trace
+
+
+def rollbacks(kind, **options):
+    return [at for at, d, *_ in run(kind, **options)[1] if int(d.outcome) == _state.OUTCOME_ROLLBACK]
+
+
+def test_training_that_keeps_up_is_left_alone():
+    assert rollbacks("healthy") == []
+
+
+def test_training_that_stays_behind_begins_again_at_a_lower_rate():
+    rate, trace = run("ruined")
+    assert rollbacks("ruined") == [4 * LATE]
+    _, directive, after, _ = trace[4 * LATE - 1]
+    assert bool(directive.restore) and not bool(directive.adopt)
+    assert int(directive.verdict) == _guard.BEHIND
+    assert after == pytest.approx(rate - 0.25, abs=1e-5)  # a decade of four
+
+
+def test_it_begins_from_where_the_round_began():
+    """No snapshot takes the place of that state before it is known whether it is needed."""
+    for kind in ("healthy", "ruined"):
+        assert not any(bool(d.save) for at, d, *_ in run(kind)[1] if at <= 4 * LATE)
+
+
+def test_it_gives_up_at_the_lower_bound():
+    rate, trace = run("lost")
+    assert rollbacks("lost") == [4 * LATE * n for n in range(1, len(rollbacks("lost")) + 1)]
+    assert len(rollbacks("lost")) <= np.ceil(rate / 0.25) + 1
+    assert np.all(np.isfinite([after for *_, after, _ in trace]))
+
+
+def test_noise_is_no_reason():
+    """Where the forks gained less than twice what single losses differ by, they promise nothing."""
+    assert rollbacks("lost", noise=1.0) == []
