@@ -10,8 +10,9 @@ import scipy.stats
 from benchmarks.quality import plans, workloads
 from benchmarks.quality.cells import ORACLE_DECAYS, ORACLE_DROPOUTS, ORACLE_RATES, Cell, start_values
 
-# A run that diverged counts as this many times the oracle's loss, so that means stay finite.
-_DIVERGED = 10.0
+# A run that diverged counts as this many times the oracle's loss, so that means stay finite; losses below the least one
+# count as that, since all of them are as good as none.
+_DIVERGED, _LEAST_LOSS = 10.0, 1e-4
 
 BENCHMARK = ("W1", "W2", "W3", "W4", "W5", "W6", "W7", "W8")
 
@@ -61,8 +62,11 @@ def log_ratios(name: str, method: str, start: str, steps: int | None = None) -> 
     """log of test loss over the oracle's, paired by seed."""
     reference = oracle_test(name, steps)
     tested = _values(name, method, start, "test", steps)
-    limit = math.log(_DIVERGED)
-    return [min(math.log(tested[s] / reference[s]), limit) for s in sorted(tested.keys() & reference.keys())]
+    return [_log_ratio(tested[s], reference[s]) for s in sorted(tested.keys() & reference.keys())]
+
+
+def _log_ratio(tested: float, reference: float) -> float:
+    return min(math.log(max(tested, _LEAST_LOSS) / max(reference, _LEAST_LOSS)), math.log(_DIVERGED))
 
 
 def bounds(logs: Sequence[float]) -> tuple[float, float, float]:
@@ -275,12 +279,12 @@ def drift_table() -> str:
 
 def of_each_run(name: str, method: str) -> dict[int, float]:
     """log of test loss over the oracle's by seed, averaged over the method's starts."""
-    reference, limit = oracle_test(name), math.log(_DIVERGED)
+    reference = oracle_test(name)
     by_seed: dict[int, list[float]] = {}
     for start in plans.starts("", method):
         for seed, value in _values(name, method, start, "test").items():
             if seed in reference:
-                by_seed.setdefault(seed, []).append(min(math.log(value / reference[seed]), limit))
+                by_seed.setdefault(seed, []).append(_log_ratio(value, reference[seed]))
     return {seed: statistics.fmean(logs) for seed, logs in by_seed.items()}
 
 
