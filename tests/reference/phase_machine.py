@@ -321,7 +321,7 @@ class PhaseMachine:
         affordable = self.discarded + int(self.plan.late[row]) <= budget
         can_score = self.plan.kind[row] != SLOW or np.isfinite(self.eval_level)
         raises = self.plan.kind[row] == RAISE
-        if raises and (not self._has_room(self.incumbent) or self.metrics.is_worse(self.eval_level, self.watch.short)):
+        if raises and (not self._has_room(self.incumbent) or self.metrics.is_worse(self.eval_level)):
             can_score = False
         if not (remaining > self.plan.late[row] and affordable and can_score):
             self.group += 2

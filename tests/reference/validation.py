@@ -32,10 +32,11 @@ class Metrics:
     is_kept: bool = False
     retreats: int = 0
 
-    def is_worse(self, metric: Any, short: Any) -> bool:
-        """Whether the last metric is clearly above the best one, the training loss is not, or training went back."""
+    def is_worse(self, metric: Any) -> bool:
+        """Whether the last metric is clearly above the best one, or training went back for such a one before."""
         margin = F(_validation._WORSE_SHARE) * max(self.first - self.best, F(0))
-        return bool(metric > self.best + margin and short < self.best_short) or self.retreats > 0
+        margin += F(_validation._RISE_BENDS) * self.bends
+        return bool(metric > self.best + margin) or self.retreats > 0
 
     def measure_from(self, metric: Any, short: Any, step: int, *, is_kept: bool) -> None:
         """Later metrics are to better this one."""
