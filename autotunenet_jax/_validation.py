@@ -20,8 +20,6 @@ _RISES = 2
 _RISE_RETREAT_DECADES = 1.0
 # In the last part of the budget one such rise is enough, and what counts as noise is what there is of late.
 _ENDING_SHARE = 0.125
-# A metric above the best one by this share of the whole improvement, and by its noise, is one that gets worse.
-_WORSE_SHARE = 0.01
 # Metrics after the best one, so many and over this share of the budget, have failed to follow the training loss if
 # together they lie further than noise explains above what half of its fall would have made of them. The best of many
 # is lower than it should be by about so many bends.
@@ -31,9 +29,9 @@ _LUCK, _LATER_BENDS = 1.5, 2.0
 
 
 def is_worse(ts: TunerState) -> Bool[Array, ""]:
-    """Whether the last metric is clearly above the best one, or training had to go back for such a one before."""
+    """Whether the last metric has risen above the best one, or training had to go back for such a one before."""
     seen = ts.validation
-    margin = _WORSE_SHARE * jnp.maximum(seen.first - seen.best, 0.0) + _RISE_BENDS * seen.noise
+    margin = _RISE_SHARE * jnp.maximum(seen.first - seen.best, 0.0) + _RISE_BENDS * seen.noise
     return (ts.eval_level > seen.best + margin) | (seen.retreats > 0)
 
 

@@ -33,8 +33,8 @@ class Metrics:
     retreats: int = 0
 
     def is_worse(self, metric: Any) -> bool:
-        """Whether the last metric is clearly above the best one, or training went back for such a one before."""
-        margin = F(_validation._WORSE_SHARE) * max(self.first - self.best, F(0))
+        """Whether the last metric has risen above the best one, or training went back for such a one before."""
+        margin = F(_validation._RISE_SHARE) * max(self.first - self.best, F(0))
         margin += F(_validation._RISE_BENDS) * self.bends
         return bool(metric > self.best + margin) or self.retreats > 0
 
