@@ -83,7 +83,7 @@ def test_same_decisions_as_the_core(seed):
     assert {before for before, _ in seen} == {0, 1, 2}
     history = tuner.history
     kinds = [row["kind"] for row in history.rounds]
-    assert len(kinds) >= 2 and set(kinds) == {"fast", "raise", "slow"}
+    assert kinds[0] == "fast" and set(kinds) - {"fast"} and set(kinds) <= {"fast", "raise", "slow"}
     assert history.summary["rollbacks"] >= 2
     assert any(row["kind"] == "rollback" for row in history.events)
     assert int(ts.validation.retreats) >= 1
