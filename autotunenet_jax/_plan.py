@@ -71,9 +71,9 @@ class Plan(NamedTuple):
 
 
 def only_raises(plan: Plan, index: Array) -> Bool[Array, ""]:
-    """Whether no rounds are to come from row ``index`` on but such that raise rates."""
-    is_over = jnp.arange(MAX_ROUNDS) < index
-    return jnp.all(is_over | (jnp.asarray(plan.start) >= NEVER) | (jnp.asarray(plan.kind) == RAISE))
+    """Whether no round is to come from row ``index`` on but the one that raises rates."""
+    start, kind = jnp.asarray(plan.start), jnp.asarray(plan.kind)
+    return (start[index] >= NEVER) | ((kind[index] == RAISE) & (start[index + 1] >= NEVER))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,7 @@ class Recipe:
       fast_forks: Forks of the first fast round for one hyperparameter; one more for each further one.
       raised: Length of a fork of the round that raises rates.
       raise_start: When that round begins.
+      raise_forks: Most forks of it, so that steps are left for slow rounds.
       slow: Length of a slow fork.
       slow_forks: Forks of a slow round.
       slow_starts: When slow rounds begin.
@@ -103,6 +104,7 @@ class Recipe:
     fast_forks: int = 6
     raised: float = 0.04
     raise_start: float = 0.2
+    raise_forks: int = 4
     slow: float = 0.08
     slow_forks: int = 4
     slow_starts: tuple[float, ...] = (0.4, 0.65)
@@ -192,8 +194,8 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
             rounds.append({"start": 0, **_fast_round(recipe, space, total_steps, cap)})
         length = round(_scaled(recipe.raised, total_steps))
         if "rate" in space.roles and length >= _LEAST_RAISED:
-            rounds.append({"start": math.ceil(recipe.raise_start * total_steps), "kind": RAISE, "forks": MAX_FORKS,
-                           "early": length, "late": length, "sweep": 0})  # fmt: skip
+            rounds.append({"start": math.ceil(recipe.raise_start * total_steps), "kind": RAISE,
+                           "forks": recipe.raise_forks, "early": length, "late": length, "sweep": 0})  # fmt: skip
         if has_slow:
             length = max(round(recipe.slow * total_steps), 8)
             is_short = has_fast and length < recipe.slow_least

@@ -115,6 +115,11 @@ def test_slow_rounds_come_later_and_run_longer():
 def test_rates_are_raised_between_the_first_round_and_the_slow_ones():
     kinds = [row["kind"] for row in rows(plan_of(SPACES["both"], 1000))]
     assert kinds[:2] == [_plan.FAST, _plan.RAISE] and set(kinds[2:]) == {_plan.SLOW}
+    # However often raising pays, steps are left for the slow rounds.
+    plan = plan_of(SPACES["both"], 1000)
+    first, raises, slow = rows(plan)[:3]
+    worst = first["sweep"] + first["forks"] * first["late"] + (raises["forks"] - 1) * raises["late"]
+    assert worst + slow["late"] <= float(plan.share) * 1000
     # Forks of a few steps tell nothing: a run so short holds no such round, nor does one without an end.
     for total_steps in (200, None):
         assert _plan.RAISE not in {row["kind"] for row in rows(plan_of(SPACES["rate"], total_steps))}

@@ -67,6 +67,7 @@ def test_it_begins_from_where_the_round_began():
 
 def test_it_gives_up_at_the_lower_bound():
     rate, trace = run("lost")
+    assert rollbacks("lost")
     assert rollbacks("lost") == [4 * LATE * n for n in range(1, len(rollbacks("lost")) + 1)]
     assert len(rollbacks("lost")) <= np.ceil(rate / 0.25) + 1
     assert np.all(np.isfinite([after for *_, after, _ in trace]))

@@ -20,6 +20,11 @@ LENGTH = int(TUNER.plan.late[ROW])
 FIRST, PEAK = -3.0, 0.05
 
 
+def log(u):
+    """log10 of the rate at ``u`` in the unit cube."""
+    return np.log10(float(TUNER.space.decode(u)["learning_rate"]))
+
+
 class Held(NamedTuple):
     """What the round did: log10 of the rates tried and of those in force before and after; the loss's level then."""
 
@@ -43,7 +48,6 @@ def held(best, *, metric=None, breaks_at=None):
     ts = TUNER.init(jax.random.key(0))
     level = saved = kept = began_at = 2.0
     tried, before, discarded, wants = [], np.nan, 0, False
-    log = lambda u: np.log10(float(TUNER.space.decode(u)["learning_rate"]))  # noqa: E731
     while int(ts.round.index) <= ROW:
         is_held = int(ts.round.index) == ROW and int(ts.phase) == _state.FORK
         if not is_held:
@@ -99,6 +103,12 @@ def test_a_fork_that_breaks_is_dropped_at_once():
     now = held(-1.5, breaks_at=-2.6)
     assert now.after == now.before
     assert now.discarded < LENGTH
+
+
+def test_where_every_fork_breaks_the_rate_stays():
+    now = held(-1.5, breaks_at=-10.0)
+    # It begins again on other data a few times, and no higher rate is tried.
+    assert set(now.tried) == {now.before} and now.after <= now.before
 
 
 def test_validation_decides_where_there_is_one():

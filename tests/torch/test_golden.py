@@ -13,7 +13,7 @@ from autotunenet_torch import AutoTuneNet  # noqa: E402
 
 SPACE = {"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}
 INITIAL = {"learning_rate": 1e-3, "dropout": 0.1}
-STEPS = 1000
+STEPS = 1200
 EVAL_EVERY = 10
 
 
@@ -35,7 +35,7 @@ class Curve:
 
     def metric(self):
         # After the last round it falls for a while, then rises for good.
-        late = 0.02 * max(self.last - 950, 0) - 0.2 * (self.last > 915)
+        late = 0.02 * max(self.last - 1150, 0) - 0.2 * (self.last > 1115)
         return float(np.float32(self.level + late + 0.002 * self.random.standard_normal()))
 
 
@@ -83,7 +83,7 @@ def test_same_decisions_as_the_core(seed):
     assert {before for before, _ in seen} == {0, 1, 2}
     history = tuner.history
     kinds = [row["kind"] for row in history.rounds]
-    assert kinds[0] == "fast" and set(kinds) - {"fast"} and set(kinds) <= {"fast", "raise", "slow"}
+    assert len(kinds) >= 2 and set(kinds) == {"fast", "raise", "slow"}
     assert history.summary["rollbacks"] >= 2
     assert any(row["kind"] == "rollback" for row in history.events)
     assert int(ts.validation.retreats) >= 1

@@ -72,8 +72,9 @@ def test_forks_see_the_same_batches_and_the_same_noise(epochs, status):
     longest = max((seen[a:b] for a, b in stretches), key=len)
     for a, b in stretches:
         assert seen[a:b] == longest[: b - a]
-    raises = [row["start"] for row in history.rounds[1:]]
-    later = seen[round_["end"] : raises[0] if raises else None]
+    # What training saw between and after the rounds; the forks of a later one share their batches again.
+    edges = [round_["end"], *(row[side] for row in history.rounds[1:] for side in ("start", "end")), len(seen)]
+    later = [x for a, b in zip(edges[::2], edges[1::2], strict=True) for x in seen[a:b]]
     assert len(set(later)) == len(later)  # afterwards nothing repeats
     best = round_["forks"][round_["best"]]
     assert best["status"] == status
