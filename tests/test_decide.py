@@ -89,3 +89,12 @@ def test_scores_are_shares_of_what_the_best_fork_gained_whatever_the_unit():
     assert np.all(np.diff(plain) > 0)
     scaled = _belief.normalised(observed([0.1, 0.2, 0.3, 0.4], [1e-4 * y for y in raw]), resolution=0.05).y[:4]
     np.testing.assert_allclose(plain, scaled, rtol=1e-4)
+
+
+def test_hyperparameters_move_together_on_the_way_to_another_fork():
+    """Where the rate may go no farther, nothing else does: what lies off the way has not been looked at."""
+    x = jnp.array([[0.2, 0.1], [0.8, 0.9]], jnp.float32)
+    points, _ = _decide._between(POLICY, SPACE, x, jnp.int32(0), jnp.ones(2, bool))
+    way = np.asarray(points) - np.asarray(x[0])
+    np.testing.assert_allclose(way[:, 0] * 0.8, way[:, 1] * 0.6, atol=1e-5)
+    assert way[:, 0].max() == pytest.approx(POLICY.reach_decades / 4.0, abs=1e-5)
