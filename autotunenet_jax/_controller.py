@@ -84,6 +84,9 @@ class Core:
         planned = jnp.where(ts.anneal_start >= 0, ts.anneal_steps, total)
         begin = jnp.where(ts.anneal_start >= 0, ts.anneal_start, 0)
         left = jnp.clip((begin + planned - ts.step) / jnp.maximum(planned, 1), 0.0, 1.0)
+        # Where the decay waits it falls faster afterwards; one that is asked for sets in at once.
+        hold = jnp.where(ts.anneal_start >= 0, 0.0, ts.hold)
+        left = jnp.maximum(left, jnp.minimum(hold, left / (1.0 - self.policy.held_share)))
         shape = 0.5 * (1.0 - jnp.cos(math.pi * left)) if self.decay == "cosine" else left
         is_open = (planned <= 0) | (self.decay == "none")
         decay = jnp.where(is_open, 1.0, shape)

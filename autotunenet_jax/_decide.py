@@ -153,6 +153,9 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
     reference = jnp.where(jnp.isfinite(reference), reference, score)
     succeeded = in_fork & ~ts.has_failed & jnp.isfinite(score)
+    # Even where it is the best one, a later fork that spoils what training has come to is not gone on from.
+    gained = jnp.where(has_eval, ts.validation.first, ts.initial_loss) - reference
+    succeeded &= (plan.kind[row] == FAST) | ~(score > reference + policy.lost_share * jnp.maximum(gained, 0.0))
     steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + position(ts)
     is_fork = jnp.arange(MAX_FORKS) == fork
     is_score = in_fork & is_fork[:, None] & (jnp.arange(held.score.shape[1]) == rung)
@@ -331,7 +334,8 @@ def _choose(
     tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
     halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
-    chosen = jnp.where(has_kept, winner, jnp.where(raises, ts.incumbent, proposal))
+    lower = jnp.where(space_of.is_rate, ts.incumbent - policy.spread_decades / space_of.decades, ts.incumbent)
+    chosen = jnp.where(has_kept, winner, jnp.where(raises, jnp.maximum(lower, 0.0), proposal))
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins
@@ -357,6 +361,7 @@ def _choose(
 
     # A round takes the place of the best state: what it begins from, and then its winner, is what is to be bettered.
     is_won = raises & wins & held.has_eval
+    comes_down = has_kept & held.has_eval & (held.score[0, rung] < held.reference)
     metric = jnp.where(is_won, score, ts.eval_level)
     level = jnp.where(is_won, fork_loss, ts.guard.short)
     measured = _validation.measured_from(ts, metric, level, is_kept=is_won)
@@ -415,6 +420,8 @@ def _choose(
         since_restart=jnp.where(begins_afresh, 0, ts.since_restart),
         probation=probation.astype(jnp.int32),
         promised=jnp.where(begins_afresh, report.lowest, ts.promised),
+        # A rate that is no longer too low, and from which training still comes down, is worth its height for longer.
+        hold=jnp.where(finishes & raises, jnp.where(comes_down, remaining / jnp.maximum(plan.total, 1), 0.0), ts.hold),
         outcome=outcome,
         validation=validation,
         window=empty_window(),

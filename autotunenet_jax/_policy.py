@@ -45,6 +45,8 @@ class Policy:
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
       raise_gain: How much better the fork of a higher rate has to be for that rate to be raised, as a share of what it
         gained.
+      lost_share: A later fork that loses this share of all that training has gained has failed, even as the best one.
+      held_share: Share of the budget after which the decay would begin if it were as steep as it is after a wait.
     """
 
     fast_resolution: float = 0.05
@@ -70,6 +72,8 @@ class Policy:
     blur_decades: float = 0.3
     later_reach: float = 0.3
     raise_gain: float = 0.1
+    lost_share: float = 0.2
+    held_share: float = 0.6
 
 
 class Directions(NamedTuple):

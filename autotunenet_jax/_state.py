@@ -114,6 +114,8 @@ class Validation(NamedTuple):
       change: What it changed by; NaN before the second.
       noise: Running mean of how much that change differs from the one before, which a trend does not and noise does.
       at: Budget step of the lowest one.
+      mark: One of a while ago, which the next one has to better for the decay to wait on; NaN before the first.
+      marked: Budget step of that one.
       later: How many came after it, since the last round.
       away: How far those lie above what half of the training loss's fall would have made of it, added up.
       bends: How much their changes differ from the ones before, added up.
@@ -131,6 +133,8 @@ class Validation(NamedTuple):
     change: Float[Array, ""]
     noise: Float[Array, ""]
     at: Int[Array, ""]
+    mark: Float[Array, ""]
+    marked: Int[Array, ""]
     later: Float[Array, ""]
     away: Float[Array, ""]
     bends: Float[Array, ""]
@@ -211,6 +215,9 @@ class TunerState(NamedTuple):
       since_restart: Steps since that or since the first round ended, whichever came later: rates warm up from there.
       probation: Steps of training until it has to have got as far as the forks it began again for; 0 for none.
       promised: Training loss that the best of them ended with.
+      reached: Training loss by then of the attempt before; infinite before the first.
+      last_rates: Hyperparameters of that attempt, unit cube.
+      hold: Share of the budget left when the decay began to wait; 0 where it does not.
       rounds_held: Rounds ended so far.
       anneal_start: Budget step at which the decay begins, with ``anneal_steps`` its length; -1 for the plan's own.
       outcome: Outcome of the last decision.
@@ -238,6 +245,9 @@ class TunerState(NamedTuple):
     since_restart: Int[Array, ""]
     probation: Int[Array, ""]
     promised: Float[Array, ""]
+    reached: Float[Array, ""]
+    last_rates: Float[Array, "d"]
+    hold: Float[Array, ""]
     rounds_held: Int[Array, ""]
     anneal_start: Int[Array, ""]
     anneal_steps: Int[Array, ""]
@@ -262,7 +272,7 @@ def empty_window() -> Window:
 def no_validation() -> Validation:
     """Before the first metric."""
     nan, inf = jnp.full((), jnp.nan, jnp.float32), jnp.full((), jnp.inf, jnp.float32)
-    zeros, counts, no = jnp.zeros(4, jnp.float32), jnp.zeros(3, jnp.int32), jnp.zeros((), bool)
+    zeros, counts, no = jnp.zeros(4, jnp.float32), jnp.zeros(4, jnp.int32), jnp.zeros((), bool)
     return Validation(
         first=nan,
         best=inf,
@@ -271,6 +281,8 @@ def no_validation() -> Validation:
         change=nan,
         noise=zeros[0],
         at=counts[0],
+        mark=nan,
+        marked=counts[3],
         later=zeros[1],
         away=zeros[2],
         bends=zeros[3],

@@ -44,6 +44,8 @@ _PROBATION_FORKS, _LEAST_PROMISING = 4, 10
 _MISSING_SHARE = 0.15
 _LEAST_GAIN = 2.0
 _PROBATION_RETREAT_DECADES = 1.0
+# Share of what was missing at the rate before, beyond which a lower one did not help.
+_STILL_MISSING = 0.75
 
 REWARM_STEPS = 20
 """Steps over which a rate climbs to its value after a rollback or a fresh start."""
@@ -148,7 +150,10 @@ def tick(
     is_due = in_train & (ts.probation == 1)
     gain = initial_loss - ts.promised
     is_missing = (guard_state.short > ts.promised + _MISSING_SHARE * gain) & (gain > _LEAST_GAIN * guard_state.spread)
-    is_behind = is_due & ~unhealthy & is_missing & (ts.rollbacks < guard.max_rollbacks)
+    is_missing &= is_due & ~unhealthy & (ts.rollbacks < guard.max_rollbacks)
+    # A lower rate that got no farther was no remedy: the one before is in force again, and training goes on.
+    is_vain = is_missing & (guard_state.short - ts.promised > _STILL_MISSING * (ts.reached - ts.promised))
+    is_behind = is_missing & ~is_vain
     verdict = jnp.where(is_behind, _guard.BEHIND, verdict)
     rolls_back = (in_train & unhealthy & may_retry & ~accepts) | is_behind
     gives_up = in_train & unhealthy & ~may_retry & ~accepts
@@ -167,8 +172,10 @@ def tick(
     incumbent = jnp.where(
         repeated | is_behind | (rolls_back & (verdict == _guard.DIVERGED) & ~at_once),
         retreat(ts.incumbent, jnp.where(is_behind, _PROBATION_RETREAT_DECADES, decades)),
-        ts.incumbent,
+        jnp.where(is_vain, ts.last_rates, ts.incumbent),
     )
+    reached = jnp.where(is_behind, guard_state.short, ts.reached)
+    last_rates = jnp.where(is_behind, ts.incumbent, ts.last_rates)
     # At the lower bound there is nothing left to try.
     goes_on = (ts.probation > 0) & ~(is_behind & jnp.all(incumbent == ts.incumbent))
     on_probation = in_train & (ts.probation > 0)
@@ -248,6 +255,9 @@ def tick(
         since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
         since_restart=jnp.where(rolls_back, 0, jnp.minimum(ts.since_restart + 1, NEVER)),
         probation=probation.astype(jnp.int32),
+        reached=reached,
+        last_rates=last_rates,
+        hold=jnp.where((rolls_back & ~is_blue) | returns, 0.0, ts.hold),
         outcome=jnp.where(rolls_back | accepts, outcome, ts.outcome).astype(jnp.int32),
         window=window,
         sweep=sweep,

@@ -174,7 +174,7 @@ def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
     tuner = course.tuner._replace(window=told.window, eval_level=told.eval_level)
     # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":
-        tuner = tuner._replace(validation=told.validation, incumbent=told.incumbent)
+        tuner = tuner._replace(validation=told.validation, incumbent=told.incumbent, hold=told.hold)
     return course._replace(tuner=tuner, drift=drift)
 
 

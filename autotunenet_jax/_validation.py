@@ -26,6 +26,8 @@ _ENDING_SHARE = 0.125
 _LATER, _LATER_SHARE = 3, 0.15
 _FOLLOWING, _LARGEST_UNIT = 0.5, 10.0
 _LUCK, _LATER_BENDS = 1.5, 2.0
+# The decay waits while metrics fall from one to the next, this share of the budget apart: about a tenth.
+_WAIT_SHARE = 0.09
 
 
 def is_worse(ts: TunerState) -> Bool[Array, ""]:
@@ -67,7 +69,8 @@ def validate(
 
     Training fits what does not generalise where the metric rises above its best, or all in all does not follow, while
     the training loss keeps falling. It then goes on from the best state at a lower rate, which near the end the
-    schedule sees to. While a round is still to come, that round has the better remedies.
+    schedule sees to. While a round is still to come, that round has the better remedies. A decay that waits waits no
+    longer once the metric has stopped falling.
 
     Args:
       retreat: ``(u, decades) -> u``; lowers the rates among the hyperparameters ``u`` (unit cube).
@@ -109,7 +112,10 @@ def validate(
     is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step <= _ENDING_SHARE * ts.plan.total)
     ends = is_above & (metric > limit + _RISE_BENDS * noise) & is_last & is_ending & ~retreats
     goes_back = (retreats | ends) & seen.is_kept
+    marks = is_settled & (jnp.isnan(seen.mark) | (ts.step - seen.marked >= _WAIT_SHARE * budget))
+    waits = ~(retreats | goes_back) & (~marks | ~(metric >= seen.mark))
     return ts._replace(
+        hold=jnp.where(waits, ts.hold, 0.0),
         incumbent=jnp.where(retreats, retreat(ts.incumbent, jnp.float32(_RISE_RETREAT_DECADES)), ts.incumbent),
         validation=Validation(
             first=first,
@@ -120,6 +126,8 @@ def validate(
             change=jnp.where(goes_back, jnp.nan, jnp.where(is_settled, change, seen.change)),
             noise=jnp.where(goes_back, 0.0, noise),
             at=jnp.where(starts_anew, ts.step, seen.at),
+            mark=jnp.where(marks, metric, seen.mark),
+            marked=jnp.where(marks, ts.step, seen.marked),
             later=jnp.where(starts_anew, 0.0, later),
             away=jnp.where(starts_anew, 0.0, away),
             bends=jnp.where(starts_anew, 0.0, bends),

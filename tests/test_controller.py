@@ -101,6 +101,7 @@ def view(ts, directive, core):
         "hp": core.hyperparams(ts),
         **{name: getattr(ts, name) for name in ("step", "data_step", "phase", "segment_left", "incumbent", "trial")},
         **{name: getattr(ts, name) for name in ("discarded", "rollbacks", "rounds_held", "retries", "initial_loss")},
+        **{name: getattr(ts, name) for name in ("probation", "hold")},
         "slots": ts.slots,
         "round": ts.round,
         "guard": ts.guard,
@@ -197,6 +198,8 @@ def test_every_step_is_that_of_the_plain_twin(kind, total_steps, count, seed, sp
             assert _state.PHASES[int(row["phase"])] == twin.phase, where
             actual = [int(row[name]) for name in ("step", "segment_left", "discarded", "rollbacks", "retries")]
             assert actual == [twin.step, twin.left, twin.discarded, twin.rollbacks, twin.retries], where
+            assert int(row["probation"]) == twin.probation, where
+            np.testing.assert_allclose(row["hold"], twin.hold, rtol=1e-6, err_msg=where)
             slots = tuple(int(value) for value in row["slots"])
             assert slots == (*twin.saved, *twin.kept_copy), where
             assert int(row["round"].kept) == (-1 if twin.winner is None else twin.winner), where

@@ -19,7 +19,7 @@ LATE = int(TUNER.plan.late[0])
 @functools.cache
 def run(kind, noise=0.01):
     """A run whose forks get from 2 to 1; afterwards training falls on ('healthy'), or stays at 1.7 until its rate is
-    lowered by a decade ('ruined'), or for good ('lost')."""
+    lowered by a decade ('ruined'), or two, getting to 1.5 after one ('halfway'), or for good ('lost')."""
     rng = np.random.default_rng(0)
     ts, level, trace = TUNER.init(jax.random.key(0)), 2.0, []
     begun = rate = None
@@ -30,9 +30,10 @@ def run(kind, noise=0.01):
         if in_fork:
             level = max(level - 1.0 / LATE, 1.0)
         elif begun is not None:
-            is_lower = float(ts.incumbent[0]) < rate - 0.2
-            is_well = kind == "healthy" or (kind == "ruined" and is_lower)
-            level = max(level - (0.02 if is_well else 0.01), 0.5 if is_well else 1.7)
+            fallen = round((rate - float(ts.incumbent[0])) / 0.25)  # decades, of four
+            is_well = fallen >= {"healthy": 0, "ruined": 1, "halfway": 2, "lost": 9}[kind]
+            worst = 1.5 if kind == "halfway" and fallen == 1 else 1.7
+            level = max(level - (0.02 if is_well else 0.01), 0.5 if is_well else worst)
         ts, directive = UPDATE(ts, jnp.float32(level + noise * rng.normal()))
         if begun is None and int(ts.rounds_held) == 1:
             begun, rate, level = int(ts.step), float(ts.incumbent[0]), 2.0
@@ -65,12 +66,20 @@ def test_it_begins_from_where_the_round_began():
         assert not any(bool(d.save) for at, d, *_ in run(kind)[1] if at <= 4 * LATE)
 
 
-def test_it_gives_up_at_the_lower_bound():
+def test_a_lower_rate_that_gets_no_farther_is_taken_back():
+    """It was not the rate: training goes on at the one that was chosen, and is not held up again."""
     rate, trace = run("lost")
-    assert rollbacks("lost")
-    assert rollbacks("lost") == [4 * LATE * n for n in range(1, len(rollbacks("lost")) + 1)]
-    assert len(rollbacks("lost")) <= np.ceil(rate / 0.25) + 1
-    assert np.all(np.isfinite([after for *_, after, _ in trace]))
+    assert rollbacks("lost") == [4 * LATE]
+    rates = [after for *_, after, _ in trace]
+    assert rates[4 * LATE] == pytest.approx(rate - 0.25, abs=1e-5)
+    assert rates[8 * LATE] == pytest.approx(rate, abs=1e-6)
+    assert int(trace[8 * LATE][3].probation) == 0
+
+
+def test_lower_rates_are_tried_while_each_gets_farther():
+    rate, trace = run("halfway")
+    assert rollbacks("halfway") == [4 * LATE, 8 * LATE]
+    assert trace[8 * LATE][2] == pytest.approx(rate - 0.5, abs=1e-5)
 
 
 def test_noise_is_no_reason():

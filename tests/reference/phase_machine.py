@@ -82,7 +82,8 @@ class PhaseMachine:
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
         self.relapses = self.probation = 0
-        self.lowest, self.promised = F(np.inf), F(np.inf)
+        self.lowest, self.promised, self.reached = F(np.inf), F(np.inf), F(np.inf)
+        self.last_rates, self.hold = start, ZERO
         self.since_rollback = NEVER
         self.row = 0
         self.initial_loss, self.best_level, self.eval_level = F(np.nan), F(np.inf), F(np.nan)
@@ -115,6 +116,8 @@ class PhaseMachine:
             is_last = self.phase == "train" and self._only_raises()
             if self.metrics.see(metric, self.watch.short, self.initial_loss, self.step, self.plan.total, is_last):
                 self._retreat(_validation._RISE_RETREAT_DECADES)
+            if self.metrics.has_stopped:
+                self.hold = ZERO
 
     def _only_raises(self) -> bool:
         """Whether no rounds are to come but such that raise rates."""
@@ -214,6 +217,10 @@ class PhaseMachine:
         is_clear = gain > F(_tick._LEAST_GAIN) * self.watch.spread
         if not (is_missing and is_clear) or self.rollbacks >= self.guard.max_rollbacks:
             return False
+        if self.watch.short - self.promised > F(_tick._STILL_MISSING) * (self.reached - self.promised):
+            self.incumbent = self.last_rates
+            return False
+        self.reached, self.last_rates, self.hold = self.watch.short, self.incumbent, ZERO
         result.outcome, result.restore = "rollback", True
         before = self.incumbent
         self._retreat(_tick._PROBATION_RETREAT_DECADES)
@@ -230,7 +237,7 @@ class PhaseMachine:
     def _in_last_stretch(self, here: tuple[int, int], ages: dict[str, int], result: Result, on_probation: bool) -> None:
         """The kept copy is that of the best metric; the saved one is the newest."""
         if self.metrics.returns and self.metrics.is_kept:
-            result.adopt, self.metrics.returns = True, False
+            result.adopt, self.metrics.returns, self.hold = True, False, ZERO
             self.watch.count, self.watch.peak = 0, ZERO
             return
         self.metrics.returns = False
@@ -269,6 +276,7 @@ class PhaseMachine:
         within = _tick._BLUE_RETREAT_WITHIN if is_blue else _tick._RATE_RETREAT_WITHIN
         if (self.since_rollback <= within and not was_damaged) or (verdict == "diverged" and not at_once):
             self._retreat(_tick._BLUE_RETREAT_DECADES if is_blue else _tick._RATE_RETREAT_DECADES)
+        self.hold = self.hold if is_blue else ZERO
         self.watch.strikes, self.watch.short, self.watch.peak = 0, self.watch.level, ZERO
         self.rollbacks += 1
         self.relapses = self.relapses + 1 if at_once else 0
@@ -433,7 +441,9 @@ class PhaseMachine:
         if not np.isfinite(self.reference):
             self.reference = score
         fork.steps += ran
-        succeeded = not fork_failed and bool(np.isfinite(score))
+        gained = (self.metrics.first if self.scored_by_eval else self.initial_loss) - self.reference
+        is_lost = kind != FAST and score > self.reference + F(self.policy.lost_share) * max(gained, F(0))
+        succeeded = not fork_failed and bool(np.isfinite(score)) and not is_lost
         fork.scores.append(score if succeeded else F(np.nan))
         y = score - self.reference if succeeded else None
         self.observations.append((self.trial, y, self.group + rung))
@@ -506,7 +516,8 @@ class PhaseMachine:
         before = self.incumbent
         if self.winner is None:
             # The data goes on: what every fork failed on is not shown again.
-            self.incumbent = self.incumbent if self.plan.kind[self.row] == RAISE else proposal
+            lower = np.where(self.is_rate, before - F(self.policy.spread_decades) / self.decades, before)
+            self.incumbent = np.maximum(lower, 0).astype(F) if self.plan.kind[self.row] == RAISE else proposal
             result.restore, result.outcome = True, "failed"
         else:
             self.incumbent = self.forks[self.winner].x if between is None else between
@@ -522,6 +533,9 @@ class PhaseMachine:
                 self.data_step = max(self.kept_copy[0], self.saved[0])
             moved = np.any(np.abs(self.incumbent - before) > 1e-6)
             result.outcome = "moved" if moved else "stayed"
+        if self.plan.kind[self.row] == RAISE:
+            comes_down = self.winner is not None and self.scored_by_eval and self.forks[0].scores[-1] < self.reference
+            self.hold = F(self.plan.total - self.step) / F(self.plan.total) if comes_down else ZERO
         self.rounds_held += 1
         self.retries = 0
         self.group += 2

@@ -20,6 +20,9 @@ class Metrics:
     best: Any = LARGE
     best_short: Any = LARGE
     best_step: int = 0
+    mark: Any = UNKNOWN
+    marked_step: int = 0
+    has_stopped: bool = False
     last: Any = UNKNOWN
     last_change: Any = UNKNOWN
     bends: Any = ZERO
@@ -80,6 +83,11 @@ class Metrics:
         elif is_above and is_last and total:
             is_ending = total - step <= F(_validation._ENDING_SHARE) * total
             self.returns = bool(is_ending) and self.is_kept and metric > limit + F(_validation._RISE_BENDS) * self.bends
+        self.has_stopped = bool(retreats or self.returns)
+        budget = total or step
+        if np.isnan(self.mark) or step - self.marked_step >= F(_validation._WAIT_SHARE) * budget:
+            self.has_stopped |= bool(metric >= self.mark)
+            self.mark, self.marked_step = metric, step
         self.retreats += bool(retreats or self.returns)
         if self.returns:
             self.last = self.last_change = UNKNOWN
