@@ -13,7 +13,7 @@ from ._engine import FORK, SWEEP, TRAIN, Engine, Tick
 from ._live import LiveTraining
 from ._notices import Notices
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Run:
