@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks.quality import searches
 from benchmarks.quality.task import Workload
@@ -28,6 +29,12 @@ def _policy(**changes: Any) -> dict[str, Any]:
     from autotunenet_jax._policy import Policy
 
     return {"policy": Policy(**changes)}
+
+
+def _no_raise() -> dict[str, Any]:
+    from autotunenet_jax._plan import Recipe
+
+    return {"recipe": Recipe(raised=0.0)}
 
 
 def _random_proposals() -> Any:
@@ -55,6 +62,21 @@ def _one_intercept() -> Any:
     return mock.patch.object(
         _controller, "_surrogate_config", lambda space: dataclasses.replace(original(space), has_groups=False)
     )
+
+
+def _fresh_surrogate() -> Any:
+    """Each round forgets what the ones before it observed."""
+    from autotunenet_jax import _observations
+
+    original = _observations.add
+
+    def add(obs, x, y, *, group=0, **options):
+        newest = obs.group[jnp.clip(obs.count - 1, 0, obs.y.shape[0] - 1)]
+        # Groups are numbered two to a round.
+        is_new = newest // 2 != jnp.asarray(group) // 2
+        return original(obs._replace(count=jnp.where(is_new, 0, obs.count)), x, y, group=group, **options)
+
+    return mock.patch.object(_observations, "add", add)
 
 
 def _fresh_data(task: Workload) -> Workload:
@@ -90,7 +112,11 @@ ABLATIONS: dict[str, Callable[..., searches.Found]] = {
     "keeps_winner": _ablated(lambda: _policy(starts_afresh=False)),
     "no_tilt": _ablated(lambda: _policy(tilt=0.0)),
     "no_decay": _ablated(lambda: {"decay": "none"}),
+    "fresh_surrogate": _ablated(patch=_fresh_surrogate),
+    "no_raise": _ablated(_no_raise),
+    "no_wait": _ablated(lambda: _policy(held_share=0.0)),
 }
 """By what is missing: the engine's proposals, the cool-down before scoring, rounds' own levels, the same batches for
 all forks, the price of a fork, the blur around a fork's best rate, the fresh start after the first round, the charge on
-high rates, the decay."""
+high rates, the decay, what earlier rounds observed, the round that raises rates (with it the decay's wait, which it
+decides on), that wait alone."""

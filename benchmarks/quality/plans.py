@@ -36,7 +36,17 @@ ABLATIONS = (
     "keeps_winner",
     "no_tilt",
     "no_decay",
+    "fresh_surrogate",
+    "no_raise",
+    "no_wait",
 )
+ABLATED = {
+    "W1, learning rate": (("W1",), "ours", "lr0.01"),
+    "W5, learning rate": (("W5",), "ours", "lr0.01"),
+    "W3, everything": (("W3",), "ours_all", "lr0.01wd0.1"),
+    "S7, S12 to S14, learning rate": (("S7", "S12", "S13", "S14"), "ours", "lr0.01"),
+}
+"""What ablations run on: workloads, the method they are taken from, and the start, a bad one."""
 POPULATIONS = ("autolrs", "pbt4", "pb2_4", "optuna8", "optuna8_half")
 AMPLE = ("pbt4_4x", "pb2_4_4x")
 """Populations of which each member has a whole run: four times the budget of every other method."""
@@ -73,11 +83,11 @@ def method(name: str, which: str, seeds: tuple[int, ...], steps: int | None = No
 
 
 def ablated() -> Iterator[Cell]:
-    """One part taken away at a time: on two workloads from a bad rate, on a third with everything tuned."""
+    """One part taken away at a time."""
     for name in ABLATIONS:
-        for which in ("W1", "W5"):
-            yield from (Cell(which, f"ours-{name}", "lr0.01", seed) for seed in SEEDS)
-        yield from (Cell("W3", f"ours_all-{name}", "lr0.01wd0.1", seed) for seed in SEEDS)
+        for workloads_of, which, start in ABLATED.values():
+            for workload in workloads_of:
+                yield from (Cell(workload, f"{which}-{name}", start, seed) for seed in SEEDS)
 
 
 def full() -> list[Cell]:

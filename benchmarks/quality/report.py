@@ -348,17 +348,15 @@ def ablation_table() -> str:
     rows = []
     for ablation in plans.ABLATIONS:
         cells = []
-        for name, method, start in (
-            ("W1", "ours", "lr0.01"),
-            ("W5", "ours", "lr0.01"),
-            ("W3", "ours_all", "lr0.01wd0.1"),
-        ):
-            without, whole = (_values(name, m, start, "test") for m in (f"{method}-{ablation}", method))
-            logs = [math.log(without[seed] / whole[seed]) for seed in sorted(without.keys() & whole.keys())]
+        for names, method, start in plans.ABLATED.values():
+            logs = []
+            for name in names:
+                without, whole = (_values(name, m, start, "test") for m in (f"{method}-{ablation}", method))
+                logs += [math.log(without[seed] / whole[seed]) for seed in sorted(without.keys() & whole.keys())]
             cells.append(interval(logs) if logs else "")
         if any(cells):
             rows.append([ablation.replace("_", " "), *cells])
-    return _table(["without", "W1, learning rate", "W5, learning rate", "W3, everything"], rows)
+    return _table(["without", *plans.ABLATED], rows)
 
 
 def tables() -> str:
