@@ -334,6 +334,7 @@ def _choose(
     tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
     halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
+    # Where even the fork of the rate in force failed, that rate is too high by now.
     lower = jnp.where(space_of.is_rate, ts.incumbent - policy.spread_decades / space_of.decades, ts.incumbent)
     chosen = jnp.where(has_kept, winner, jnp.where(raises, jnp.maximum(lower, 0.0), proposal))
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
