@@ -39,7 +39,7 @@ from ._state import (
     empty_round,
     empty_window,
 )
-from ._tick import position, probation_steps
+from ._tick import LEAST_GAIN, position, probation_steps
 
 # What a rate lowered, kept and raised weighs where a choice is judged by its surroundings.
 _WEIGHTS = (0.25, 0.5, 0.25)
@@ -153,9 +153,12 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
     reference = jnp.where(jnp.isfinite(reference), reference, score)
     succeeded = in_fork & ~ts.has_failed & jnp.isfinite(score)
-    # Even where it is the best one, a later fork that spoils what training has come to is not gone on from.
+    # Even where it is the best one, a later fork that spoils what training has come to is not gone on from. Where that
+    # is nothing that tells from noise, there is nothing to spoil.
+    is_clear = ts.initial_loss - ts.best_level > LEAST_GAIN * ts.guard.spread
     gained = jnp.where(has_eval, ts.validation.first, ts.initial_loss) - reference
-    succeeded &= (plan.kind[row] == FAST) | ~(score > reference + policy.lost_share * jnp.maximum(gained, 0.0))
+    spoils = is_clear & (score > reference + policy.lost_share * jnp.maximum(gained, 0.0))
+    succeeded &= (plan.kind[row] == FAST) | ~spoils
     steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + position(ts)
     is_fork = jnp.arange(MAX_FORKS) == fork
     is_score = in_fork & is_fork[:, None] & (jnp.arange(held.score.shape[1]) == rung)

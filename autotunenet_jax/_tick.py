@@ -42,7 +42,7 @@ _PROBATION_FORKS, _LEAST_PROMISING = 4, 10
 # Share of the best fork's gain that may be missing then, since it was cooled down and training is not; the least such
 # gain, in spreads of the loss, that tells from noise; and decades by which rates fall where more is missing.
 _MISSING_SHARE = 0.15
-_LEAST_GAIN = 2.0
+LEAST_GAIN = 2.0
 _PROBATION_RETREAT_DECADES = 1.0
 # Share of what was missing at the rate before, beyond which a lower one did not help.
 _STILL_MISSING = 0.75
@@ -149,7 +149,7 @@ def tick(
     may_retry = (verdict == _guard.NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
     is_due = in_train & (ts.probation == 1)
     gain = initial_loss - ts.promised
-    is_missing = (guard_state.short > ts.promised + _MISSING_SHARE * gain) & (gain > _LEAST_GAIN * guard_state.spread)
+    is_missing = (guard_state.short > ts.promised + _MISSING_SHARE * gain) & (gain > LEAST_GAIN * guard_state.spread)
     is_missing &= is_due & ~unhealthy & (ts.rollbacks < guard.max_rollbacks)
     # A lower rate that got no farther was no remedy: the one before is in force again, and training goes on.
     is_vain = is_missing & (guard_state.short - ts.promised > _STILL_MISSING * (ts.reached - ts.promised))

@@ -224,7 +224,7 @@ def test_the_sequences_of_the_twin_reach_every_outcome():
     rows, _ = run(*losses_like_training(0, faults=FAULTS["behind"]), space="rate")
     assert _guard.BEHIND in [int(row["directive"].verdict) for row in rows]
     holds = [float(row["hold"]) for row in run(*losses_like_training(0), space="rate")[0]]
-    assert max(holds) > 0.5 and holds[-1] == 0.0
+    assert max(holds) > 0.3 and holds[-1] == 0.0
 
 
 def discrete(row):

@@ -214,7 +214,7 @@ class PhaseMachine:
         """Training that began again is not nearly as far as its forks were: it begins once more, at a lower rate."""
         gain = self.initial_loss - self.promised
         is_missing = self.watch.short > self.promised + F(_tick._MISSING_SHARE) * gain
-        is_clear = gain > F(_tick._LEAST_GAIN) * self.watch.spread
+        is_clear = gain > F(_tick.LEAST_GAIN) * self.watch.spread
         if not (is_missing and is_clear) or self.rollbacks >= self.guard.max_rollbacks:
             return False
         if self.watch.short - self.promised > F(_tick._STILL_MISSING) * (self.reached - self.promised):
@@ -442,8 +442,9 @@ class PhaseMachine:
             self.reference = score
         fork.steps += ran
         gained = (self.metrics.first if self.scored_by_eval else self.initial_loss) - self.reference
-        is_lost = kind != FAST and score > self.reference + F(self.policy.lost_share) * max(gained, F(0))
-        succeeded = not fork_failed and bool(np.isfinite(score)) and not is_lost
+        spoils = kind != FAST and score > self.reference + F(self.policy.lost_share) * max(gained, F(0))
+        spoils = spoils and self.initial_loss - self.best_level > F(_tick.LEAST_GAIN) * self.watch.spread
+        succeeded = not fork_failed and bool(np.isfinite(score)) and not spoils
         fork.scores.append(score if succeeded else F(np.nan))
         y = score - self.reference if succeeded else None
         self.observations.append((self.trial, y, self.group + rung))
