@@ -120,6 +120,7 @@ def _first(
         since_restart=jnp.int32(NEVER),
         probation=zero_i,
         promised=jnp.full((), jnp.inf, jnp.float32),
+        unmet=zero_i,
         reached=jnp.full((), jnp.inf, jnp.float32),
         last_rates=incumbent,
         hold=jnp.zeros((), jnp.float32),

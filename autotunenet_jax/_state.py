@@ -215,6 +215,7 @@ class TunerState(NamedTuple):
       since_restart: Steps since that or since the first round ended, whichever came later: rates warm up from there.
       probation: Steps of training until it has to have got as far as the forks it began again for; 0 for none.
       promised: Training loss that the best of them ended with.
+      unmet: Losses in a row above what was promised and what may be missing of it.
       reached: Training loss by then of the attempt before; infinite before the first.
       last_rates: Hyperparameters of that attempt, unit cube.
       hold: Share of the budget left when the decay began to wait; 0 where it does not.
@@ -245,6 +246,7 @@ class TunerState(NamedTuple):
     since_restart: Int[Array, ""]
     probation: Int[Array, ""]
     promised: Float[Array, ""]
+    unmet: Int[Array, ""]
     reached: Float[Array, ""]
     last_rates: Float[Array, "d"]
     hold: Float[Array, ""]

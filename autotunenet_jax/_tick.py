@@ -44,6 +44,8 @@ _PROBATION_FORKS, _LEAST_PROMISING = 4, 10
 _MISSING_SHARE = 0.15
 LEAST_GAIN = 2.0
 _PROBATION_RETREAT_DECADES = 1.0
+# Losses in a row that have to be too high: a single one beyond all measure tells nothing.
+_UNMET = 10
 # Share of what was missing at the rate before, beyond which a lower one did not help.
 _STILL_MISSING = 0.75
 
@@ -149,7 +151,9 @@ def tick(
     may_retry = (verdict == _guard.NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
     is_due = in_train & (ts.probation == 1)
     gain = initial_loss - ts.promised
-    is_missing = (guard_state.short > ts.promised + _MISSING_SHARE * gain) & (gain > LEAST_GAIN * guard_state.spread)
+    enough = ts.promised + _MISSING_SHARE * gain
+    unmet = jnp.where(is_finite & (loss <= enough), 0, jnp.minimum(ts.unmet + 1, NEVER))
+    is_missing = (guard_state.short > enough) & (unmet >= _UNMET) & (gain > LEAST_GAIN * guard_state.spread)
     is_missing &= is_due & ~unhealthy & (ts.rollbacks < guard.max_rollbacks)
     # A lower rate that got no farther was no remedy: the one before is in force again, and training goes on.
     is_vain = is_missing & (guard_state.short - ts.promised > _STILL_MISSING * (ts.reached - ts.promised))
@@ -255,6 +259,7 @@ def tick(
         since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
         since_restart=jnp.where(rolls_back, 0, jnp.minimum(ts.since_restart + 1, NEVER)),
         probation=probation.astype(jnp.int32),
+        unmet=unmet,
         reached=reached,
         last_rates=last_rates,
         hold=jnp.where((rolls_back & ~is_blue) | returns, 0.0, ts.hold),

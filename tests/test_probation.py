@@ -17,7 +17,7 @@ LATE = int(TUNER.plan.late[0])
 
 
 @functools.cache
-def run(kind, noise=0.01):
+def run(kind, noise=0.01, outlier_at=None):
     """A run whose forks get from 2 to 1; afterwards training falls on ('healthy'), or stays at 1.7 until its rate is
     lowered by a decade ('ruined'), or two, getting to 1.5 after one ('halfway'), or for good ('lost')."""
     rng = np.random.default_rng(0)
@@ -34,7 +34,8 @@ def run(kind, noise=0.01):
             is_well = fallen >= {"healthy": 0, "ruined": 1, "halfway": 2, "lost": 9}[kind]
             worst = 1.5 if kind == "halfway" and fallen == 1 else 1.7
             level = max(level - (0.02 if is_well else 0.01), 0.5 if is_well else worst)
-        ts, directive = UPDATE(ts, jnp.float32(level + noise * rng.normal()))
+        is_outlier = begun is not None and int(ts.step) + 1 - begun == outlier_at
+        ts, directive = UPDATE(ts, jnp.float32(1e30 if is_outlier else level + noise * rng.normal()))
         if begun is None and int(ts.rounds_held) == 1:
             begun, rate, level = int(ts.step), float(ts.incumbent[0]), 2.0
         elif begun is not None and not in_fork:
@@ -85,3 +86,8 @@ def test_lower_rates_are_tried_while_each_gets_farther():
 def test_noise_is_no_reason():
     """Where the forks gained less than twice what single losses differ by, they promise nothing."""
     assert rollbacks("lost", noise=1.0) == []
+
+
+@pytest.mark.parametrize("before", [0, 1, 4])
+def test_a_single_loss_beyond_all_measure_is_no_reason(before):
+    assert rollbacks("healthy", outlier_at=4 * LATE - before) == []

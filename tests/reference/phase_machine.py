@@ -81,7 +81,7 @@ class PhaseMachine:
         self.metrics = Metrics()
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
-        self.relapses = self.probation = 0
+        self.relapses = self.probation = self.unmet = 0
         self.lowest, self.promised, self.reached = F(np.inf), F(np.inf), F(np.inf)
         self.last_rates, self.hold = start, ZERO
         self.since_rollback = NEVER
@@ -177,6 +177,8 @@ class PhaseMachine:
         newer, older = ("saved", "kept") if ages["saved"] < ages["kept"] else ("kept", "saved")
         self.step += 1
         self.data_step += 1
+        enough = self.promised + F(_tick._MISSING_SHARE) * (self.initial_loss - self.promised)
+        self.unmet = 0 if np.isfinite(loss) and loss <= enough else self.unmet + 1
         on_probation = self.phase == "train" and self.probation > 0
         if on_probation:
             self.probation -= 1
@@ -214,7 +216,7 @@ class PhaseMachine:
         """Training that began again is not nearly as far as its forks were: it begins once more, at a lower rate."""
         gain = self.initial_loss - self.promised
         is_missing = self.watch.short > self.promised + F(_tick._MISSING_SHARE) * gain
-        is_clear = gain > F(_tick.LEAST_GAIN) * self.watch.spread
+        is_clear = gain > F(_tick.LEAST_GAIN) * self.watch.spread and self.unmet >= _tick._UNMET
         if not (is_missing and is_clear) or self.rollbacks >= self.guard.max_rollbacks:
             return False
         if self.watch.short - self.promised > F(_tick._STILL_MISSING) * (self.reached - self.promised):
