@@ -92,11 +92,11 @@ def _fresh_data(task: Workload) -> Workload:
 
 def _ablated(
     options: Callable[[], dict[str, Any]] = dict,
-    patch: Callable[[], Any] = contextlib.nullcontext,
+    patch: Callable[[], Any] | None = None,
     change: Callable[[Workload], Workload] = lambda task: task,
 ) -> Callable[..., searches.Found]:
     def search(task: Workload, seed: int, hp: dict[str, float], *, all_tuned: bool) -> searches.Found:
-        with _patched(patch):
+        with contextlib.nullcontext() if patch is None else _patched(patch):
             return searches.ours(change(task), seed, hp, all_tuned=all_tuned, **options())
 
     return search
