@@ -97,6 +97,7 @@ class Ended(NamedTuple):
       ts: The state, with the stretch's score recorded and its group of observations not yet fitted.
       is_retry: Whether the stretch begins again, since it met a bad batch.
       has_score: Whether the stretch was a fork with a usable score.
+      is_hot: Whether it was one whose rate is too high: training became unhealthy, or what it had gained was spoilt.
       steps: Steps the fork has run.
       time: When its score was taken, as the surrogate counts time.
       scores: The observations in the unit of the surrogate.
@@ -116,6 +117,7 @@ class Ended(NamedTuple):
     ts: TunerState
     is_retry: Array
     has_score: Array
+    is_hot: Array
     steps: Array
     time: Array
     scores: _observations.Observations
@@ -153,12 +155,14 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     reference = jnp.where(is_opening & has_eval, ts.eval_level, held.reference)
     reference = jnp.where(jnp.isfinite(reference), reference, score)
     succeeded = in_fork & ~ts.has_failed & jnp.isfinite(score)
-    # Even where it is the best one, a later fork that spoils what training has come to is not gone on from. Where that
-    # is nothing that tells from noise, there is nothing to spoil.
-    is_clear = ts.initial_loss - ts.best_level > LEAST_GAIN * ts.guard.spread
-    gained = jnp.where(has_eval, ts.validation.first, ts.initial_loss) - reference
-    spoils = is_clear & (score > reference + policy.lost_share * jnp.maximum(gained, 0.0))
-    succeeded &= (plan.kind[row] == FAST) | ~spoils
+    # Even where it is the best one, a fork that spoils what training has come to is not gone on from: so says its loss,
+    # beyond noise, and the metric where there is one.
+    lost = policy.lost_share * (ts.initial_loss - ts.best_level)
+    spoils = loss - ts.best_level > jnp.maximum(lost, LEAST_GAIN * ts.guard.spread)
+    gained = ts.validation.first - reference
+    spoils &= ~has_eval | ((gained > 0.0) & (score > reference + policy.lost_share * gained))
+    spoils &= in_fork & (plan.kind[row] == RAISE)
+    succeeded &= ~spoils
     steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + position(ts)
     is_fork = jnp.arange(MAX_FORKS) == fork
     is_score = in_fork & is_fork[:, None] & (jnp.arange(held.score.shape[1]) == rung)
@@ -199,6 +203,7 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
         ts=ts,
         is_retry=retries,
         has_score=succeeded,
+        is_hot=in_fork & (ts.has_failed | spoils),
         steps=steps_run,
         time=time,
         scores=scores,
@@ -281,7 +286,7 @@ def _choose(
     raises = kind == RAISE
     score = held.score[fork, rung]
     lead = held.score[holder, rung] - score
-    gains = (lead > 0.0) & (lead > policy.raise_gain * (held.reference - score))
+    gains = (lead > 0.0) & (lead > policy.raise_gain * jnp.abs(held.reference - score))
     is_better = jnp.where(raises, gains, p_better > policy.move)
     wins = succeeded & is_late & (~has_holder | is_better)
     ends = in_fork & ~continues
@@ -337,9 +342,9 @@ def _choose(
     tilt = policy.tilt * jnp.where(space_of.is_rate, ended.between * space_of.decades, 0.0).sum(axis=1)
     halfway = ended.between[jnp.argmin(jnp.where(ended.is_between, robust + tilt, jnp.inf))]
     winner = jnp.where((kind == FAST) & jnp.any(ended.is_between), halfway, held.x[best])
-    # Where even the fork of the rate in force failed, that rate is too high by now.
-    lower = jnp.where(space_of.is_rate, ts.incumbent - policy.spread_decades / space_of.decades, ts.incumbent)
-    chosen = jnp.where(has_kept, winner, jnp.where(raises, jnp.maximum(lower, 0.0), proposal))
+    # Where even the fork of the rate in force is too hot, that rate is by now.
+    step = jnp.where(space_of.is_rate & ended.is_hot, policy.spread_decades / space_of.decades, 0.0)
+    chosen = jnp.where(has_kept, winner, jnp.where(raises, jnp.maximum(ts.incumbent - step, 0.0), proposal))
     incumbent = jnp.where(finishes, chosen, ts.incumbent)
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     keep = wins

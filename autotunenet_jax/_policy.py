@@ -45,7 +45,8 @@ class Policy:
       later_reach: Half-width, in the unit cube, of the trust region of later rounds.
       raise_gain: How much better the fork of a higher rate has to be for that rate to be raised, as a share of what it
         gained.
-      lost_share: A later fork that loses this share of all that training has gained has failed, even as the best one.
+      lost_share: A fork of the round that raises rates has failed, even as the best one, if it loses this share of all
+        that training has gained.
       held_share: Share of the budget after which the decay would begin if it were as steep as it is after a wait.
     """
 

@@ -212,10 +212,11 @@ class TunerState(NamedTuple):
       rollbacks: Rollbacks so far.
       relapses: Rollbacks in a row for a loss that was high on the restored snapshot itself.
       since_rollback: Steps since the last one.
-      since_restart: Steps since that or since the first round ended, whichever came later: rates warm up from there.
+      since_restart: Steps since that, since the first round ended, or since a lowered rate was taken back, whichever
+        came last: rates warm up from there.
       probation: Steps of training until it has to have got as far as the forks it began again for; 0 for none.
       promised: Training loss that the best of them ended with.
-      unmet: Losses in a row above what was promised and what may be missing of it.
+      unmet: Losses above what was promised and what may be missing of it, net of twice those that are not.
       reached: Training loss by then of the attempt before; infinite before the first.
       last_rates: Hyperparameters of that attempt, unit cube.
       hold: Share of the budget left when the decay began to wait; 0 where it does not.

@@ -44,7 +44,8 @@ _PROBATION_FORKS, _LEAST_PROMISING = 4, 10
 _MISSING_SHARE = 0.15
 LEAST_GAIN = 2.0
 _PROBATION_RETREAT_DECADES = 1.0
-# Losses in a row that have to be too high: a single one beyond all measure tells nothing.
+# Losses that have to be too high, each that is not taking two back: a single one beyond all measure tells nothing. No
+# more than twice as many count, so that the first ones are forgotten in time.
 _UNMET = 10
 # Share of what was missing at the rate before, beyond which a lower one did not help.
 _STILL_MISSING = 0.75
@@ -152,7 +153,7 @@ def tick(
     is_due = in_train & (ts.probation == 1)
     gain = initial_loss - ts.promised
     enough = ts.promised + _MISSING_SHARE * gain
-    unmet = jnp.where(is_finite & (loss <= enough), 0, jnp.minimum(ts.unmet + 1, NEVER))
+    unmet = jnp.where(is_finite & (loss <= enough), jnp.maximum(ts.unmet - 2, 0), jnp.minimum(ts.unmet + 1, 2 * _UNMET))
     is_missing = (guard_state.short > enough) & (unmet >= _UNMET) & (gain > LEAST_GAIN * guard_state.spread)
     is_missing &= is_due & ~unhealthy & (ts.rollbacks < guard.max_rollbacks)
     # A lower rate that got no farther was no remedy: the one before is in force again, and training goes on.
@@ -178,7 +179,8 @@ def tick(
         retreat(ts.incumbent, jnp.where(is_behind, _PROBATION_RETREAT_DECADES, decades)),
         jnp.where(is_vain, ts.last_rates, ts.incumbent),
     )
-    reached = jnp.where(is_behind, guard_state.short, ts.reached)
+    # What is lowered for another reason in between is not taken back.
+    reached = jnp.where(is_behind, guard_state.short, jnp.where(rolls_back, jnp.inf, ts.reached))
     last_rates = jnp.where(is_behind, ts.incumbent, ts.last_rates)
     # At the lower bound there is nothing left to try.
     goes_on = (ts.probation > 0) & ~(is_behind & jnp.all(incumbent == ts.incumbent))
@@ -257,12 +259,12 @@ def tick(
         rollbacks=ts.rollbacks + rolls_back,
         relapses=jnp.where(rolls_back, jnp.where(at_once, ts.relapses + 1, 0), jnp.where(accepts, 0, ts.relapses)),
         since_rollback=jnp.where(rolls_back, 0, jnp.minimum(ts.since_rollback + 1, NEVER)),
-        since_restart=jnp.where(rolls_back, 0, jnp.minimum(ts.since_restart + 1, NEVER)),
+        since_restart=jnp.where(rolls_back | is_vain, 0, jnp.minimum(ts.since_restart + 1, NEVER)),
         probation=probation.astype(jnp.int32),
         unmet=unmet,
         reached=reached,
         last_rates=last_rates,
-        hold=jnp.where((rolls_back & ~is_blue) | returns, 0.0, ts.hold),
+        hold=jnp.where((in_train & unhealthy & ~is_blue) | is_behind | returns, 0.0, ts.hold),
         outcome=jnp.where(rolls_back | accepts, outcome, ts.outcome).astype(jnp.int32),
         window=window,
         sweep=sweep,

@@ -172,9 +172,13 @@ def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
         drift, fed = _drift.feed_eval(drift, ts, metric)
     told = settings.core.observe_eval(ts, fed)
     tuner = course.tuner._replace(window=told.window, eval_level=told.eval_level)
-    # The way back from a metric that rises leads to the kept snapshot.
+    # The way back from a metric that rises leads to the kept snapshot: without one, only the decay waits no longer.
     if settings.memory == "keep-winner":
-        tuner = tuner._replace(validation=told.validation, incumbent=told.incumbent, hold=told.hold)
+        tuner = tuner._replace(validation=told.validation, incumbent=told.incumbent)
+    else:
+        seen = {name: getattr(told.validation, name) for name in ("first", "mark", "marked")}
+        tuner = tuner._replace(validation=tuner.validation._replace(**seen))
+    tuner = tuner._replace(hold=told.hold)
     return course._replace(tuner=tuner, drift=drift)
 
 

@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _plan, _state
+from autotunenet_jax import _packed, _plan, _state
 
 TOTAL = 600
 TUNER = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, TOTAL)
@@ -80,7 +81,9 @@ def test_the_decay_waits_and_then_falls_to_zero_at_the_end():
 def test_it_goes_on_once_validation_has_stopped_falling():
     stops_at = AT + 10
     states, _ = run(stops_at=stops_at)
-    for step, factor in factors(states):
+    seen = factors(states)
+    assert any(round_ended(states) + 10 < step < stops_at for step, _ in seen)
+    for step, factor in seen:
         plain = 1.0 - step / TOTAL
         if step > stops_at + TOTAL // 10:  # a metric is compared with one of that long ago
             assert factor == pytest.approx(plain, abs=1e-5)
@@ -120,3 +123,17 @@ def test_a_decay_that_is_asked_for_sets_in_at_once():
     annealed = TUNER.anneal(ts, 100)
     assert float(FACTOR(annealed)) == pytest.approx(1.0, abs=1e-5)
     assert float(FACTOR(annealed._replace(step=annealed.step + 50))) == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["keep-winner", "rewind"])
+def test_inside_an_optimizer_validation_ends_it_too(memory):
+    inner = optax.inject_hyperparams(optax.sgd)(learning_rate=1e-3)
+    state = atn.autotune(inner, {"learning_rate": (1e-5, 1e-1)}, TOTAL, memory=memory).init(jnp.ones(3))
+    ts = state.tuner
+    seen = ts.validation._replace(mark=jnp.float32(0.5), marked=jnp.int32(AT - 100))
+    ts = ts._replace(step=jnp.int32(AT), phase=jnp.int32(_state.TRAIN), hold=jnp.float32(0.7), validation=seen)
+    state = state._replace(packed=_packed.pack(state.course._replace(tuner=ts)))
+    lower = atn.observe_eval(state, 0.4)
+    assert float(lower.tuner.hold) == pytest.approx(0.7)
+    assert float(atn.observe_eval(lower, 0.6).tuner.hold) == pytest.approx(0.7)  # too soon to say
+    assert float(atn.observe_eval(state, 0.6).tuner.hold) == 0.0

@@ -82,6 +82,7 @@ class PhaseMachine:
         self.watch = Watch()
         self.step = self.data_step = self.discarded = self.rollbacks = self.rounds_held = self.retries = 0
         self.relapses = self.probation = self.unmet = 0
+        self.is_hot = False
         self.lowest, self.promised, self.reached = F(np.inf), F(np.inf), F(np.inf)
         self.last_rates, self.hold = start, ZERO
         self.since_rollback = NEVER
@@ -178,7 +179,8 @@ class PhaseMachine:
         self.step += 1
         self.data_step += 1
         enough = self.promised + F(_tick._MISSING_SHARE) * (self.initial_loss - self.promised)
-        self.unmet = 0 if np.isfinite(loss) and loss <= enough else self.unmet + 1
+        is_met = bool(np.isfinite(loss) and loss <= enough)
+        self.unmet = max(self.unmet - 2, 0) if is_met else min(self.unmet + 1, 2 * _tick._UNMET)
         on_probation = self.phase == "train" and self.probation > 0
         if on_probation:
             self.probation -= 1
@@ -251,6 +253,8 @@ class PhaseMachine:
 
     def _train_failed(self, verdict: str, loss: Any, ages: Any, newer: str, older: str, climbed: bool,
                       result: Result) -> None:  # fmt: skip
+        is_blue = verdict == "non-finite" and not climbed
+        self.hold = self.hold if is_blue else ZERO
         at_once = verdict != "non-finite" and self.watch.strikes >= self.since_rollback
         accepts = at_once and self.relapses > 0
         if accepts or (verdict != "non-finite" and self.rollbacks >= self.guard.max_rollbacks):
@@ -266,8 +270,8 @@ class PhaseMachine:
                 self.left = NEVER
             return
         result.outcome = "rollback"
+        self.reached = F(np.inf)
         was_damaged = at_once or (verdict == "non-finite" and self.since_rollback == 1)
-        is_blue = verdict == "non-finite" and not climbed
         is_safe = min(ages.values()) >= (1 if is_blue else _tick._MIN_SNAPSHOT_AGE) and not was_damaged
         target = newer if is_safe else older
         result.restore, result.adopt = target == "saved", target == "kept"
@@ -278,7 +282,6 @@ class PhaseMachine:
         within = _tick._BLUE_RETREAT_WITHIN if is_blue else _tick._RATE_RETREAT_WITHIN
         if (self.since_rollback <= within and not was_damaged) or (verdict == "diverged" and not at_once):
             self._retreat(_tick._BLUE_RETREAT_DECADES if is_blue else _tick._RATE_RETREAT_DECADES)
-        self.hold = self.hold if is_blue else ZERO
         self.watch.strikes, self.watch.short, self.watch.peak = 0, self.watch.level, ZERO
         self.rollbacks += 1
         self.relapses = self.relapses + 1 if at_once else 0
@@ -443,9 +446,8 @@ class PhaseMachine:
         if not np.isfinite(self.reference):
             self.reference = score
         fork.steps += ran
-        gained = (self.metrics.first if self.scored_by_eval else self.initial_loss) - self.reference
-        spoils = kind != FAST and score > self.reference + F(self.policy.lost_share) * max(gained, F(0))
-        spoils = spoils and self.initial_loss - self.best_level > F(_tick.LEAST_GAIN) * self.watch.spread
+        spoils = kind == RAISE and self._spoils(score)
+        self.is_hot = fork_failed or spoils
         succeeded = not fork_failed and bool(np.isfinite(score)) and not spoils
         fork.scores.append(score if succeeded else F(np.nan))
         y = score - self.reference if succeeded else None
@@ -470,7 +472,7 @@ class PhaseMachine:
         is_better = chance > self.policy.move
         if kind == RAISE and self.winner is not None:
             lead = self.forks[self.winner].scores[-1] - score
-            is_better = lead > 0 and lead > F(self.policy.raise_gain) * (self.reference - score)
+            is_better = lead > 0 and lead > F(self.policy.raise_gain) * abs(self.reference - score)
         wins = succeeded and is_late and (self.winner is None or is_better)
         fork.status = "failed" if not succeeded else "finished" if is_late else "dropped"
         fork_loss = F(sum(self.scored, F(0)) / F(len(self.scored))) if self.scored else F(np.nan)
@@ -508,6 +510,15 @@ class PhaseMachine:
         between = self._between(mean_at) if kind == FAST else None
         self._finish_round(wins, proposal, between, self._is_given_away(), result)
 
+    def _spoils(self, score: Any) -> bool:
+        """Whether the fork that ended lost much of what training had gained, by its losses and by its metric."""
+        fork_loss = F(sum(self.scored, F(0)) / F(len(self.scored))) if self.scored else F(np.nan)
+        share, spread = F(self.policy.lost_share), F(_tick.LEAST_GAIN) * self.watch.spread
+        if not fork_loss - self.best_level > max(share * (self.initial_loss - self.best_level), spread):
+            return False
+        gained = self.metrics.first - self.reference
+        return not self.scored_by_eval or bool(gained > 0 and score > self.reference + share * gained)
+
     def _is_given_away(self) -> bool:
         """Whether the round's winner is lost as well."""
         is_exploring = self.plan.sweep[self.row] > 0 and self.plan.forks[self.row] >= LEAST_EXPLORING
@@ -519,8 +530,9 @@ class PhaseMachine:
         before = self.incumbent
         if self.winner is None:
             # The data goes on: what every fork failed on is not shown again.
-            lower = np.where(self.is_rate, before - F(self.policy.spread_decades) / self.decades, before)
-            self.incumbent = np.maximum(lower, 0).astype(F) if self.plan.kind[self.row] == RAISE else proposal
+            step = np.where(self.is_rate & self.is_hot, F(self.policy.spread_decades) / self.decades, 0)
+            lower = np.maximum(before - step, 0).astype(F)
+            self.incumbent = lower if self.plan.kind[self.row] == RAISE else proposal
             result.restore, result.outcome = True, "failed"
         else:
             self.incumbent = self.forks[self.winner].x if between is None else between
