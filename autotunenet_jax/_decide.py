@@ -370,11 +370,14 @@ def _choose(
 
     # A round takes the place of the best state: what it begins from, and then its winner, is what is to be bettered.
     is_won = raises & wins & held.has_eval
-    comes_down = has_kept & held.has_eval & (held.score[0, rung] < held.reference)
     metric = jnp.where(is_won, score, ts.eval_level)
     level = jnp.where(is_won, fork_loss, ts.guard.short)
     measured = _validation.measured_from(ts, metric, level, is_kept=is_won)
     validation = _select(is_won | (holds & raises & jnp.isfinite(ts.eval_level)), measured, ts.validation)
+
+    # A rate that is no longer too low, and from which training still comes down, is worth its height for longer.
+    comes_down = has_kept & held.has_eval & (held.score[0, rung] < held.reference)
+    waits = jnp.where(comes_down, remaining / jnp.maximum(plan.total, 1), 0.0)
 
     # The next round, and the segment that leads to it.
     next_row = jnp.where(finishes | skips, row + 1, row)
@@ -429,8 +432,7 @@ def _choose(
         since_restart=jnp.where(begins_afresh, 0, ts.since_restart),
         probation=probation.astype(jnp.int32),
         promised=jnp.where(begins_afresh, report.lowest, ts.promised),
-        # A rate that is no longer too low, and from which training still comes down, is worth its height for longer.
-        hold=jnp.where(finishes & raises, jnp.where(comes_down, remaining / jnp.maximum(plan.total, 1), 0.0), ts.hold),
+        hold=jnp.where(finishes & raises, waits, ts.hold),
         outcome=outcome,
         validation=validation,
         window=empty_window(),

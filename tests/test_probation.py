@@ -88,6 +88,20 @@ def test_noise_is_no_reason():
     assert rollbacks("lost", noise=1.0) == []
 
 
+@pytest.mark.parametrize(
+    ("spread", "unmet", "is_behind"),
+    [(0.1, 20, True), (0.6, 20, False), (0.1, 5, False)],
+    ids=["behind", "within noise", "met of late"],
+)
+def test_what_is_missing_has_to_tell_from_noise_and_to_last(spread, unmet, is_behind):
+    *_, ts = run("healthy")[1][2 * LATE]
+    guard = ts.guard._replace(short=jnp.float32(1.7), level=jnp.float32(1.7), spread=jnp.float32(spread))
+    due = {"probation": jnp.int32(1), "unmet": jnp.int32(unmet), "segment_left": jnp.int32(9)}
+    ts = ts._replace(promised=jnp.float32(1.0), initial_loss=jnp.float32(2.0), guard=guard, **due)
+    _, directive = UPDATE(ts, jnp.float32(1.7))
+    assert (int(directive.verdict) == _guard.BEHIND) == is_behind
+
+
 @pytest.mark.parametrize("before", [0, 1, 4])
 def test_a_single_loss_beyond_all_measure_is_no_reason(before):
     assert rollbacks("healthy", outlier_at=4 * LATE - before) == []
