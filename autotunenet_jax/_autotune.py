@@ -15,6 +15,7 @@ from ._controller import AutoTuneNet, Decay, when
 from ._guard import Guard
 from ._single_kernel import single_kernel
 from ._state import Directive
+from ._stored_program import named, stored_program
 from ._tuned_access import warn_if_silent
 from ._tuned_loss import settled, take_loss
 from ._tuned_start import build, starting_values
@@ -300,6 +301,11 @@ def _passed(settings: Settings, packed: _packed.Packed) -> _packed.Packed:
     return _packed.pack(course._replace(lag=course.lag + 1))
 
 
+def _like_opened(settings: Settings, *_: Any) -> _Opened:
+    return named(_Opened, values=dict.fromkeys(settings.core.space.names, "value"), left=named(Order))
+
+
+@stored_program(like=_like_opened, static_argnums=(0, 1))
 @single_kernel(static_argnums=(0, 1))
 def _open(settings: Settings, is_silent: bool, packed: _packed.Packed) -> _Opened:
     course = _packed.unpack(packed, settings.layout)
@@ -312,6 +318,11 @@ def _open(settings: Settings, is_silent: bool, packed: _packed.Packed) -> _Opene
     return _Opened(values, left, home, attempts, (home > 0) & (attempts > 0), course.lag)
 
 
+def _like_closed(settings: Settings, packed: _packed.Packed, *_: Any) -> _Closed:
+    return named(_Closed, packed=packed, order=named(Order))
+
+
+@stored_program(like=_like_closed, static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
 def _close(
     settings: Settings,

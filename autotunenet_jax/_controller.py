@@ -27,6 +27,7 @@ from ._state import (
     Round,
     TunerState,
 )
+from ._stored_program import named, stored_program
 
 Decay = Literal["linear", "cosine", "none"]
 _DECAYS = ("linear", "cosine", "none")
@@ -117,6 +118,7 @@ class Core:
 
     @in_float32
     @one_by_one(static_argnums=(0,))
+    @stored_program(like=lambda self, ts: (ts, named(Directive), ts.round), static_argnums=(0,))
     def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
         return _decide.decide(self.surrogate, self.policy, self.space, ts)
 

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.stats import norm
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _acquisition, _belief, _bracket, _guard, _kernels, _observations, _surrogate, _validation
 from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, RAISE, SLOW
 from ._policy import Directions, Policy, directions
-from ._single_kernel import single_kernel
+from ._single_kernel import once, single_kernel
 from ._space import SearchSpace
 from ._state import (
     FORK,
@@ -53,14 +52,13 @@ def _expected_improvement(mean: Array, covariance: Array, best: Array) -> Array:
     gain = mean[best] - mean[-1]
     variance = covariance[-1, -1] + covariance[best, best] - 2.0 * covariance[best, -1]
     deviation = jnp.sqrt(jnp.maximum(variance, 1e-12))
-    z = gain / deviation
-    return gain * norm.cdf(z) + deviation * norm.pdf(z)
+    return deviation * _acquisition.expected_excess(gain / deviation)
 
 
 def _probability_better(mean: Array, covariance: Array, challenger: Array, holder: Array) -> Array:
     gain = mean[holder] - mean[challenger]
     variance = covariance[holder, holder] + covariance[challenger, challenger] - 2.0 * covariance[holder, challenger]
-    return norm.cdf(gain / jnp.sqrt(jnp.maximum(variance, 1e-12)))
+    return _acquisition.normal_cdf(gain / jnp.sqrt(jnp.maximum(variance, 1e-12)))
 
 
 def _select(condition: Array, new, old):
@@ -163,6 +161,8 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     spoils &= ~has_eval | ((gained > 0.0) & (score > reference + policy.lost_share * gained))
     spoils &= in_fork & (plan.kind[row] == RAISE)
     succeeded &= ~spoils
+    in_fork, in_sweep, retries, succeeded, spoils = once(in_fork, in_sweep, retries, succeeded, spoils)
+    has_eval, score, reference = once(has_eval, score, reference)
     steps_run = jnp.where(ts.phase == FORK, held.steps[fork], 0) + position(ts)
     is_fork = jnp.arange(MAX_FORKS) == fork
     is_score = in_fork & is_fork[:, None] & (jnp.arange(held.score.shape[1]) == rung)
@@ -326,6 +326,8 @@ def _choose(
     is_worth_it = jnp.where(raises, wins & ended.has_room, is_worth_it)
     forks_again = ends & may_fork & affordable & is_worth_it & (remaining > late)
     finishes = ends & ~forks_again
+    has_kept, best, wins, continues = once(has_kept, best, wins, continues)
+    forks_again, finishes = once(forks_again, finishes)
 
     # A round begins with the incumbent, unless the sweep says its rate is far off.
     holds = in_train & (remaining > late) & affordable & ((kind != SLOW) | jnp.isfinite(ts.eval_level))
@@ -336,6 +338,7 @@ def _choose(
     is_far = jnp.abs(ts.incumbent - prior.center) * space_of.decades > policy.plausible_decades
     opening = space.snap(jnp.where(in_sweep & space_of.is_rate & is_far, prior.center, ts.incumbent))
     starts_fork = (holds & ~starts_sweep) | in_sweep | forks_again
+    holds, skips, starts_sweep, starts_fork = once(holds, skips, starts_sweep, starts_fork)
     trial = jnp.where(forks_again, proposal, jnp.where(starts_fork, opening, ts.trial))
 
     # Fast hyperparameters need not be those of a fork: the best may lie between two.

@@ -16,6 +16,7 @@ from ._observations import Observations, add, empty, mask
 from ._one_by_one import one_by_one
 from ._sampling import branches, spread_table, turned, uniforms
 from ._space import SearchSpace
+from ._stored_program import stored_program
 from ._surrogate import Posterior, fit, noise_deviation, predict
 
 # References compared by the acquisition, besides those of a batch.
@@ -59,6 +60,10 @@ class EngineState(NamedTuple):
     """How many points were ever suggested."""
     design: Float[Array, "initial d"]
     """The space-filling points that come before the surrogate decides."""
+
+
+def _like_suggested(optimizer: Any, count: int | None, state: EngineState, time: Any) -> tuple[Any, EngineState]:
+    return dict.fromkeys(optimizer.space.names, "value"), state
 
 
 class BayesianOptimizer:
@@ -175,6 +180,7 @@ class BayesianOptimizer:
         return self._suggest(count, state, time)
 
     @one_by_one(static_argnums=(0, 1))
+    @stored_program(like=_like_suggested, static_argnums=(0, 1))
     def _suggest(self, count: int | None, state: EngineState, time: Any) -> tuple[dict[str, Array], EngineState]:
         size = 1 if count is None else count
         obs, dims = state.observations, self.space.dims

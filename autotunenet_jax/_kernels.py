@@ -106,7 +106,6 @@ class SurrogateConfig:
                 raise ValueError(f"{name} must be above zero; got {getattr(self, name)!r}.")
         if self.failure_margin < 0:
             raise ValueError(f"failure_margin must be at least 0; got {self.failure_margin!r}.")
-        _gpjax_kernels()
 
 
 class Hyper(NamedTuple):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from . import _guard, _sweep
 from ._plan import NEVER, only_raises
-from ._single_kernel import single_kernel
+from ._single_kernel import once, single_kernel
 from ._state import (
     FORK,
     OUTCOME_ACCEPTED,
@@ -120,6 +120,7 @@ def tick(
     unhealthy = _guard.is_failure(verdict)
     is_finite = jnp.isfinite(loss)
     value = jnp.where(is_finite, loss, guard_state.level)
+    guard_state, verdict, unhealthy, is_finite, value = once(guard_state, verdict, unhealthy, is_finite, value)
 
     is_unknown = jnp.isnan(ts.initial_loss)
     is_first = ((ts.step < _FIRST_LOSSES) | is_unknown) & is_finite
@@ -162,6 +163,8 @@ def tick(
     verdict = jnp.where(is_behind, _guard.BEHIND, verdict)
     rolls_back = (in_train & unhealthy & may_retry & ~accepts) | is_behind
     gives_up = in_train & unhealthy & ~may_retry & ~accepts
+    verdict, rolls_back, gives_up, accepts = once(verdict, rolls_back, gives_up, accepts)
+    at_once, is_behind, is_vain = once(at_once, is_behind, is_vain)
     saved_age, kept_age = ts.step - ts.slots.saved_step, ts.step - ts.slots.kept_step
     saved_is_newer = saved_age < kept_age
     # Not finite or high at once after a rollback: that snapshot, the newer one since, may hold the damage itself.
@@ -227,6 +230,7 @@ def tick(
     returns = calm & seen.returns & seen.is_kept
     save = jnp.where(owns_kept, calm & (saved_age >= ts.plan.save_every) & ~returns & ~on_probation, save)
     keep = jnp.where(owns_kept, calm & seen.keeps & ~returns, keep)
+    due, calm, returns, save, keep = once(due, calm, returns, save, keep)
     validation = seen._replace(
         keeps=seen.keeps & ~keep, returns=seen.returns & ~calm, is_kept=seen.is_kept | (seen.keeps & keep)
     )

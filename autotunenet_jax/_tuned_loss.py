@@ -9,6 +9,7 @@ from . import _drift, _packed
 from ._controller import when
 from ._single_kernel import single_kernel
 from ._state import FORK, Directive
+from ._stored_program import named, stored_program
 from ._tuned_state import Course, Memory, Order, Settings, advanced, no_order, where
 
 
@@ -52,6 +53,11 @@ def _unpack(settings: Settings, packed: _packed.Packed) -> Course:
     return _packed.unpack(packed, settings.layout)
 
 
+def _like_heard(settings: Settings, packed: _packed.Packed, *_: Any) -> _Heard:
+    return named(_Heard, packed=packed, directive=named(Directive))
+
+
+@stored_program(like=_like_heard, static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
 def _hear(
     settings: Settings, packed: _packed.Packed, loss: Array, lag: Array, is_usable: Array, is_away: Array

@@ -76,6 +76,21 @@ def test_the_gradient_of_log_h_is_right_and_finite_everywhere():
     assert all(np.all(np.isfinite(part)) for part in extreme)
 
 
+def test_the_distribution_and_the_excess_of_a_unit_normal():
+    z = np.linspace(-12.0, 12.0, 4801).astype(np.float32)
+    exact = special.ndtr(z.astype(float))
+    density = np.exp(-0.5 * z.astype(float) ** 2) / np.sqrt(2 * np.pi)
+    np.testing.assert_allclose(jax.jit(_acquisition.normal_cdf)(z), exact, rtol=5e-5)
+    # Below six standard deviations the two terms of the formula cancel in float64.
+    low = z > -6.0
+    excess = jax.jit(_acquisition.expected_excess)(z)
+    np.testing.assert_allclose(excess[low], (density + z * exact)[low], rtol=1e-5)
+    assert np.all(np.diff(excess) >= 0.0) and np.all(np.asarray(excess) >= 0.0)
+    far = np.array([-1e30, -1e9, 1e9, 1e30], np.float32)
+    np.testing.assert_array_equal(_acquisition.normal_cdf(far), [0, 0, 1, 1])
+    np.testing.assert_array_equal(_acquisition.expected_excess(far), [0, 0, 1e9, far[-1]])
+
+
 def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
     obs = bowl_history()
     post = fit(obs, FLAT)

@@ -78,8 +78,15 @@ def products(jaxpr):
                 yield from products(getattr(inner, "jaxpr", inner))
 
 
+@pytest.fixture
+def traced_anew():
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 @pytest.mark.parametrize("precision", [None, "bfloat16"])
-def test_no_product_is_rounded_to_less(precision):
+def test_no_product_is_rounded_to_less(precision, traced_anew):
     """Accelerators multiply in fewer bits unless told not to."""
     tuner = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1), "dropout": (0.0, 0.5)}, 200)
     optimizer = atn.BayesianOptimizer({"x": (0.0, 1.0), "kind": ["a", "b"]}, capacity=16)
