@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import autotunenet_jax as atn
-from autotunenet_jax import _acquisition, _guard, _observations, _policy, _state, _surrogate, _tick
+from autotunenet_jax import _acquisition, _guard, _observations, _policy, _state, _stored_program, _surrogate, _tick
 from autotunenet_jax._plan import Recipe
 from tests.reference.phase_machine import PhaseMachine
 from tests.test_validation import overfitting
@@ -55,6 +55,8 @@ def light_surrogate():
         patch.setattr(_surrogate, "fit", fit)
         patch.setattr(_surrogate, "predict", predict)
         patch.setattr(_acquisition, "propose", propose)
+        # Programs of these must not be taken for those of the engine.
+        patch.setattr(_stored_program, "_folder", lambda: None)
         yield
 
 

@@ -5,6 +5,7 @@ Gaussian process, the part whose compilation takes seconds in every new program,
 """
 
 import functools
+import pathlib
 import types
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _acquisition, _observations, _surrogate
+from autotunenet_jax import _acquisition, _observations, _stored_program, _surrogate
 
 TOTAL = 96
 
@@ -43,15 +44,24 @@ def light_propose(config, posterior, key, *, lower, upper, snap, **_):
     return snap(jax.random.uniform(key, lower.shape, minval=lower, maxval=upper))
 
 
+def lighten(set_attribute=setattr):
+    """Puts the light surrogate in; its programs are stored under names of their own."""
+    set_attribute(_surrogate, "fit", light_fit)
+    set_attribute(_surrogate, "predict", light_predict)
+    set_attribute(_acquisition, "propose", light_propose)
+    origin = _stored_program._origin() + pathlib.Path(__file__).read_bytes()
+    set_attribute(_stored_program, "_origin", lambda: origin)
+    _stored_program._stored.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def light_surrogate(monkeypatch):
-    monkeypatch.setattr(_surrogate, "fit", light_fit)
-    monkeypatch.setattr(_surrogate, "predict", light_predict)
-    monkeypatch.setattr(_acquisition, "propose", light_propose)
+    lighten(monkeypatch.setattr)
     # Compiling takes longer than running here.
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    _stored_program._stored.cache_clear()
 
 
 def data(count=256):

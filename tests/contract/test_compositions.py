@@ -363,8 +363,7 @@ import json, sys
 import conftest as toy
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from autotunenet_jax import _acquisition, _surrogate
-_surrogate.fit, _surrogate.predict, _acquisition.propose = toy.light_fit, toy.light_predict, toy.light_propose
+toy.lighten()
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 optimizer = toy.wrapped()
 params = jax.device_put(toy.make_params(), NamedSharding(mesh, P()))
