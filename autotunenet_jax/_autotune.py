@@ -18,6 +18,7 @@ from ._state import Directive
 from ._stored_program import named, stored_program
 from ._tuned_access import warn_if_silent
 from ._tuned_loss import settled, take_loss
+from ._tuned_snapshots import Snapshot, Snapshots, snapshots_of
 from ._tuned_start import build, starting_values
 from ._tuned_state import (
     MEMORIES,
@@ -26,7 +27,6 @@ from ._tuned_state import (
     Memory,
     Order,
     Settings,
-    Snapshot,
     in_force,
     no_order,
     where,
@@ -173,15 +173,17 @@ def _init(
     state = AutotuneState(
         packed=_packed.pack(course),
         inner=_hyperparams.write(inner, start, _hyperparams.resolve(start, inner)),
-        saved=Snapshot(params, _trees.without_values(inner)) if slots > 0 else None,
-        kept=Snapshot(params, _trees.without_values(inner)) if slots > 1 else None,
+        snapshots=None,
         settings=Settings(**options, layout=_packed.layout(course)),
     )
-    return _trees.copied(state)
+    state = _trees.copied(state)
+    if not slots:
+        return state
+    return state._replace(snapshots=snapshots_of([Snapshot(params, _trees.without_values(inner))] * slots))
 
 
 def _check_update(state: AutotuneState, params: Any, value: Any) -> None:
-    if params is None and state.saved is not None:
+    if params is None and state.snapshots is not None:
         raise ValueError(
             "autotune needs the parameters to bring them back: call update(grads, state, params, value=loss). "
             'Only memory="drift" works without.'
@@ -211,14 +213,14 @@ def _update(
         warn_if_silent(state)
     settings = state.settings
 
-    def step(gradients: Any, inner: Any, value: Any) -> tuple[Any, Any]:
+    def step(params: Any, gradients: Any, inner: Any, value: Any) -> tuple[Any, Any]:
         optimise = optax.with_extra_args_support(optimizer).update
         told = extra_args if value is None else {**extra_args, "value": value}
         new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
         return jax.tree.map(lambda u, g: u.astype(g.dtype), new, gradients), _trees.cast_like(stepped, inner)
 
     if not settings.is_on:
-        new, inner = step(updates, state.inner, value)
+        new, inner = step(params, updates, state.inner, value)
         return new, state._replace(inner=inner, packed=_passed(settings, state.packed))
 
     opened = _open(settings, value is None, state.packed)
@@ -233,32 +235,35 @@ def _update(
     closed = _close(settings, state.packed, packed, directive, opened, usable, away)
     order, is_back, is_taken = closed.order, closed.is_back, closed.is_taken
 
-    def usual(gradients: Any, inner: Any, is_taken: Array) -> tuple[Any, Any]:
+    def usual(params: Any, gradients: Any, inner: Any, is_taken: Array) -> tuple[Any, Any]:
         """The optimizer's own update, zero where it is not to be made or a parameter would overflow."""
         heard = None if value is None else jnp.where(is_taken, value, _HOPELESS)
-        new, stepped = step(where(is_taken, gradients, 0), inner, heard)
+        new, stepped = step(params, where(is_taken, gradients, 0), inner, heard)
         after = new if params is None else _trees.moved(params, new)
         return jax.tree.map(lambda u, a: jnp.where(is_taken & jnp.isfinite(a), u, 0), new, after), stepped
 
     # Whatever is seldom is done before the usual update and apart from it, which so stays one pass over the arrays,
     # the addition to the parameters included. The way back takes the place of the gradients.
-    given, saved, kept = updates, state.saved, state.kept
+    given, snapshots = updates, state.snapshots
     inner = write_in_force(state.inner, opened.values)
-    if saved is not None:
+    if snapshots is not None:
 
-        def obey(given: Any, inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
-            inner, saved, kept = _trees.with_left(left, opened.home, params, inner, saved, kept)
+        def obey(given: Any, inner: Any, snapshots: Snapshots) -> Any:
+            inner, snapshots = _trees.with_left(left, opened.home, params, inner, snapshots)
             inner = write_in_force(inner, opened.values)
-            new, stepped = usual(given, inner, is_taken)
-            current = Snapshot(_trees.moved(params, new), _trees.without_values(stepped))
-            saved, kept = _trees.copy_into(order, current, saved, kept)
-            way = _trees.way(params, _target(closed.home, saved.params, None if kept is None else kept.params), given)
-            return where(is_back, way, given), inner, saved, kept
 
-        given, inner, saved, kept = when(closed.is_asked, obey, given, inner, saved, kept)
+            def stepped(params: Any, given: Any, inner: Any) -> Snapshot:
+                new, after = usual(params, given, inner, is_taken)
+                return Snapshot(_trees.moved(params, new), _trees.without_values(after))
 
-    new, inner = usual(given, inner, closed.is_usual)
-    return where(is_back, given, new), state._replace(packed=closed.packed, inner=inner, saved=saved, kept=kept)
+            snapshots = snapshots.written((order.save, order.keep), stepped, params, given, inner)
+            target = snapshots.read_at(jnp.maximum(closed.home - 1, 0)).params
+            return where(is_back, _trees.way(params, target, given), given), inner, snapshots
+
+        given, inner, snapshots = when(closed.is_asked, obey, given, inner, snapshots)
+
+    new, inner = usual(params, given, inner, closed.is_usual)
+    return where(is_back, given, new), state._replace(packed=closed.packed, inner=inner, snapshots=snapshots)
 
 
 class _Opened(NamedTuple):
@@ -365,19 +370,16 @@ def _home(order: Order) -> Array:
     return jnp.where(order.restore, 1, jnp.where(order.adopt, 2, 0)).astype(jnp.int32)
 
 
-def _target(home: Array, saved: Any, kept: Any) -> Any:
-    """Parameters of the snapshot that the run is returning to."""
-    return saved if kept is None else where(home == 2, kept, saved)
-
-
 def _is_away(state: AutotuneState, opened: _Opened, params: Any) -> Array:
     """Whether the run is returning to a snapshot and not there yet."""
-    if state.saved is None:
+    snapshots, left = state.snapshots, opened.left
+    if snapshots is None:
         return _off()
-    left, saved, kept = opened.left, state.saved.params, None if state.kept is None else state.kept.params
 
     def is_far() -> Array:
-        slots = where(left.save, params, saved), None if kept is None else where(left.keep, params, kept)
-        return ~_trees.has_arrived(params, _target(opened.home, *slots))
+        # What `observe` asked to be copied is here, and not in its slot yet.
+        is_here = jnp.where(opened.home == 2, left.keep, left.save)
+        target = where(is_here, params, snapshots.read_at(jnp.maximum(opened.home - 1, 0)).params)
+        return ~_trees.has_arrived(params, target)
 
     return jax.lax.cond(opened.is_returning, is_far, _off)

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
+from jaxtyping import Array
 
 from ._float32 import in_float32
 
@@ -86,6 +88,25 @@ def once(*values: Any) -> Any:
 def _apart(*leaves: Any) -> Any:
     with set_xla_metadata(inlineable=None):
         return jax.lax.optimization_barrier(leaves)
+
+
+def unknown(numbers: Sequence[int], zero: Array) -> list[Any]:
+    """Numbers that XLA on CPU does not know while it compiles: kernels that differ by one only are compiled once.
+
+    Args:
+      numbers: 32-bit integers.
+      zero: int32 scalar that is zero whenever the program runs, which XLA must not be able to tell.
+    """
+    if not _is_supported():
+        return [np.int32(number) for number in numbers]
+    with set_xla_metadata(inlineable="false"):
+        return _added(tuple(numbers), zero)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _added(numbers: tuple[int, ...], zero: Array) -> list[Array]:
+    with set_xla_metadata(inlineable=None):
+        return [zero + np.int32(number) for number in numbers]
 
 
 class _Signature(NamedTuple):

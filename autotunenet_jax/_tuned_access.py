@@ -92,14 +92,15 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
 
 def warn_if_silent(state: AutotuneState) -> None:
     """Says to the caller's caller, on the host, that the tuner hears nothing; never waits for the device."""
-    counters: Any = state.packed.ints
+    places: Any = _packed.positions(state.settings.layout)
+    (vector, step), (_, lag) = places.tuner.step, places.lag
+    counters: Any = state.packed.vectors[vector]
     if not state.settings.is_on or isinstance(counters, Tracer) or np.ndim(counters) > 1:
         return
     if hasattr(counters, "is_ready") and not counters.is_ready():
         return
-    places: Course = _packed.positions(state.settings.layout)
     counters = np.asarray(counters)
-    if counters[places.tuner.step] == 0 and counters[places.lag] >= _SILENT_STEPS:
+    if counters[step] == 0 and counters[lag] >= _SILENT_STEPS:
         warnings.warn(_SILENT, UserWarning, stacklevel=3)
 
 
@@ -134,7 +135,7 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     warn_if_silent(state)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in _hyperparams.places(state.inner)):
-        state = state._replace(saved=None, kept=None)
+        state = state._replace(snapshots=None)
     return _in_force(state)
 
 

@@ -11,6 +11,7 @@ from . import _drift, _hyperparams, _packed
 from ._controller import Core
 from ._plan import NEVER
 from ._state import FORK, TRAIN, TunerState
+from ._tuned_snapshots import Snapshot, Snapshots
 
 Memory = Literal["keep-winner", "rewind", "drift"]
 MEMORIES = ("keep-winner", "rewind", "drift")
@@ -45,13 +46,6 @@ class Order(NamedTuple):
     adopt: Bool[Array, ""]
 
 
-class Snapshot(NamedTuple):
-    """Parameters and the inner optimizer's state, without the hyperparameters that the tuner sets anyway."""
-
-    params: Any
-    inner: Any
-
-
 class Course(NamedTuple):
     """What the wrapper knows of the run, the arrays being trained apart.
 
@@ -83,15 +77,13 @@ class AutotuneState(NamedTuple):
     Attributes:
       packed: The `Course` of the run, its hundred small arrays in four: a step pays for each array of its state.
       inner: State of the inner optimizer.
-      saved: The saved snapshot; None where the memory mode has none.
-      kept: The kept snapshot, likewise.
+      snapshots: The saved snapshot and the kept one, as far as the memory mode has them; None where it has none.
       settings: Static; no array in it.
     """
 
     packed: _packed.Packed
     inner: Any
-    saved: Snapshot | None
-    kept: Snapshot | None
+    snapshots: Snapshots | None
     settings: Settings
 
     @property
@@ -104,6 +96,16 @@ class AutotuneState(NamedTuple):
     def tuner(self) -> TunerState:
         """What the tuner knows."""
         return self.course.tuner
+
+    @property
+    def saved(self) -> Snapshot | None:
+        """The saved snapshot; None where the memory mode has none."""
+        return None if self.snapshots is None else self.snapshots.read(0)
+
+    @property
+    def kept(self) -> Snapshot | None:
+        """The kept snapshot, likewise."""
+        return self.snapshots.read(1) if self.settings.memory == "keep-winner" and self.snapshots is not None else None
 
 
 def where(condition: Array, new: Any, old: Any) -> Any:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import _hyperparams
-from ._tuned_state import AutotuneState, Order, Snapshot, where
+from ._tuned_snapshots import Snapshot, Snapshots, strong
+from ._tuned_state import AutotuneState, Order, where
 
 # Gradients are multiplied by this and must not overflow: beyond 3e18 their squares do, and the mean of squares that
 # optimizers keep would never recover.
@@ -20,12 +21,6 @@ _ARRIVED, _ARRIVED_EPS = 1e-5, 0.25
 
 def _is_inexact(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def strong(leaf: Any) -> Array:
-    """A real copy that does not adapt its dtype to what it meets: the state keeps its types from the first step on."""
-    leaf = jnp.array(leaf, copy=True)
-    return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
 def copied(tree: Any) -> Any:
@@ -128,27 +123,20 @@ def with_values(stripped: Any, current: Any) -> Any:
     )
 
 
-def copy_into(order: Order, current: Snapshot, saved: Snapshot, kept: Snapshot | None) -> Any:
-    """Both snapshots after the copies that an order asks for; None is one that is not kept."""
-    return where(order.save, current, saved), None if kept is None else where(order.keep, current, kept)
-
-
-def with_left(order: Order, home: Array, params: Any, inner: Any, saved: Snapshot, kept: Snapshot | None) -> Any:
-    """The inner state that belongs to where the last update went, and both snapshots after what was asked for since.
+def with_left(order: Order, home: Array, params: Any, inner: Any, snapshots: Snapshots) -> tuple[Any, Snapshots]:
+    """The inner state that belongs to where the last update went, and the snapshots after what was asked for since.
 
     Args:
       order: What `observe` asked for.
       home: The snapshot that the parameters have been sent to: 1 saved, 2 kept, or 0.
       params: The parameters now.
       inner: State of the inner optimizer.
-      saved: The saved snapshot.
-      kept: The kept one, or None.
+      snapshots: Before.
     """
     now = without_values(inner)
-    saved, kept = copy_into(order, Snapshot(params, now), saved, kept)
-    now = where(home == 1, saved.inner, now)
-    now = now if kept is None else where(home == 2, kept.inner, now)
-    return with_values(now, inner), saved, kept
+    snapshots = snapshots.written((order.save, order.keep), Snapshot, params, now)
+    past = snapshots.read_at(jnp.maximum(home - 1, 0)).inner
+    return with_values(where(home > 0, past, now), inner), snapshots
 
 
 def found_next(state: AutotuneState) -> Any:

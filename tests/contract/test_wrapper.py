@@ -8,6 +8,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax import _packed
+from autotunenet_jax._tuned_snapshots import snapshots_of
 
 MEMORIES = ("keep-winner", "rewind", "drift")
 
@@ -40,7 +41,7 @@ def test_one_trace_with_rounds_and_donation(toy, memory):
         before = carry
         carry, _ = step(carry, key)
         opt_state = before[1]
-        large = (before[0], opt_state.inner.inner_state, opt_state.saved, opt_state.kept)
+        large = (before[0], opt_state.inner.inner_state, opt_state.snapshots)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(large))
         phases.add(int(carry[1].tuner.phase))
         values.add(float(atn.hyperparams(carry[1])["learning_rate"]))
@@ -133,12 +134,13 @@ def test_every_way_back_brings_parameters_and_moments(toy, asked, slot):
     params, state, i = carry
     # Each snapshot differs from the other and from where the run is.
     saved, kept = (
-        jax.tree.map(lambda leaf, k=k: leaf * k if leaf.ndim else leaf, snapshot)
-        for k, snapshot in ((1.25, state.saved), (1.5, state.kept))
+        jax.tree.map(lambda leaf, k=k: leaf * k if leaf.ndim else leaf, slot)
+        for k, slot in ((1.25, state.saved), (1.5, state.kept))
     )
     order = state.course.order._replace(**{asked: jnp.ones((), bool)})
     target = {"saved": saved, "kept": kept}[slot]
-    carry = (params, state._replace(packed=_packed.pack(state.course._replace(order=order)), saved=saved, kept=kept), i)
+    packed = _packed.pack(state.course._replace(order=order))
+    carry = (params, state._replace(packed=packed, snapshots=snapshots_of([saved, kept])), i)
     carry, _ = step(carry, toy.draws(1)[0])
     assert_same(carry[0], target.params, rtol=1e-5, atol=1e-6)
     # The next update is the optimizer's own, from the snapshot's parameters and moments.
@@ -163,7 +165,7 @@ def test_memory_is_as_documented(toy):
     one = size(toy.make_params()) + size(plain)
     for memory, copies in (("keep-winner", 2), ("rewind", 1), ("drift", 0)):
         state = toy.wrapped(memory=memory).init(toy.make_params())
-        stored = size(state.saved) + size(state.kept)
+        stored = size(state.snapshots)
         # An injected state has a counter more.
         assert abs(stored - copies * one) <= 8 * copies
 
