@@ -31,14 +31,16 @@ def copied(tree: Any) -> Any:
 def is_usable(gradients: Any) -> Bool[Array, ""]:
     """Whether every entry is finite, and small enough to be squared.
 
-    A matrix is tested by its product with a vector, in a fifth of the time that testing its entries takes on a CPU.
+    What is not shows in the sum. Products with vectors of equal numbers take a CPU a fifth of the time that a test of
+    each entry takes, and for a matrix they are two kernels.
     """
     usable = jnp.ones((), bool)
     for leaf in jax.tree.leaves(gradients):
         if _is_inexact(leaf) and leaf.size:
             wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-            probed = wide @ jnp.full(wide.shape[-1], _PROBE, wide.dtype) if wide.ndim > 1 else wide * _PROBE
-            usable &= jnp.all(jnp.isfinite(probed))
+            probed = wide @ jnp.full(wide.shape[-1], _PROBE, wide.dtype) if wide.ndim > 1 else wide
+            weight = 1.0 if wide.ndim > 1 else _PROBE
+            usable &= jnp.isfinite(probed.reshape(-1) @ jnp.full(probed.size, weight, wide.dtype))
     return usable
 
 

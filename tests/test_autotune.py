@@ -195,8 +195,9 @@ def test_usable_gradients(bad, usable):
             # An entry of the other sign beside it must not hide it.
             for grads in ({"w": spoiled, "whole": jnp.arange(3), "none": jnp.zeros((0, 3))}, [spoiled, -spoiled]):
                 assert bool(_tuned_trees.is_usable(grads)) is usable
-    opposed = jnp.ones((4, 6)).at[2].set(jnp.array([bad, -bad, 1.0, 1.0, bad, -bad]))
-    assert bool(_tuned_trees.is_usable(opposed)) is usable
+    row = jnp.array([bad, -bad, 1.0, 1.0, bad, -bad])
+    for opposed in (jnp.ones((4, 6)).at[2].set(row), jnp.ones((6, 4)).at[:, 1].set(row), row, jnp.tile(row, 40)):
+        assert bool(_tuned_trees.is_usable(opposed)) is usable
 
 
 def test_dropout():
