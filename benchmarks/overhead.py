@@ -3,7 +3,7 @@
 Plain and wrapped AdamW train the same networks in one process, step by step in turn, donated. Ratios are taken within
 the run, so a slow machine slows both.
 
-    python benchmarks/overhead.py [--sizes 1 20] [--steps 40] [--json out.json]
+    python benchmarks/overhead.py [--sizes 1 20 3] [--steps 40] [--json out.json]
 """
 
 import argparse
@@ -23,7 +23,8 @@ import optax
 import autotunenet_jax as atn
 
 BATCH = 256
-WIDTHS = {1: (256, 800, 800, 200), 20: (1024, 3200, 4096, 1024)}
+# Millions of parameters: few large arrays, and a hundred smaller ones.
+WIDTHS = {1: (256, 800, 800, 200), 20: (1024, 3200, 4096, 1024), 3: (256,) * 51}
 SPACE_4D = {
     "learning_rate": (1e-5, 1e-1),
     "weight_decay": (1e-6, 1e-1),
@@ -93,6 +94,7 @@ def time_steps(size, steps, memory="keep-winner"):
     assert int(wrapped["carry"][1].tuner.rounds_held) == before
     return {
         "parameters": parameters,
+        "arrays": len(jax.tree.leaves(plain["carry"][0])),
         "memory": memory,
         "plain_ms": 1e3 * float(np.median(plain["times"])),
         "wrapped_ms": 1e3 * float(np.median(wrapped["times"])),
@@ -205,7 +207,7 @@ def on_one_core():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 20], choices=sorted(WIDTHS), help="millions")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 20, 3], choices=sorted(WIDTHS), help="millions")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json")
     parser.add_argument("--compile", choices=["plain", "wrapped"], help=argparse.SUPPRESS)
@@ -235,7 +237,7 @@ def main():
         row = time_steps(size, arguments.steps)
         report["steps"].append(row)
         print(
-            f"{row['parameters'] / 1e6:.1f}M parameters: plain {row['plain_ms']:.2f} ms, "
+            f"{row['parameters'] / 1e6:.1f}M parameters in {row['arrays']} arrays: plain {row['plain_ms']:.2f} ms, "
             f"wrapped {row['wrapped_ms']:.2f} ms, median ratio {row['ratio']:.3f} "
             f"({row['processor_ratio']:.3f} of processor time); "
             f"temporary memory {row['plain_temp_mb']:.0f} and {row['wrapped_temp_mb']:.0f} MB, "

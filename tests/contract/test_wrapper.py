@@ -170,6 +170,27 @@ def test_memory_is_as_documented(toy):
         assert abs(stored - copies * one) <= 8 * copies
 
 
+def test_copies_take_no_room_but_their_own():
+    """Temporary memory of a step is the same with two copies as with none."""
+    params, x = {"a": jnp.eye(128), "b": jnp.eye(128), "bias": jnp.zeros(128)}, jnp.ones((8, 128))
+    jax.config.update("jax_disable_most_optimizations", False)
+    temporary = {}
+    for memory in ("keep-winner", "drift"):
+        optimizer = atn.autotune(optax.adam, {"learning_rate": (1e-5, 1e-1)}, 100, memory=memory, learning_rate=1e-3)
+
+        def step(params, state, optimizer=optimizer):
+            def loss_fn(p):
+                return jnp.mean(jnp.square(jnp.tanh(x @ p["a"] + p["bias"]) @ p["b"]))
+
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, state = optimizer.update(grads, state, params, value=loss)
+            return optax.apply_updates(params, updates), state
+
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params)).compile()
+        temporary[memory] = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary["keep-winner"] <= temporary["drift"] + 4 * 128**2
+
+
 def test_rewind_goes_back_to_where_the_round_began(toy):
     optimizer = toy.wrapped(memory="rewind")
     step, carry = jax.jit(toy.make_step(optimizer)), toy.start(optimizer)
