@@ -18,7 +18,7 @@ from ._state import Directive
 from ._stored_program import named, stored_program
 from ._tuned_access import warn_if_silent
 from ._tuned_loss import settled, take_loss
-from ._tuned_snapshots import Snapshot, Snapshots, snapshots_of
+from ._tuned_snapshots import HeldSnapshots, Snapshot, snapshots_of
 from ._tuned_start import build, starting_values
 from ._tuned_state import (
     MEMORIES,
@@ -248,7 +248,7 @@ def _update(
     inner = write_in_force(state.inner, opened.values)
     if snapshots is not None:
 
-        def obey(given: Any, inner: Any, snapshots: Snapshots) -> Any:
+        def obey(given: Any, inner: Any, snapshots: HeldSnapshots) -> Any:
             inner, snapshots = _trees.with_left(left, opened.home, params, inner, snapshots)
             inner = write_in_force(inner, opened.values)
 

@@ -19,6 +19,8 @@ import jax
 from jax import export
 from jax.custom_batching import custom_vmap
 
+from ._version import __version__
+
 # Within the folder of JAX's cache.
 _FOLDER = "autotunenet_jax"
 # What a trace depends on besides the function and its arguments.
@@ -139,7 +141,7 @@ def _name(function: Callable[..., Any], signature: _Signature, options: tuple[An
 @functools.cache
 def _origin() -> bytes:
     """Digest of what makes programs: this package's code, and versions."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(__version__.encode())
     for package in ("jax", "jaxlib", "gpjax"):
         digest.update(f"{package} {importlib.metadata.version(package)} ".encode())
     for file in sorted(pathlib.Path(__file__).parent.glob("*.py")):

@@ -84,7 +84,7 @@ def _if(flag: Array, leaf: Any) -> Any:
     return jnp.where(flag, leaf, jnp.zeros_like(leaf)) if leaf.dtype.name in _packed.PLAIN else leaf
 
 
-Snapshots = SnapshotTrees | SnapshotVectors
+HeldSnapshots = SnapshotTrees | SnapshotVectors
 
 
 def snapshots_of(snapshots: Sequence[Snapshot]) -> Any:

@@ -11,7 +11,7 @@ from . import _drift, _hyperparams, _packed
 from ._controller import Core
 from ._plan import NEVER
 from ._state import FORK, TRAIN, TunerState
-from ._tuned_snapshots import Snapshot, Snapshots
+from ._tuned_snapshots import HeldSnapshots, Snapshot
 
 Memory = Literal["keep-winner", "rewind", "drift"]
 MEMORIES = ("keep-winner", "rewind", "drift")
@@ -83,7 +83,7 @@ class AutotuneState(NamedTuple):
 
     packed: _packed.Packed
     inner: Any
-    snapshots: Snapshots | None
+    snapshots: HeldSnapshots | None
     settings: Settings
 
     @property

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import _hyperparams
-from ._tuned_snapshots import Snapshot, Snapshots, strong
+from ._tuned_snapshots import HeldSnapshots, Snapshot, strong
 from ._tuned_state import AutotuneState, Order, where
 
 # Gradients are multiplied by this and must not overflow: beyond 3e18 their squares do, and the mean of squares that
@@ -125,7 +125,9 @@ def with_values(stripped: Any, current: Any) -> Any:
     )
 
 
-def with_left(order: Order, home: Array, params: Any, inner: Any, snapshots: Snapshots) -> tuple[Any, Snapshots]:
+def with_left(
+    order: Order, home: Array, params: Any, inner: Any, snapshots: HeldSnapshots
+) -> tuple[Any, HeldSnapshots]:
     """The inner state that belongs to where the last update went, and the snapshots after what was asked for since.
 
     Args:
