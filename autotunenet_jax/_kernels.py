@@ -15,6 +15,8 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float
 
+from ._stored_program import has_programs
+
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
 _SAME_OPTION = 1e-4
 # Squared distance, in lengthscales, below which two points are one; a square root at zero has no gradient.
@@ -106,6 +108,9 @@ class SurrogateConfig:
                 raise ValueError(f"{name} must be above zero; got {getattr(self, name)!r}.")
         if self.failure_margin < 0:
             raise ValueError(f"failure_margin must be at least 0; got {self.failure_margin!r}.")
+        # Tracing needs it, and what is stored does not: importing takes almost a second.
+        if not has_programs():
+            _gpjax_kernels()
 
 
 class Hyper(NamedTuple):

@@ -70,6 +70,12 @@ def named(kind: Any, **parts: Any) -> Any:
     return kind(**{**dict(zip(kind._fields, kind._fields, strict=True)), **parts})
 
 
+def has_programs() -> bool:
+    """Whether any program is stored: then perhaps none will be traced."""
+    folder = _folder()
+    return folder is not None and (pathlib.Path(folder) / _FOLDER).is_dir()
+
+
 class _Signature(NamedTuple):
     """How a function is called: its static arguments, the tree of the others, and what those are."""
 

@@ -83,6 +83,14 @@ def test_what_is_different_is_stored_apart(folder, monkeypatch):
     assert TRACES and len(files(folder)) == 4
 
 
+def test_it_says_whether_any_program_is_stored(folder):
+    assert not _stored_program.has_programs()
+    run()
+    assert _stored_program.has_programs()
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert not _stored_program.has_programs()
+
+
 def test_without_a_cache_nothing_is_written(folder):
     jax.config.update("jax_compilation_cache_dir", None)
     assert_right(run())
