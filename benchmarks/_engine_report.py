@@ -184,5 +184,6 @@ def plot(data, path):
     right.grid(alpha=0.3)
     right.set_xlabel("observations (ours: capacity)")
     right.set_ylabel("ms of processor time per suggestion")
-    right.legend(fontsize=8)
+    right.set_ylim(top=4e4)
+    right.legend(fontsize=8, ncols=2, loc="upper left")
     figure.savefig(path, dpi=110)
