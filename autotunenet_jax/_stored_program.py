@@ -91,7 +91,7 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
 def _folder() -> str | None:
     """Where programs are kept, if anywhere."""
     config: Any = jax.config
-    folder = str(config.jax_compilation_cache_dir or "")
+    folder = config.jax_compilation_cache_dir
     is_on = config.jax_enable_compilation_cache and folder and "://" not in folder
     # A program is made for one platform. Where there is none but the CPU it will not be asked for on another.
     return folder if is_on and jax.default_backend() == "cpu" else None
