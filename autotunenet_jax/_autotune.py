@@ -183,7 +183,7 @@ def _init(
 
 
 def _check_update(state: AutotuneState, params: Any, value: Any) -> None:
-    if params is None and state.snapshots is not None:
+    if params is None and state.held is not None:
         raise ValueError(
             "autotune needs the parameters to bring them back: call update(grads, state, params, value=loss). "
             'Only memory="drift" works without.'
@@ -244,7 +244,7 @@ def _update(
 
     # Whatever is seldom is done before the usual update and apart from it, which so stays one pass over the arrays,
     # the addition to the parameters included. The way back takes the place of the gradients.
-    given, snapshots = updates, state.snapshots
+    given, snapshots = updates, state.held
     inner = write_in_force(state.inner, opened.values)
     if snapshots is not None:
 
@@ -263,7 +263,8 @@ def _update(
         given, inner, snapshots = when(closed.is_asked, obey, given, inner, snapshots)
 
     new, inner = usual(params, given, inner, closed.is_usual)
-    return where(is_back, given, new), state._replace(packed=closed.packed, inner=inner, snapshots=snapshots)
+    state = state._replace(snapshots=state.snapshots if snapshots is None else snapshots)
+    return where(is_back, given, new), state._replace(packed=closed.packed, inner=inner)
 
 
 class _Opened(NamedTuple):
@@ -372,7 +373,7 @@ def _home(order: Order) -> Array:
 
 def _is_away(state: AutotuneState, opened: _Opened, params: Any) -> Array:
     """Whether the run is returning to a snapshot and not there yet."""
-    snapshots, left = state.snapshots, opened.left
+    snapshots, left = state.held, opened.left
     if snapshots is None:
         return _off()
 

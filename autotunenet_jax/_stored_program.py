@@ -4,6 +4,7 @@ JAX finds a compiled program again by the program that was traced, so each proce
 up. For a decision that takes longer than loading what was compiled.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -52,7 +53,9 @@ def stored_program(
             folder = _folder()
             static = tuple(arg if n in static_argnums else None for n, arg in enumerate(args))
             leaves, structure = jax.tree.flatten([None if n in static_argnums else arg for n, arg in enumerate(args)])
-            if folder is None or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+            # Under a mesh a program would be one for so many devices.
+            is_plain = jax.sharding.get_abstract_mesh().empty and all(isinstance(leaf, jax.Array) for leaf in leaves)
+            if folder is None or not is_plain:
                 return function(*args)
             shapes = tuple(_shape(jax.typeof(leaf)) for leaf in leaves)
             stored = _stored(function, _Signature(static, structure, shapes), folder, _options())
@@ -118,7 +121,10 @@ def _stored(
     path = pathlib.Path(folder) / _FOLDER / name
     program = _read(path)
     if program is None:
-        program = export.export(jax.jit(plain))(*signature.leaves)
+        try:
+            program = export.export(jax.jit(plain))(*signature.leaves)
+        except ValueError:  # something in it that cannot be exported
+            return None
         _write(path, program)
 
     alone = custom_vmap(program.call)
@@ -157,20 +163,20 @@ def _origin() -> bytes:
 
 def _read(path: pathlib.Path) -> export.Exported | None:
     try:
-        return export.deserialize(bytearray(zlib.decompress(path.read_bytes())))
-    except FileNotFoundError:
+        program = export.deserialize(bytearray(zlib.decompress(path.read_bytes())))
+    except Exception:  # there is none, or whatever a damaged file makes of itself
         return None
-    except Exception:  # whatever a damaged file makes of itself
-        return None
+    return program if program.nr_devices == 1 else None
 
 
 def _write(path: pathlib.Path, program: export.Exported) -> None:
     """In one piece or not at all; a cache that cannot be written is none."""
     data = zlib.compress(program.serialize(), 1)
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file, contextlib.ExitStack() as failed:
+            failed.callback(os.unlink, file.name)
             file.write(data)
-        os.replace(file.name, path)
-    except OSError:
-        return
+            file.flush()
+            os.replace(file.name, path)
+            failed.pop_all()

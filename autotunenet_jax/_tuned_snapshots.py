@@ -90,7 +90,8 @@ HeldSnapshots = SnapshotTrees | SnapshotVectors
 def snapshots_of(snapshots: Sequence[Snapshot]) -> Any:
     """Real copies of snapshots, one for each slot; in vectors where there is one device, which none is spread over.
 
-    Of trees without parameters, by which optax finds where in a state they are, vectors are a leaf: they have none.
+    Trees without parameters, such as those by which optax finds where in a state they are, give a number: nothing is
+    copied then.
     """
     if jax.device_count() > 1:
         return SnapshotTrees(tuple(jax.tree.map(strong, snapshot) for snapshot in snapshots))

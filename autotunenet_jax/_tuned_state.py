@@ -77,13 +77,13 @@ class AutotuneState(NamedTuple):
     Attributes:
       packed: The `Course` of the run, its hundred small arrays in four: a step pays for each array of its state.
       inner: State of the inner optimizer.
-      snapshots: The saved snapshot and the kept one, as far as the memory mode has them; None where it has none.
+      snapshots: The saved snapshot and the kept one, as far as the memory mode has them; a number without parameters.
       settings: Static; no array in it.
     """
 
     packed: _packed.Packed
     inner: Any
-    snapshots: HeldSnapshots | None
+    snapshots: HeldSnapshots | Array | None
     settings: Settings
 
     @property
@@ -98,14 +98,19 @@ class AutotuneState(NamedTuple):
         return self.course.tuner
 
     @property
+    def held(self) -> HeldSnapshots | None:
+        """The snapshots, if there is anything to copy."""
+        return self.snapshots if isinstance(self.snapshots, HeldSnapshots) else None
+
+    @property
     def saved(self) -> Snapshot | None:
         """The saved snapshot; None where the memory mode has none."""
-        return None if self.snapshots is None else self.snapshots.read(0)
+        return None if self.held is None else self.held.read(0)
 
     @property
     def kept(self) -> Snapshot | None:
         """The kept snapshot, likewise."""
-        return self.snapshots.read(1) if self.settings.memory == "keep-winner" and self.snapshots is not None else None
+        return self.held.read(1) if self.settings.memory == "keep-winner" and self.held is not None else None
 
 
 def where(condition: Array, new: Any, old: Any) -> Any:

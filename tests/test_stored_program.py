@@ -116,6 +116,33 @@ def test_a_damaged_file_is_replaced(folder, damage):
     assert not TRACES
 
 
+def test_nothing_is_stored_under_a_mesh(folder):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert_right(run())
+    assert not files(folder)
+    assert_right(run())
+    assert len(files(folder)) == 1
+
+
+def test_what_cannot_be_exported_is_traced(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("a custom call without guarantees")
+
+    monkeypatch.setattr(_stored_program.export, "export", refuse)
+    assert_right(run())
+    assert not files(folder)
+
+
+def test_a_full_disk_leaves_no_remains(folder, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert_right(run())
+    assert not files(folder)
+
+
 def test_nothing_is_stored_at_a_url(folder):
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
     assert _stored_program._folder() is None

@@ -125,3 +125,16 @@ def test_on_several_devices_they_stay_trees(monkeypatch):
     state = wrapped("keep-winner").init(layers(2))
     assert isinstance(state.snapshots, SnapshotTrees)
     assert_same(state.saved.params, layers(2))
+
+
+@pytest.mark.parametrize("memory", ["keep-winner", "rewind"])
+def test_without_parameters_there_is_nothing_to_copy(memory):
+    """Such as those of a group that everything has been frozen in."""
+    both = optax.partition({"a": wrapped(memory), "b": optax.sgd(0.1)}, {"w": "b"})
+    params = {"w": jnp.ones(3)}
+    state = both.init(params)
+    _, after = jax.eval_shape(lambda p, s: both.update(p, s, p, value=jnp.float32(1.0)), params, state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    tuned = wrapped(memory).init({})
+    assert tuned.saved is None and tuned.kept is None
+    assert set(atn.hyperparams(tuned)) == {"learning_rate"}
