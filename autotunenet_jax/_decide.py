@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from . import _acquisition, _belief, _bracket, _guard, _kernels, _observations, _surrogate, _validation
+from . import _acquisition, _belief, _bracket, _guard, _in_between, _kernels, _observations, _surrogate, _validation
 from ._plan import FAST, MAX_FORKS, MAX_ROUNDS, NEVER, RAISE, SLOW
-from ._policy import Directions, Policy, directions
+from ._policy import Policy, directions
 from ._single_kernel import once, single_kernel
 from ._space import SearchSpace
 from ._state import (
@@ -40,12 +40,6 @@ from ._state import (
 )
 from ._tick import LEAST_GAIN, position, probation_steps
 
-# What a rate lowered, kept and raised weighs where a choice is judged by its surroundings.
-_WEIGHTS = (0.25, 0.5, 0.25)
-
-# Between the best fork and each other one, the points where the choice may fall; 0 is the fork itself.
-_BETWEEN = (0.0, 0.25, 0.5, 0.75)
-
 
 def _expected_improvement(mean: Array, covariance: Array, best: Array) -> Array:
     """Expected improvement of the last point over point ``best``, from their joint posterior."""
@@ -63,29 +57,6 @@ def _probability_better(mean: Array, covariance: Array, challenger: Array, holde
 
 def _select(condition: Array, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def _between(
-    policy: Policy, space: SearchSpace, x: Float[Array, "forks d"], best: Array, is_scored: Array
-) -> tuple[Float[Array, "p d"], Array]:
-    """Points on the way from the best fork to the other ones, snapped, and which of them exist.
-
-    Rates stay near those of that fork: where the scores of distant ones are no worse, forks are too short to tell.
-    """
-    space_of = directions(space)
-    pivot = x[best]
-    # Between two options without order there is nothing.
-    step = jnp.where(jnp.asarray(space.is_categorical), 0.0, x - pivot)
-    step *= jnp.asarray(_BETWEEN, jnp.float32)[:, None, None]
-    reach = jnp.where(space_of.is_rate, policy.reach_decades / space_of.decades, jnp.inf)
-    points = pivot + step / jnp.maximum(jnp.max(jnp.abs(step) / reach, axis=-1, keepdims=True), 1.0)
-    return space.snap(points.reshape(-1, x.shape[1])), jnp.tile(is_scored, len(_BETWEEN))
-
-
-def _around(policy: Policy, space_of: Directions, x: Float[Array, "p d"]) -> Float[Array, "q d"]:
-    """The points with their rates lowered, kept and raised: one after the other, in the order of the weights."""
-    step = jnp.where(jnp.asarray(space_of.is_rate), policy.blur_decades / jnp.asarray(space_of.decades), 0.0)
-    return jnp.concatenate([jnp.clip(x + sign * step, 0.0, 1.0) for sign in (-1.0, 0.0, 1.0)])
 
 
 class Ended(NamedTuple):
@@ -198,7 +169,7 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
     lower, upper = _bracket.box(policy, space_of, ts._replace(round=held_now), plan.kind[row], known)
     is_rival = _bracket.is_run(held) & (held.status != FORK_FAILED)
     is_scored = is_rival & jnp.isfinite(held.score[:, rung])
-    between, is_between = _between(policy, space, held.x, known.best, is_scored)
+    between, is_between = _in_between.between(policy, space, held.x, known.best, is_scored)
     return Ended(
         ts=ts,
         is_retry=retries,
@@ -215,7 +186,7 @@ def _end(policy: Policy, space: SearchSpace, ts: TunerState) -> Ended:
         is_rival=is_rival,
         between=between,
         is_between=is_between,
-        around=_around(policy, space_of, between),
+        around=_in_between.around(policy, space_of, between),
         fit_key=fit_key,
         propose_key=propose_key,
     )
@@ -274,7 +245,7 @@ def _choose(
     row, fork, rung = held.index, held.fork, held.rung
     kind, late, remaining = plan.kind[row], plan.late[row], _remaining(ts)
     in_train, in_fork, in_sweep = ts.phase == TRAIN, (ts.phase == FORK) & ~retries, (ts.phase == SWEEP) & ~retries
-    robust = jnp.asarray(_WEIGHTS) @ mean[MAX_FORKS + 1 :].reshape(len(_WEIGHTS), -1)
+    robust = jnp.asarray(_in_between.WEIGHTS) @ mean[MAX_FORKS + 1 :].reshape(len(_in_between.WEIGHTS), -1)
     mean, covariance = mean[: MAX_FORKS + 1], covariance[: MAX_FORKS + 1, : MAX_FORKS + 1]
 
     # Does the fork run on, win, or end?

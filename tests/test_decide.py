@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _belief, _decide, _observations, _policy, _surrogate
+from autotunenet_jax import _belief, _in_between, _observations, _policy, _surrogate
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-5, 1e-1), "momentum": (0.5, 0.99)})
 POLICY = _policy.Policy()
@@ -67,15 +67,15 @@ def test_a_rate_is_chosen_for_its_surroundings_between_the_forks():
     x = jnp.zeros((8, 2)).at[:3].set(jnp.array([[0.6, 0.5], [0.4, 0.5], [0.8, 0.9]]))
     score = jnp.full(8, jnp.nan).at[:3].set(jnp.array([0.2, 0.3, 0.25]))
     is_scored = (jnp.arange(8) < 3) & jnp.isfinite(score)
-    points, exist = _decide._between(POLICY, SPACE, x, jnp.argmin(jnp.where(is_scored, score, jnp.inf)), is_scored)
+    points, exist = _in_between.between(POLICY, SPACE, x, jnp.argmin(jnp.where(is_scored, score, jnp.inf)), is_scored)
     points = np.asarray(points)[np.asarray(exist)]
     assert points[:, 0].min() >= 0.4 - 1e-6 and points[:, 0].max() <= 0.8
     far = x.at[1, 0].set(0.05)
-    near, _ = _decide._between(POLICY, SPACE, far, jnp.int32(0), is_scored)
+    near, _ = _in_between.between(POLICY, SPACE, far, jnp.int32(0), is_scored)
     assert float(near[:, 0].min()) == pytest.approx(0.6 - POLICY.reach_decades / SPACE_OF.decades[0], abs=1e-5)
     # Never beyond a fork that ran, and all of them pass through the best one.
     np.testing.assert_allclose(points[0], [0.6, 0.5], atol=1e-6)
-    around = np.asarray(_decide._around(POLICY, SPACE_OF, jnp.asarray(points)))
+    around = np.asarray(_in_between.around(POLICY, SPACE_OF, jnp.asarray(points)))
     assert around.shape == (3 * len(points), 2)
     np.testing.assert_allclose(around[: len(points), 1], points[:, 1], atol=1e-6)
     assert np.all(around[: len(points), 0] < points[:, 0])
@@ -94,7 +94,7 @@ def test_scores_are_shares_of_what_the_best_fork_gained_whatever_the_unit():
 def test_hyperparameters_move_together_on_the_way_to_another_fork():
     """Where the rate may go no farther, nothing else does: what lies off the way has not been looked at."""
     x = jnp.array([[0.2, 0.1], [0.8, 0.9]], jnp.float32)
-    points, _ = _decide._between(POLICY, SPACE, x, jnp.int32(0), jnp.ones(2, bool))
+    points, _ = _in_between.between(POLICY, SPACE, x, jnp.int32(0), jnp.ones(2, bool))
     way = np.asarray(points) - np.asarray(x[0])
     np.testing.assert_allclose(way[:, 0] * 0.8, way[:, 1] * 0.6, atol=1e-5)
     assert way[:, 0].max() == pytest.approx(POLICY.reach_decades / 4.0, abs=1e-5)

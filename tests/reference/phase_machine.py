@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # Only the numbers are shared with what is tested, so that they can be tuned.
-from autotunenet_jax import _decide, _tick, _validation
+from autotunenet_jax import _in_between, _tick, _validation
 from autotunenet_jax._plan import FAST, LEAST_EXPLORING, RAISE, SLOW
 from tests.reference import first_round
 from tests.reference.validation import Metrics
@@ -422,12 +422,12 @@ class PhaseMachine:
         step = np.where(self.is_rate, F(self.policy.blur_decades) / self.decades, 0).astype(F)
         reach = np.where(self.is_rate, F(self.policy.reach_decades) / self.decades, np.inf).astype(F)
         best = None
-        for share in _decide._BETWEEN:
+        for share in _in_between.BETWEEN:
             for x in scored:
                 way = F(share) * (x - pivot)
                 point = (pivot + way / max(np.max(np.abs(way) / reach), 1)).astype(F)
                 around = [np.clip(point + sign * step, 0, 1).astype(F) for sign in (-1, 0, 1)]
-                value = sum(w * mean(p) for w, p in zip(_decide._WEIGHTS, around, strict=True))
+                value = sum(w * mean(p) for w, p in zip(_in_between.WEIGHTS, around, strict=True))
                 value += F(self.policy.tilt) * sum(np.where(self.is_rate, point * self.decades, 0))
                 if best is None or value < best[0]:
                     best = (value, point)
