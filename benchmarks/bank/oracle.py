@@ -86,12 +86,13 @@ def sweep(lab: Lab) -> Record:
 def ratio(value: float, record: Record, part: int = 1) -> float:
     """A loss measured by the oracle's: 1 is as good, more is worse. ``part`` 0 is validation, 1 is test.
 
-    It is (value - floor) / (best - floor). The floor is 0 for losses that are positive (cross-entropy, squares). Losses
-    that may be negative have no such floor: theirs is put below the best by a quarter of the way from the start to the
-    best, so that the start itself has the ratio 5.
+    It is (value - floor) / (best - floor). For losses that are positive (cross-entropy, squares) the floor lies below 0
+    by a ten-thousandth of the start's loss, so that losses which all but vanish count alike. For losses that may be
+    negative it lies below the best by a quarter of the way from the start to the best, so that the start has the ratio
+    5; a loss below that floor has a negative ratio.
     """
     start, best = record["start"][part], record["best"][part]
-    floor = best - (start - best) / 4 if record["signed"] else 0.0
+    floor = best - (start - best) / 4 if record["signed"] else -1e-4 * start
     return (value - floor) / (best - floor)
 
 
