@@ -2,13 +2,11 @@
 
 from ._autotune import autotune as autotune
 from ._blas import one_blas_thread as one_blas_thread
-from ._controller import AutoTuneNet as AutoTuneNet
 from ._copies import HostCopy as HostCopy
 from ._copies import copy_tree as copy_tree
 from ._copies import copy_tree_to_host as copy_tree_to_host
 from ._dropout import traced_dropout as traced_dropout
 from ._engine import BayesianOptimizer as BayesianOptimizer
-from ._guard import Guard as Guard
 from ._history import History as History
 from ._hyperparams import set_hyperparams as set_hyperparams
 from ._loop import FitResult as FitResult
@@ -27,12 +25,14 @@ from ._space import Choice as Choice
 from ._space import Float as Float
 from ._space import Int as Int
 from ._space import SearchSpace as SearchSpace
-from ._state import OUTCOMES as OUTCOMES
-from ._state import PHASES as PHASES
-from ._state import Directive as Directive
-from ._state import TunerState as TunerState
 from ._tuned_access import hyperparams as hyperparams
 from ._tuned_access import observe as observe
 from ._tuned_access import observe_eval as observe_eval
 from ._tuned_access import wants_eval as wants_eval
 from ._version import __version__ as __version__
+from .controller import AutoTuneNet as AutoTuneNet
+from .controller import Guard as Guard
+from .controller.state import OUTCOMES as OUTCOMES
+from .controller.state import PHASES as PHASES
+from .controller.state import Directive as Directive
+from .controller.state import TunerState as TunerState

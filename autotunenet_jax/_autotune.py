@@ -11,10 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from . import _drift, _hyperparams, _packed
 from . import _tuned_trees as _trees
-from ._controller import AutoTuneNet, Decay, when
-from ._guard import Guard
 from ._single_kernel import single_kernel
-from ._state import Directive
 from ._stored_program import named, stored_program
 from ._tuned_access import warn_if_silent
 from ._tuned_loss import settled, take_loss
@@ -32,6 +29,9 @@ from ._tuned_state import (
     where,
     write_in_force,
 )
+from .controller import AutoTuneNet, Guard, when
+from .controller.schedule import Decay
+from .controller.state import Directive
 
 # A transformation after this one may shorten updates, as clipping does: a way back then takes several of them. One
 # that stops them for good must not stop training with them.
@@ -52,8 +52,9 @@ def autotune(
     guard: Guard | None = None,
     key: PRNGKeyArray | None = None,
     max_share: float | None = None,
-    decay: Decay = "linear",
-    warmup_steps: int = 5,
+    decay: Decay | Callable[[Array], Array] = "hold",
+    schedule: Callable[[Any], Any] | None = None,
+    warmup_steps: int = 0,
     capacity: int = 64,
     enabled: bool = True,
     **arguments: Any,
@@ -92,6 +93,7 @@ def autotune(
       key: PRNG key of the tuner; ``jax.random.key(0)`` by default.
       max_share: As for `AutoTuneNet`.
       decay: Likewise.
+      schedule: Likewise.
       warmup_steps: Likewise.
       capacity: Likewise.
       enabled: False trains with the starting values, without a schedule, exactly as the plain optimizer would.
@@ -121,6 +123,7 @@ def autotune(
         guard=guard,
         max_share=max_share,
         decay=decay,
+        schedule=schedule,
         warmup_steps=warmup_steps,
         capacity=capacity,
     )

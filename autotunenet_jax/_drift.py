@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._plan import FAST, MAX_ROUNDS, NEVER, SLOW, Plan
-from ._policy import directions
 from ._space import SearchSpace
-from ._state import FORK, TRAIN, TunerState
+from .controller.plan import FAST, MAX_ROUNDS, NEVER, SLOW, Plan
+from .controller.roles import roles_of
+from .controller.state import FORK, TRAIN, TunerState
 
 # How far one round may move: a rate in decades, anything else in the unit cube.
 _REACH_DECADES = 0.3
@@ -69,9 +69,8 @@ def plan(space: SearchSpace, base: Plan) -> Plan:
         start=column(starts, NEVER),
         kind=column([kinds[i % len(kinds)] for i in range(count)], FAST),
         forks=column(_FORKS, 0),
-        early=column(length, 1),
-        late=column(length, 1),
-        sweep=np.zeros(MAX_ROUNDS, np.int32),
+        length=column(length, 1),
+        range_test=np.zeros(MAX_ROUNDS, np.int32),
     )
 
 
@@ -90,15 +89,15 @@ def feed(drift: Drift, ts: TunerState, loss: Array) -> tuple[Drift, Float[Array,
 def feed_eval(drift: Drift, ts: TunerState, metric: Array) -> tuple[Drift, Float[Array, ""]]:
     """The same for a validation metric, whose level before a fork is the metric at the end of the last one."""
     counts = (ts.phase == FORK) & (ts.segment_left == 1)
-    before = jnp.where((ts.round.fork > 0) & jnp.isfinite(drift.eval_last), drift.eval_last, ts.eval_level)
-    fall = jnp.where(jnp.isfinite(before) & counts, ts.eval_level - before, 0.0)
+    before = jnp.where((ts.round.fork > 0) & jnp.isfinite(drift.eval_last), drift.eval_last, ts.validation.level)
+    fall = jnp.where(jnp.isfinite(before) & counts, ts.validation.level - before, 0.0)
     last = jnp.where(counts & jnp.isfinite(metric), metric, drift.eval_last)
     return drift._replace(eval_last=last), metric + jnp.where(jnp.isfinite(fall), fall, 0.0)
 
 
 def tighten(space: SearchSpace, before: TunerState, after: TunerState) -> TunerState:
     """Keeps a decision's values near those in force, and its books free of losses: no step is thrown away."""
-    decades = directions(space)
+    decades = roles_of(space)
     reach = jnp.asarray(np.where(decades.is_rate, _REACH_DECADES / decades.decades, _REACH), jnp.float32)
 
     def near(u: Array) -> Array:

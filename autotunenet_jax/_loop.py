@@ -12,14 +12,14 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ._batches import BatchSource, EndOfDataError
 from ._checks import check_eval_step, check_train_step
-from ._controller import AutoTuneNet, hyperparams_jit
 from ._history import History
 from ._progress import Progress
 from ._recorder import Recorder
 from ._run import Run
 from ._snapshots import Snapshots
-from ._state import TRAIN, TunerState
 from ._stop import Stop
+from .controller import AutoTuneNet, hyperparams_jit
+from .controller.state import TRAIN, TunerState
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._copies import copy_tree
-from ._state import OUTCOME_ROLLBACK, Directive
+from .controller.state import OUTCOME_ROLLBACK, Directive
 
 
 class Copies(NamedTuple):

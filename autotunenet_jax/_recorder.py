@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _guard, _plan
 from ._history import History
 from ._progress import Progress
 from ._space import SearchSpace
-from ._state import (
+from .controller import loss_monitor
+from .controller.plan import KINDS
+from .controller.state import (
     FORK,
     FORK_FINISHED,
     FORK_STATUSES,
@@ -35,8 +36,6 @@ _BUDGET_SPENT = (
     "The loss stays high and the guard's rollbacks for that are used up; it is taken as it is, and the hyperparameters "
     "in force are held from here on."
 )
-
-_KINDS = {_plan.FAST: "fast", _plan.SLOW: "slow", _plan.RAISE: "raise"}
 
 
 class Recorder:
@@ -98,8 +97,8 @@ class Recorder:
             if rewound >= 0:
                 self.history.discard(rewound, step)
                 # Healthy training goes back as well, to the state of its best validation metric.
-                if bool(_guard.is_failure(row["verdict"])):
-                    self.note(step, "rollback", _guard.MESSAGES[int(row["verdict"])])
+                if bool(loss_monitor.is_failure(row["verdict"])):
+                    self.note(step, "rollback", loss_monitor.MESSAGES[int(row["verdict"])])
             elif int(row["outcome"]) == OUTCOME_ACCEPTED:
                 self.note(step, "shift", OUTCOMES[OUTCOME_ACCEPTED])
             elif phase == TRAIN:
@@ -108,9 +107,9 @@ class Recorder:
     def _tell(self, step: int, verdict: int) -> None:
         """Notes, once a run each, what the guard saw and nothing was done about."""
         seen = {row["kind"] for row in self.history.events}
-        if verdict == _guard.STALLED and "stall" not in seen:
-            self.note(step, "stall", _guard.MESSAGES[verdict])
-        elif verdict in (_guard.SPIKE, _guard.DIVERGED) and "budget" not in seen:
+        if verdict == loss_monitor.STALLED and "stall" not in seen:
+            self.note(step, "stall", loss_monitor.MESSAGES[verdict])
+        elif verdict in (loss_monitor.SPIKE, loss_monitor.DIVERGED) and "budget" not in seen:
             self.note(step, "budget", _BUDGET_SPENT if "rollback" in seen else _NO_ROLLBACK)
 
     def note(self, step: int, kind: str, message: str) -> None:
@@ -197,12 +196,12 @@ class Recorder:
         kept = -1 if bool(directive.restore) else best
         forks = []
         for number, (start, end) in enumerate(self._forks):
-            scores = [float(value) for value in report.score[number] if np.isfinite(value)]
+            score = float(report.score[number])
             is_late = int(report.status[number]) == FORK_FINISHED
             forks.append(
                 {
                     "hyperparams": self._space.to_python(self._space.decode(report.x[number])),
-                    "scores": scores,
+                    "scores": [score] if np.isfinite(score) else [],
                     "status": "kept" if number == kept else "best" if number == best else "lost" if is_late else
                     FORK_STATUSES[int(report.status[number])],
                     "steps": int(report.steps[number]),
@@ -216,7 +215,7 @@ class Recorder:
         row = {
             "start": self._round_start,
             "end": step,
-            "kind": _KINDS[kind],
+            "kind": KINDS[kind],
             "scored_by": "validation" if bool(report.has_eval) else "training loss",
             "sweep": None if self._sweep is None else list(self._sweep),
             "forks": forks,

@@ -13,12 +13,13 @@ from jaxtyping import Array, PRNGKeyArray
 from . import _obey
 from ._batches import BatchSource
 from ._blas import one_blas_thread
-from ._controller import AutoTuneNet, Core, decide_jit, hyperparams_jit, observe_eval_jit
 from ._copies import HostCopy, copy_tree, copy_tree_to_host
 from ._obey import Copies
 from ._recorder import Recorder
-from ._state import FORK, SWEEP, TRAIN, Directive, TunerState
 from ._stop import Stop
+from .controller import AutoTuneNet, decide_jit, hyperparams_jit, observe_eval_jit
+from .controller.core import Core
+from .controller.state import FORK, SWEEP, TRAIN, Directive, TunerState
 
 
 @functools.partial(jax.jit, donate_argnums=1)
@@ -122,6 +123,7 @@ class Run:
 
     def resume(self, tree: dict[str, Any]) -> None:
         """Goes on from what `snapshot` gave."""
+        self.tuner.check(tree["tuner"])
         self.copies, self.ts = tree["copies"], tree["tuner"]
         host = json.loads(str(tree["host"]))
         self.evaluated_at, self.last_eval = host["evaluated_at"], host["last_eval"]

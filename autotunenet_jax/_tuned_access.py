@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool
 from . import _hyperparams, _packed
 from . import _tuned_trees as _trees
 from ._single_kernel import single_kernel
-from ._state import Directive
 from ._tuned_loss import settled, take_loss
 from ._tuned_state import (
     AutotuneState,
@@ -27,6 +26,7 @@ from ._tuned_state import (
     wants_metric,
     write_in_force,
 )
+from .controller.state import Directive
 
 # Updates without a single loss after which the user is told.
 _SILENT_STEPS = 20

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import _drift, _packed
-from ._controller import when
 from ._single_kernel import single_kernel
-from ._state import FORK, Directive
 from ._stored_program import named, stored_program
 from ._tuned_state import Course, Memory, Order, Settings, advanced, no_order, where
+from .controller import when
+from .controller.state import FORK, Directive
 
 
 class _Heard(NamedTuple):

@@ -13,9 +13,8 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from . import _hyperparams
-from ._controller import AutoTuneNet
-from ._first_state import as_argument
 from ._space import SearchSpace
+from .controller import AutoTuneNet, as_argument
 
 
 def build(factory: Any, tuner: AutoTuneNet, arguments: dict[str, Any]) -> optax.GradientTransformation:

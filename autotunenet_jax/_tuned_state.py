@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from . import _drift, _hyperparams, _packed
-from ._controller import Core
-from ._plan import NEVER
-from ._state import FORK, TRAIN, TunerState
 from ._tuned_snapshots import HeldSnapshots, Snapshot
+from .controller.core import Core
+from .controller.rollback import wants_metric as train_wants_metric
+from .controller.state import FORK, TRAIN, TunerState
 
 Memory = Literal["keep-winner", "rewind", "drift"]
 MEMORIES = ("keep-winner", "rewind", "drift")
@@ -178,18 +178,15 @@ def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
     if drift is not None:
         drift, fed = _drift.feed_eval(drift, ts, metric)
     told = settings.core.observe_eval(ts, fed)
-    tuner = course.tuner._replace(window=told.window, eval_level=told.eval_level)
-    # The way back from a metric that rises leads to the kept snapshot: without one, only the decay waits no longer.
+    # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":
-        tuner = tuner._replace(validation=told.validation, incumbent=told.incumbent)
+        tuner = course.tuner._replace(window=told.window, validation=told.validation, incumbent=told.incumbent)
     else:
-        seen = {name: getattr(told.validation, name) for name in ("first", "mark", "marked")}
-        tuner = tuner._replace(validation=tuner.validation._replace(**seen))
-    tuner = tuner._replace(hold=told.hold)
+        seen = course.tuner.validation._replace(level=told.validation.level)
+        tuner = course.tuner._replace(window=told.window, validation=seen)
     return course._replace(tuner=tuner, drift=drift)
 
 
 def wants_metric(ts: TunerState) -> Bool[Array, ""]:
-    """Whether a validation metric reported now would be used to compare forks."""
-    has_next_round = ts.plan.start[ts.round.index] < NEVER
-    return (ts.segment_left == 1) & ((ts.phase == FORK) | ((ts.phase == TRAIN) & has_next_round))
+    """Whether the tuner would use a validation metric reported now."""
+    return jnp.where(ts.phase == FORK, ts.segment_left == 1, (ts.phase == TRAIN) & train_wants_metric(ts))

@@ -13,7 +13,7 @@ from ._engine import FORK, SWEEP, TRAIN, Engine, Tick
 from ._live import LiveTraining
 from ._notices import Notices
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class Run:
@@ -79,7 +79,7 @@ class Run:
         said, (held, chosen, kind, discarded) = engine.decide()
         recorder.discarded = discarded
         if before == TRAIN and said.phase == TRAIN:
-            has_metric = math.isfinite(engine.state.eval_level)
+            has_metric = math.isfinite(engine.state.validation.level)
             self.notices.round_skipped(is_slow=kind != 0, has_metric=has_metric)
         recorder.decided(step, before, said.phase, said.directive, held, kind, chosen)
         return said
@@ -191,6 +191,7 @@ class Run:
         engine, live = self.engine, self.live
         _plain.check(state, _FORMAT, space=self._fingerprint, total_steps=self.total_steps)
         engine.load_arrays({name: tensor.numpy() for name, tensor in state["engine"].items()})
+        engine.tuner.check(engine.state)
         self._load_common(state)
         live.behind, live.values = list(state["behind"]), {}
         live.apply(engine.hyperparams())
@@ -232,6 +233,7 @@ class Run:
         live.state.check(now["training"])
         live.saved, live.kept = _plain.from_plain(tree["saved"]), _plain.from_plain(tree["kept"])
         engine.load_arrays(tree["engine"])
+        engine.tuner.check(engine.state)
         self._load_common(tree)
         live.copy_back(now)
         live.behind = [0 for _ in live.behind]

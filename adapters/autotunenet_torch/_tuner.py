@@ -73,8 +73,8 @@ class AutoTuneNet:
         mode: Literal["min", "max"] = "min",
         guard: atn.Guard | None = None,
         max_share: float | None = None,
-        decay: Literal["linear", "cosine", "none"] | None = None,
-        warmup_steps: int = 5,
+        decay: Any = None,
+        warmup_steps: int = 0,
         targets: Mapping[str, Callable[[Any, Any], Any]] | None = None,
         seed: int = 0,
         snapshot_device: Any = None,
@@ -112,7 +112,7 @@ class AutoTuneNet:
     def _core(self, total_steps: int | None, initial: Mapping[str, Any], *, has_scheduler: bool) -> atn.AutoTuneNet:
         options = dict(self._options)
         # Two decays would multiply: a scheduler of the user's own does the shaping.
-        options["decay"] = options["decay"] or ("none" if has_scheduler else "linear")
+        options["decay"] = options["decay"] or ("none" if has_scheduler else "hold")
         return atn.AutoTuneNet(self.space, total_steps, initial=initial, **options)
 
     # Attaching.

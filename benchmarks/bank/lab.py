@@ -61,10 +61,13 @@ class Lab:
         length = self.task.warmup * self.task.steps
         return np.minimum(1.0, (t0 + np.arange(steps) + 1) / length) if length else np.ones(steps)
 
-    def run(self, states: States, t0: int, rates: np.ndarray) -> tuple[States, np.ndarray]:
-        """States after, and losses of shape (forks, steps), from rates of that shape, the first being step ``t0``'s."""
+    def run(self, states: States, t0: int, rates: np.ndarray, *, warms_up: bool = True) -> tuple[States, np.ndarray]:
+        """States after, and losses of shape (forks, steps), from rates of that shape, the first being step ``t0``'s.
+
+        The user's warm-up multiplies the rates unless ``warms_up`` is off.
+        """
         rates, losses = np.asarray(rates), []
-        rates = rates * self._warmup(t0, rates.shape[1])
+        rates = rates * (self._warmup(t0, rates.shape[1]) if warms_up else 1.0)
         for j in range(0, rates.shape[1], CHUNK):
             piece = rates[:, j : j + CHUNK]
             count = piece.shape[1]

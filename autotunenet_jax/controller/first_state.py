@@ -1,6 +1,7 @@
 """The state before the first step, and the values it starts from, each in one compiled function."""
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,25 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from . import _belief, _guard, _kernels, _observations, _sweep
-from ._plan import NEVER, Plan
-from ._policy import Policy, directions
-from ._space import Choice, SearchSpace
-from ._space import Float as FloatParameter
-from ._state import (
+from .._space import Choice, SearchSpace
+from .._space import Float as FloatParameter
+from . import judge
+from .plan import Plan
+from .state import (
     FORK,
+    FORMAT,
     OUTCOME_NONE,
     SWEEP,
     TRAIN,
     Slots,
     TunerState,
+    empty_range_test,
     empty_round,
     empty_window,
+    no_health,
     no_validation,
 )
 
 # Where slow hyperparameters on a linear scale start when the user names no value: little regularisation, not none.
 _SLOW_START = 0.2
+
+PARTS = ("search space", "plan", "policy")
+"""What a state's fingerprint tells apart."""
+
+
+def fingerprint(space: SearchSpace, plan: Plan, policy: Any) -> np.ndarray:
+    """Digests of what a state is only good for; uint32[3], in the order of `PARTS`."""
+    described = (space.params, [np.asarray(column).tolist() for column in plan], policy)
+    digests = [hashlib.sha256(repr(part).encode()).digest()[:4] for part in described]
+    return np.array([int.from_bytes(digest, "big") for digest in digests], np.uint32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -42,32 +55,23 @@ def defaults(space: SearchSpace) -> dict[str, Array]:
 
 
 def first_state(
-    space: SearchSpace,
-    policy: Policy,
-    surrogate: _kernels.SurrogateConfig,
-    capacity: int,
-    *,
-    key: PRNGKeyArray,
-    start: Mapping[str, Any],
-    plan: Plan,
+    space: SearchSpace, capacity: int, *, key: PRNGKeyArray, start: Mapping[str, Any], plan: Plan, digests: np.ndarray
 ) -> TunerState:
     """The state before the first step.
 
     Args:
       space: What may be tuned.
-      policy: Constants of the decisions.
-      surrogate: What the surrogate consists of.
       capacity: Most observations held.
       key: A typed PRNG key, or a legacy uint32 one.
       start: Values to start from, by name: numbers, arrays, or options of a choice.
       plan: When rounds are held; of NumPy arrays.
+      digests: Its fingerprint.
     """
-    starts_now = int(plan.start[0]) == 0
-    has_sweep = starts_now and int(plan.sweep[0]) > 0
-    phase = (SWEEP if has_sweep else FORK) if starts_now else TRAIN
-    segment = (plan.sweep[0] if has_sweep else plan.early[0]) if starts_now else plan.start[0]
+    starts_now, has_test = int(plan.start[0]) == 0, int(plan.range_test[0]) > 0
+    phase = (SWEEP if has_test else FORK) if starts_now else TRAIN
+    segment = (plan.range_test[0] if has_test else plan.length[0]) if starts_now else plan.start[0]
     given = {name: as_argument(space[name], start[name]) for name in space.names if name in start}
-    return _first(space, policy, surrogate, capacity, key, given, plan, np.int32(phase), np.int32(segment))
+    return _first(space, capacity, key, given, plan, np.int32(phase), np.int32(segment), digests)
 
 
 def as_argument(param: Any, value: Any) -> Any:
@@ -80,62 +84,45 @@ def as_argument(param: Any, value: Any) -> Any:
     return np.float32(value)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _first(
     space: SearchSpace,
-    policy: Policy,
-    surrogate: _kernels.SurrogateConfig,
     capacity: int,
     key: PRNGKeyArray,
     given: dict[str, Any],
     plan: Plan,
     phase: Array,
     segment: Array,
+    digests: Array,
 ) -> TunerState:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     incumbent = space.snap(space.encode({**defaults(space), **given}))
-    zero_i = jnp.zeros((), jnp.int32)
-    held = empty_round(space.dims, index=0, group=0)
+    zero = jnp.zeros((), jnp.int32)
+    held = empty_round(space.dims, 0)
     state = TunerState(
+        format=jnp.int32(FORMAT),
+        fingerprint=digests,
         key=key,
-        step=zero_i,
-        data_step=zero_i,
+        step=zero,
+        data_step=zero,
         phase=phase,
         segment_left=segment,
         segment_length=segment,
         incumbent=incumbent,
         trial=incumbent,
-        has_failed=jnp.zeros((), bool),
-        has_faulted=jnp.zeros((), bool),
-        retries=zero_i,
-        initial_loss=jnp.full((), jnp.nan, jnp.float32),
-        best_level=jnp.full((), jnp.inf, jnp.float32),
-        eval_level=jnp.full((), jnp.nan, jnp.float32),
-        validation=no_validation(),
-        discarded=zero_i,
-        rollbacks=zero_i,
-        relapses=zero_i,
-        since_rollback=jnp.int32(NEVER),
-        since_restart=jnp.int32(NEVER),
-        probation=zero_i,
-        promised=jnp.full((), jnp.inf, jnp.float32),
-        unmet=zero_i,
-        reached=jnp.full((), jnp.inf, jnp.float32),
-        last_rates=incumbent,
-        hold=jnp.zeros((), jnp.float32),
-        rounds_held=zero_i,
+        discarded=zero,
+        rollbacks=zero,
         anneal_start=jnp.int32(-1),
-        anneal_steps=zero_i,
+        anneal_steps=zero,
         outcome=jnp.int32(OUTCOME_NONE),
+        health=no_health(),
+        range_test=empty_range_test(),
         window=empty_window(),
-        sweep=_sweep.begun(),
         round=held._replace(x=jnp.broadcast_to(incumbent, held.x.shape)),
-        slots=Slots(zero_i, zero_i, zero_i, zero_i),
-        guard=_guard.init(),
-        observations=_observations.empty(capacity, space.dims),
-        prior=_belief.first_prior(policy, directions(space), incumbent),
-        hyper=_kernels.initial_hyper(surrogate),
+        slots=Slots(zero, zero, zero, zero),
+        validation=no_validation(),
+        knowledge=judge.no_knowledge(space, capacity, incumbent),
         plan=plan,
     )
     # Leaves share buffers neither with each other nor with the caller, or donating one would donate another.

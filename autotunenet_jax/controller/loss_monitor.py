@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED, BEHIND = range(7)
+HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED = range(6)
 
 MESSAGES = {
     HEALTHY: "The loss is healthy.",
@@ -16,8 +16,16 @@ MESSAGES = {
     SPIKE: "The loss jumped and did not come back; the last healthy snapshot was restored.",
     DIVERGED: "The loss rose above where it started; the last healthy snapshot was restored.",
     STALLED: "The loss has not fallen for a long time; training goes on, nothing is undone.",
-    BEHIND: "Training is far behind what shorter forks reached; it begins again from there, at a lower rate.",
 }
+
+MAX_RETRIES = 3
+"""Range tests and forks of one round that may begin again after a bad batch."""
+
+# Losses of range tests and forks, and the first ones of training, beyond this magnitude count as not finite.
+_LOSS_LIMIT = 1e15
+
+# How far, in spreads, the loss may have risen before a non-finite value that is still out of the blue.
+_CALM_SIGMAS = 3.0
 
 # Mean absolute deviation of a normal variable, in standard deviations.
 _MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
@@ -89,7 +97,7 @@ class Guard:
                 raise ValueError(f"Guard.{field.name} must be finite and at least {least}; got {value!r}.")
 
 
-class GuardState(NamedTuple):
+class MonitorState(NamedTuple):
     """Running statistics of the healthy losses; scalars.
 
     Attributes:
@@ -113,10 +121,10 @@ class GuardState(NamedTuple):
     since_lowest: Int[Array, ""]
 
 
-def init() -> GuardState:
+def init() -> MonitorState:
     """Statistics of no value yet."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return GuardState(
+    return MonitorState(
         level=zero,
         spread=zero,
         short=zero,
@@ -130,11 +138,11 @@ def init() -> GuardState:
 
 def watch(
     guard: Guard,
-    state: GuardState,
+    state: MonitorState,
     loss: Float[Array, ""],
     *,
     ceiling: Float[Array, ""] | float = jnp.inf,
-) -> tuple[GuardState, Int[Array, ""]]:
+) -> tuple[MonitorState, Int[Array, ""]]:
     """Takes one loss in and says whether training is healthy.
 
     Args:
@@ -184,7 +192,7 @@ def watch(
     verdict = jnp.where(strikes >= guard.patience, SPIKE, verdict)
     verdict = jnp.where((state.count >= _FIRST_VALUES) & (short > ceiling), DIVERGED, verdict)
     verdict = jnp.where(is_finite, verdict, NON_FINITE).astype(jnp.int32)
-    return GuardState(
+    return MonitorState(
         level=jnp.where(accepted, level, state.level),
         spread=jnp.where(accepted, spread, state.spread),
         short=short,
@@ -198,4 +206,56 @@ def watch(
 
 def is_failure(verdict: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether a verdict asks for a rollback."""
-    return ((verdict >= NON_FINITE) & (verdict <= DIVERGED)) | (verdict == BEHIND)
+    return (verdict >= NON_FINITE) & (verdict <= DIVERGED)
+
+
+class Heard(NamedTuple):
+    """One loss, as all handlers are told of it.
+
+    Attributes:
+      value: The loss; the running level where it is not finite.
+      is_finite: Whether it is.
+      verdict: What the monitor made of it.
+      unhealthy: Whether that asks for a rollback.
+      is_blue: Whether it is not finite although nothing led up to it: a rate that is too large announces itself.
+      before: Statistics before it.
+      after: Statistics after it.
+    """
+
+    value: Float[Array, ""]
+    is_finite: Bool[Array, ""]
+    verdict: Int[Array, ""]
+    unhealthy: Bool[Array, ""]
+    is_blue: Bool[Array, ""]
+    before: MonitorState
+    after: MonitorState
+
+
+def hear(
+    guard: Guard, state: MonitorState, loss: Array, *, in_train: Array, initial_loss: Array, ceiling: Array
+) -> Heard:
+    """Takes one loss in, for the handlers of the phases.
+
+    Args:
+      guard: Thresholds.
+      state: Statistics so far.
+      loss: float scalar.
+      in_train: Whether it is one of ordinary training.
+      initial_loss: Level of the first losses; NaN before one.
+      ceiling: A short moving average above this is divergence.
+    """
+    # Where a few losses decide, one beyond all measure tells as little as one that is not finite.
+    is_known = in_train & (state.count >= _FIRST_VALUES)
+    loss = jnp.where(is_known | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
+    after, verdict = watch(guard, state, loss, ceiling=ceiling)
+    is_finite = jnp.isfinite(loss)
+    climbed = state.short > jnp.fmax(state.level, initial_loss) + _CALM_SIGMAS * state.spread
+    return Heard(
+        value=jnp.where(is_finite, loss, after.level),
+        is_finite=is_finite,
+        verdict=verdict,
+        unhealthy=is_failure(verdict),
+        is_blue=~is_finite & ~climbed,
+        before=state,
+        after=after,
+    )

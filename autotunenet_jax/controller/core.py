@@ -1,0 +1,101 @@
+"""The controller's compiled functions, and what they depend on besides their arguments."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._float32 import in_float32
+from .._one_by_one import one_by_one
+from .._space import SearchSpace
+from .._stored_program import named, stored_program
+from . import decision, schedule, update, validation_monitor
+from .loss_monitor import Guard
+from .roles import roles_of
+from .state import Directive, Round, TunerState
+
+
+def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(*operands)`` where the condition holds, else the operands as they are.
+
+    A loop of at most one turn: what passes through it unchanged stays in its place. ``jax.lax.cond`` would copy it, and
+    under ``jax.vmap`` run the function at every step.
+    """
+
+    def turn(carry: Any) -> Any:
+        return jnp.zeros_like(condition), function(*carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, operands))[1]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Core:
+    """Everything static that the compiled functions depend on; tuners with equal cores share compilations."""
+
+    space: SearchSpace
+    guard: Guard
+    shape: schedule.Shape
+    warmup_steps: int
+
+    @in_float32
+    def hyperparams(self, ts: TunerState) -> dict[str, Array]:
+        """Values in force for the next step, by name."""
+        return schedule.in_force(self.space, self.shape, self.warmup_steps, ts)
+
+    @in_float32
+    def schedule(self, ts: TunerState) -> Float[Array, ""]:
+        """The factor on the rates outside forks."""
+        return schedule.factor(self.shape, self.warmup_steps, ts)
+
+    def tick(self, ts: TunerState, loss: Any) -> tuple[TunerState, Directive, Array]:
+        """Takes one loss in; also says whether a decision is due."""
+        return update.tick(self.guard, self.space, ts, jnp.asarray(loss, jnp.float32))
+
+    @in_float32
+    @one_by_one(static_argnums=(0,))
+    @stored_program(like=lambda self, ts: (ts, named(Directive), ts.round), static_argnums=(0,))
+    def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
+        """The decision; also the round as it was decided on."""
+        return decision.decide(self.space, ts)
+
+    def update(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive]:
+        """`tick`, and the decision where one is due."""
+        ts, directive, due = self.tick(ts, loss)
+        return self.decide_when(due, ts, directive)
+
+    def decide_when(self, due: Array, ts: TunerState, directive: Directive) -> tuple[TunerState, Directive]:
+        """What `tick` gave, or the decision where one is due."""
+
+        def decided(ts: TunerState, first: Directive) -> tuple[TunerState, Directive]:
+            ts, second, _ = self.decide(ts)
+            return ts, second._replace(verdict=first.verdict)
+
+        return when(due, decided, ts, directive)
+
+    @in_float32
+    def observe_eval(self, ts: TunerState, metric: Array) -> TunerState:
+        """Takes a validation metric in, to be minimised."""
+        return validation_monitor.observe(roles_of(self.space), ts, jnp.asarray(metric, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def decide_jit(core: Core, ts: TunerState) -> tuple[TunerState, Directive, Round]:
+    """`Core.decide`, compiled once per core and donated."""
+    return core.decide(ts)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def observe_eval_jit(core: Core, ts: TunerState, metric: Array) -> TunerState:
+    """`Core.observe_eval`, compiled once per core and donated."""
+    return core.observe_eval(ts, metric)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hyperparams_jit(core: Core, ts: TunerState) -> dict[str, Array]:
+    """`Core.hyperparams`, compiled once per core."""
+    return core.hyperparams(ts)

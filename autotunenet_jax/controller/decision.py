@@ -1,0 +1,296 @@
+"""The costly half of the controller: what to do when a stretch of training ends.
+
+One call scores the fork that ended, lets the surrogate judge, and starts the next fork or ends the round. There is one
+handler for each kind of stretch, and the surrogate is fitted once, so that the whole decision compiles quickly.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from .. import _observations
+from .._single_kernel import single_kernel
+from .._space import SearchSpace
+from . import fork_round, judge, range_test
+from .plan import FAST, MAX_FORKS, NEVER
+from .roles import roles_of
+from .rollback import select
+from .state import (
+    FORK,
+    FORK_FAILED,
+    FORK_FINISHED,
+    OUTCOME_FORK_STARTED,
+    OUTCOME_RATE_READ,
+    OUTCOME_RETRIED,
+    OUTCOME_ROUND_FAILED,
+    OUTCOME_ROUND_MOVED,
+    OUTCOME_ROUND_SKIPPED,
+    OUTCOME_ROUND_STARTED,
+    OUTCOME_ROUND_STAYED,
+    SWEEP,
+    TRAIN,
+    Directive,
+    Round,
+    TunerState,
+    empty_range_test,
+    empty_round,
+    empty_window,
+    nothing_to_do,
+    position,
+)
+
+PRICE = 0.03
+"""Least expected improvement worth another fast fork, in units of the surrogate; see the bank's report."""
+
+SLOW_PRICE = 0.01
+"""The same for a slow fork."""
+
+# How far rates are lowered where every fork of a round failed.
+_FAILED_DECADES = 0.5
+
+
+class _Ended(NamedTuple):
+    """What is known when a stretch has ended, before the surrogate is asked.
+
+    Attributes:
+      ts: State, with the score of the fork that ended.
+      candidates: Where the next fork may go.
+      is_retry: Whether the stretch begins again, since it met a bad batch.
+      key: For the fit.
+    """
+
+    ts: TunerState
+    candidates: fork_round.Candidates
+    is_retry: Bool[Array, ""]
+    key: PRNGKeyArray
+
+
+def _remaining(ts: TunerState) -> Array:
+    """Steps left of the budget."""
+    return jnp.where(ts.plan.total > 0, ts.plan.total - ts.step, NEVER)
+
+
+@single_kernel(static_argnums=(0,))
+def _end(space: SearchSpace, ts: TunerState) -> _Ended:
+    """Scores the stretch that ended."""
+    key, fit_key, turn_key = jax.random.split(ts.key, 3)
+    row, fork = ts.round.index, ts.round.fork
+    is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
+    in_fork = (ts.phase == FORK) & ~is_retry
+    window, held = ts.window, ts.round
+    is_opening = in_fork & (fork == 0)
+    has_eval = jnp.where(is_opening, window.eval_count > 0, held.has_eval)
+    # A slow hyperparameter is never judged by the training loss.
+    by_loss = jnp.where(ts.plan.kind[row] == FAST, window.loss_sum / window.loss_count, jnp.nan)
+    score = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)
+    reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
+    reference = jnp.where(jnp.isfinite(reference), reference, score)
+    succeeded = in_fork & ~ts.health.has_failed & jnp.isfinite(score)
+    is_fork = in_fork & (jnp.arange(MAX_FORKS) == fork)
+    held = held._replace(
+        has_eval=has_eval,
+        reference=reference,
+        x=jnp.where(is_fork[:, None], ts.trial, held.x),
+        score=jnp.where(is_fork, jnp.where(succeeded, score, jnp.nan), held.score),
+        steps=jnp.where(is_fork, position(ts), held.steps),
+        status=jnp.where(is_fork, jnp.where(succeeded, FORK_FINISHED, FORK_FAILED), held.status),
+    )
+    added = _observations.add(
+        ts.knowledge.observations,
+        ts.trial,
+        jnp.where(succeeded, score - reference, 0.0),
+        time=judge.time_of(ts.data_step),
+        group=row,
+        failed=~succeeded,
+    )
+    knowledge = ts.knowledge._replace(observations=select(in_fork, added, ts.knowledge.observations))
+    ts = ts._replace(key=key, round=held, knowledge=knowledge)
+    turn = jax.random.uniform(turn_key, (space.dims,))
+    return _Ended(ts, fork_round.candidates(space, ts, turn), is_retry, fit_key)
+
+
+def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, Round]:
+    """What to do now that a stretch of training has ended.
+
+    Returns:
+      The next state, what the loop must do, and the round as it stood when the decision was taken.
+
+    Cost: one surrogate fit and one posterior; O(capacity^3), whatever the length of the run.
+    """
+    ended = _end(space, ts)
+    points = jnp.concatenate([ended.ts.round.x, ended.candidates.x])
+    return _choose(space, ended, judge.judge(space, ended.ts, points, ended.key))
+
+
+@single_kernel(static_argnums=(0,))
+def _choose(space: SearchSpace, ended: _Ended, judged: judge.Judgement) -> tuple[TunerState, Directive, Round]:
+    """Carries on by the kind of stretch that ended."""
+    ts = ended.ts._replace(knowledge=ended.ts.knowledge._replace(hyper=judged.hyper))
+    after_fork, fork_directive, report = _after_fork(space, ts, ended.candidates, judged)
+    results = [
+        (ended.is_retry, _again(ts)),
+        (ts.phase == FORK, (after_fork, fork_directive)),
+        (ts.phase == SWEEP, _after_range_test(space, ts)),
+    ]
+    new, directive = _after_training(space, ts)
+    for condition, result in reversed(results):
+        new, directive = select(condition, result, (new, directive))
+    # What the monitor knows of the loss belongs to the state it was measured on: it starts afresh with each stretch.
+    changes = directive.save | directive.restore | directive.adopt | (ts.phase != TRAIN)
+    monitor = new.health.monitor
+    fresh = monitor._replace(count=jnp.zeros_like(monitor.count), strikes=jnp.zeros_like(monitor.strikes))
+    no = jnp.zeros((), bool)
+    health = new.health._replace(monitor=select(changes, fresh, monitor), has_failed=no, has_faulted=no)
+    new = new._replace(outcome=directive.outcome, window=empty_window(), health=health)
+    return new, directive._replace(data_step=new.data_step), select(ts.phase == FORK, report, ts.round)
+
+
+def _stretch(ts: TunerState, phase: int, steps: Array) -> TunerState:
+    """The state with another stretch begun."""
+    steps = jnp.asarray(steps, jnp.int32)
+    return ts._replace(phase=jnp.int32(phase), segment_left=steps, segment_length=steps)
+
+
+def _said(ts: TunerState, outcome: int) -> Directive:
+    return nothing_to_do(ts)._replace(outcome=jnp.int32(outcome))
+
+
+def _again(ts: TunerState) -> tuple[TunerState, Directive]:
+    """The range test or fork begins again from the saved state, on the data after the bad batch."""
+    ts = ts._replace(
+        segment_left=ts.segment_length,
+        discarded=ts.discarded + position(ts),
+        slots=ts.slots._replace(saved_data=ts.data_step),
+        range_test=empty_range_test(),
+        health=ts.health._replace(retries=ts.health.retries + 1),
+    )
+    return ts, _said(ts, OUTCOME_RETRIED)._replace(restore=jnp.ones((), bool))
+
+
+def _opened(space: SearchSpace, ts: TunerState) -> TunerState:
+    """The state at the beginning of a round's first fork, which tries the hyperparameters in force."""
+    held = empty_round(space.dims, ts.round.index)
+    held = held._replace(x=jnp.broadcast_to(ts.incumbent, held.x.shape))
+    prior = judge.prior_about(roles_of(space), ts.incumbent)
+    ts = ts._replace(round=held, trial=ts.incumbent, knowledge=ts.knowledge._replace(prior=prior))
+    return _stretch(ts, FORK, ts.plan.length[held.index])
+
+
+def _training(ts: TunerState) -> TunerState:
+    """The state at the beginning of the stretch that leads to the next round."""
+    row = ts.round.index + 1
+    held = empty_round(ts.round.x.shape[1], row)
+    start = ts.plan.start[row]
+    ts = ts._replace(round=held, health=ts.health._replace(retries=jnp.zeros_like(ts.health.retries)))
+    return _stretch(ts, TRAIN, jnp.where(start >= NEVER, NEVER, jnp.maximum(start - ts.step, 1)))
+
+
+def _after_range_test(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive]:
+    """The rates are where the test says; the first fork begins from the state before it."""
+    ts = ts._replace(
+        incumbent=space.snap(range_test.begin_at(roles_of(space), ts)),
+        discarded=ts.discarded + position(ts),
+        data_step=ts.slots.saved_data,
+    )
+    has_forks = ts.plan.forks[ts.round.index] > 0
+    new = select(has_forks, _opened(space, ts), _training(ts))
+    outcome = jnp.where(has_forks, OUTCOME_FORK_STARTED, OUTCOME_RATE_READ).astype(jnp.int32)
+    return new, nothing_to_do(ts)._replace(restore=jnp.ones((), bool), outcome=outcome)
+
+
+def _after_training(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive]:
+    """A round begins, unless there is nothing to compare by or no budget: one of two forks has to be affordable."""
+    row = ts.round.index
+    is_blind = (ts.plan.kind[row] != FAST) & ~jnp.isfinite(ts.validation.level)
+    is_affordable = (ts.discarded + ts.plan.length[row] <= _budget(ts)) & (_remaining(ts) > 2 * ts.plan.length[row])
+    holds = ~is_blind & is_affordable
+    slots = ts.slots._replace(saved_data=ts.data_step, saved_step=ts.step)
+    opened = _opened(space, ts._replace(slots=slots))
+    with_test = _stretch(opened._replace(range_test=empty_range_test()), SWEEP, ts.plan.range_test[row])
+    opened = select(ts.plan.range_test[row] > 0, with_test, opened)
+    directive = _said(ts, OUTCOME_ROUND_STARTED)._replace(save=jnp.ones((), bool))
+    return select(holds, (opened, directive), (_training(ts), _said(ts, OUTCOME_ROUND_SKIPPED)))
+
+
+def _budget(ts: TunerState) -> Array:
+    """Steps that may be discarded."""
+    return jnp.where(ts.plan.total > 0, ts.plan.total, jnp.maximum(ts.step, 1000)) * ts.plan.share
+
+
+def _after_fork(
+    space: SearchSpace, ts: TunerState, next_forks: fork_round.Candidates, judged: judge.Judgement
+) -> tuple[TunerState, Directive, Round]:
+    """The fork takes the place of the kept one or is discarded, and the next one begins or the round ends."""
+    held, row, fork = ts.round, ts.round.index, ts.round.fork
+    succeeded = fork_round.finished(held)[fork]
+    holder, has_holder = jnp.maximum(held.kept, 0), held.kept >= 0
+    p_better = jnp.where(has_holder, judge.probability_better(judged, fork, holder), 1.0)
+    wins = succeeded & (~has_holder | (p_better > 0.5))
+    lost = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), held.steps[fork])
+    held = held._replace(
+        kept=jnp.where(wins, fork, held.kept),
+        p_better=jnp.where(jnp.arange(MAX_FORKS) == fork, p_better, held.p_better),
+    )
+    slots = ts.slots._replace(
+        kept_data=jnp.where(wins, ts.data_step, ts.slots.kept_data),
+        kept_step=jnp.where(wins, ts.step, ts.slots.kept_step),
+    )
+    ts = ts._replace(round=held, slots=slots, discarded=ts.discarded + lost)
+
+    best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
+    gain = jnp.where(next_forks.is_allowed, judge.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
+    chosen = jnp.argmax(gain)
+    # While every fork has failed, lower rates are tried, whatever the surrogate expects.
+    chosen = jnp.where(has_kept, chosen, 0)
+    is_allowed = next_forks.is_allowed[chosen]
+    price = jnp.where(ts.plan.kind[row] == FAST, PRICE, SLOW_PRICE)
+    is_worth_it = ~has_kept | (fork == 0) | (gain[chosen] > price)
+    length = ts.plan.length[row]
+    may_fork = fork + 1 < jnp.where(has_kept, ts.plan.forks[row], MAX_FORKS)
+    affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > length)
+    again = is_allowed & is_worth_it & may_fork & affordable
+    started, directive = _next_fork(ts, next_forks.x[chosen])
+    ended = _end_round(space, ts, wins)
+    new, directive = select(again, (started, directive), ended)
+    return new, directive._replace(keep=wins), held
+
+
+def _next_fork(ts: TunerState, x: Float[Array, "d"]) -> tuple[TunerState, Directive]:
+    held = ts.round._replace(fork=ts.round.fork + 1)
+    ts = ts._replace(round=held, trial=x, data_step=ts.slots.saved_data)
+    ts = _stretch(ts, FORK, ts.plan.length[held.index])
+    return ts, _said(ts, OUTCOME_FORK_STARTED)._replace(restore=jnp.ones((), bool))
+
+
+def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[TunerState, Directive]:
+    """Training goes on from the best fork; where all failed, from where they started, at lower rates."""
+    roles, held = roles_of(space), ts.round
+    best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
+    is_first = ts.plan.range_test[held.index] > 0
+    won = roles.shifted(held.x[best], jnp.where(is_first, -fork_round.DRIFT_DECADES, 0.0))
+    heights = jnp.where(fork_round.has_run(held)[:, None], held.x, 1.0)
+    safer = roles.shifted(jnp.where(roles.is_rate, jnp.min(heights, axis=0), ts.incumbent), -_FAILED_DECADES)
+    safer = jnp.where(ts.plan.kind[held.index] == FAST, safer, ts.incumbent)
+    incumbent = space.snap(jnp.where(has_kept, won, safer))
+    moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
+    outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), OUTCOME_ROUND_FAILED)
+    # The winner is the state of the best reading from here on. A state that every fork spoiled is not shown the same
+    # data again.
+    is_read = has_kept & held.has_eval
+    seen = ts.validation._replace(
+        best=jnp.where(is_read, held.score[best], jnp.inf),
+        hot=jnp.full_like(ts.validation.hot, jnp.inf),
+        cools_from=jnp.full_like(ts.validation.cools_from, NEVER),
+        read_at=ts.step,
+        worse=jnp.zeros_like(ts.validation.worse),
+        keeps=jnp.zeros((), bool),
+        returns=jnp.zeros((), bool),
+        is_kept=is_read,
+    )
+    adopt = has_kept & ~is_current
+    data_step = jnp.where(adopt, jnp.maximum(ts.slots.kept_data, ts.slots.saved_data), ts.data_step)
+    ts = _training(ts._replace(incumbent=incumbent, validation=seen, data_step=data_step))
+    directive = nothing_to_do(ts)._replace(restore=~has_kept, adopt=adopt, outcome=outcome.astype(jnp.int32))
+    return ts, directive

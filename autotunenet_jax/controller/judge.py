@@ -1,0 +1,156 @@
+"""The surrogate as the judge of a round: which fork is better, and what another one is expected to gain.
+
+Scores are compared within their round only, in units of what its best fork gained; rounds share the surrogate's shape,
+which drifts with time.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .. import _acquisition, _kernels, _observations, _surrogate
+from .._single_kernel import single_kernel
+from .._space import SearchSpace
+from .._targets import group_median
+from .plan import SLOW
+from .roles import Roles, roles_of
+from .state import Knowledge, TunerState
+
+# Shortfall, as a share of the gain of a round's best fork, below which scores count in proportion and above which by
+# their logarithm; in slow rounds small differences say little of what the rest of the run brings.
+_RESOLUTION, _SLOW_RESOLUTION = 0.05, 1.0
+# A fork that lost more than this many times what the best one gained is as bad as any.
+_WORST = 4.0
+
+# Prior of the shape: see the bank's report for all of these.
+_RATE_LENGTHSCALE_DECADES, _OTHER_LENGTHSCALE, _LENGTHSCALE_SCALE = 0.6, 0.7, 0.4
+_SIGNAL, _NOISE, _PRIOR_SCALE = 0.25, 0.04, 0.6
+_TIME_LENGTHSCALE, _TIME_SCALE = 1.5, 0.4
+# Prior mean: a bowl about the first fork of a round in the rates, and about the middle in slow hyperparameters.
+_RATE_CURVATURE = 0.15
+_SLOW_CENTRE, _SLOW_CURVATURE = 0.5, 0.6
+
+
+def config_of(space: SearchSpace) -> _kernels.SurrogateConfig:
+    """What the surrogate models."""
+    roles = roles_of(space)
+    lengthscales = np.where(roles.is_rate, _RATE_LENGTHSCALE_DECADES / roles.decades, _OTHER_LENGTHSCALE)
+    return _kernels.SurrogateConfig(
+        dims=space.dims,
+        is_categorical=tuple(bool(flag) for flag in space.is_categorical),
+        has_time=True,
+        has_groups=True,
+        standardise=False,
+        lengthscale_loc=tuple(float(math.log(value)) for value in lengthscales),
+        lengthscale_scale=_LENGTHSCALE_SCALE,
+        signal_loc=math.log(_SIGNAL),
+        signal_scale=_PRIOR_SCALE,
+        noise_loc=math.log(_NOISE),
+        noise_scale=_PRIOR_SCALE,
+        time_loc=math.log(_TIME_LENGTHSCALE),
+        time_scale=_TIME_SCALE,
+        fit_steps=12,
+    )
+
+
+def prior_about(roles: Roles, u: Float[Array, "d"]) -> _surrogate.PriorMean:
+    """What is believed before a round that begins at ``u``."""
+    curvature = np.where(roles.is_rate, _RATE_CURVATURE * roles.decades**2, 0.0)
+    return _surrogate.PriorMean(
+        center=jnp.where(roles.is_slow, _SLOW_CENTRE, u),
+        curvature=jnp.asarray(np.where(roles.is_slow, _SLOW_CURVATURE, curvature), jnp.float32),
+    )
+
+
+def no_knowledge(space: SearchSpace, capacity: int, u: Float[Array, "d"]) -> Knowledge:
+    """Before the first fork of a run that starts at ``u``."""
+    return Knowledge(
+        observations=_observations.empty(capacity, space.dims),
+        hyper=_kernels.initial_hyper(config_of(space)),
+        prior=prior_about(roles_of(space), u),
+    )
+
+
+def time_of(data_step: Array) -> Float[Array, ""]:
+    """Time along the branch that survives, in logarithms: early steps change the objective most."""
+    return jnp.log1p(data_step / 10.0)
+
+
+def shortfalls(obs: _observations.Observations, *, resolution: Float[Array, "n"] | float) -> _observations.Observations:
+    """Scores as logarithms of how far they are from the best of their round, in shares of what the best one gained.
+
+    Raw scores are differences to the round's reference, so the best one, negated, is the gain over the state they all
+    started from, or the spread of the round where that is larger. 0 is the best fork, 1 one that gained
+    nothing. Adding a constant to the loss changes nothing, nor does scaling it.
+    """
+    usable = _observations.mask(obs) & ~obs.failed
+    same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
+    best = jnp.argmin(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
+    lowest = jnp.where(same.any(axis=1), obs.y[best], 0.0)
+    excess = obs.y - lowest
+    members, ones = same.astype(jnp.float32), np.ones(excess.size, np.float32)
+    mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ ones, 1.0)
+    # A fork that blew up says nothing of the unit: where something was gained, the median stands for the spread.
+    gained = jnp.maximum(-lowest, group_median(excess, same))
+    unit = jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), 1e-12)
+    share = jnp.clip(excess / unit, 0.0, _WORST)
+    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
+
+
+class Judgement(NamedTuple):
+    """The joint posterior of a round's forks, then of the candidates for the next one.
+
+    Attributes:
+      mean: Posterior mean of the shortfall.
+      covariance: Its covariance.
+      hyper: Hyperparameters that warm-start the next fit.
+    """
+
+    mean: Float[Array, "m"]
+    covariance: Float[Array, "m m"]
+    hyper: _kernels.Hyper
+
+
+@single_kernel(static_argnums=(0,))
+def _evidence(space: SearchSpace, ts: TunerState) -> _observations.Observations:
+    obs = ts.knowledge.observations
+    is_slow = ts.plan.kind[jnp.clip(obs.group, 0, ts.plan.kind.size - 1)] == SLOW
+    return shortfalls(obs, resolution=jnp.where(is_slow, _SLOW_RESOLUTION, _RESOLUTION))
+
+
+def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGKeyArray) -> Judgement:
+    """What all rounds so far say about some points now.
+
+    Cost: one surrogate fit and one posterior; O(capacity^3 + m capacity^2), whatever the length of the run.
+    """
+    config = config_of(space)
+    posterior = _surrogate.fit(
+        config, _evidence(space, ts), start=ts.knowledge.hyper, key=key, prior_mean=ts.knowledge.prior
+    )
+    mean, covariance = _surrogate.predict(config, posterior, x, time=time_of(ts.data_step))
+    return Judgement(mean, covariance, posterior.hyper)
+
+
+def probability_better(judged: Judgement, challenger: Array, holder: Array) -> Float[Array, ""]:
+    """Probability that one point is better than another."""
+    gain, deviation = _gain(judged, holder, challenger)
+    return _acquisition.normal_cdf(gain / deviation)
+
+
+def expected_improvement(judged: Judgement, best: Array) -> Float[Array, "m"]:
+    """Expected improvement of every point over point ``best``, from their joint posterior.
+
+    Source: Jones, Schonlau and Welch (1998), eq. 15, with the best point's own uncertainty left in.
+    """
+    gain, deviation = _gain(judged, best, slice(None))
+    return deviation * _acquisition.expected_excess(gain / deviation)
+
+
+def _gain(judged: Judgement, best: Array, points: Array | slice) -> tuple[Array, Array]:
+    """Mean and deviation of how much lower the points are than point ``best``."""
+    mean, covariance = judged.mean, judged.covariance
+    variance = jnp.diagonal(covariance)[points] + covariance[best, best] - 2.0 * covariance[best, points]
+    return mean[best] - mean[points], jnp.sqrt(jnp.maximum(variance, 1e-12))

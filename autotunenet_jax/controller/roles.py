@@ -1,0 +1,45 @@
+"""What the controller needs to know of a search space: which hyperparameters are rates, which slow, how wide each is."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._space import Choice, SearchSpace
+from .._space import Float as FloatParameter
+from .._space import Int as IntParameter
+
+
+class Roles(NamedTuple):
+    """Constants of a search space, as arrays over its dimensions.
+
+    Attributes:
+      is_rate: Scaled by the schedule, searched in decades, and moved together.
+      is_slow: Shows in long forks and on held-out data only.
+      decades: Width of the range; a linear one counts four.
+    """
+
+    is_rate: np.ndarray
+    is_slow: np.ndarray
+    decades: np.ndarray
+
+    def shifted(self, u: Float[Array, "d"], decades: Array | float) -> Float[Array, "d"]:
+        """The point ``u`` with its rates moved by so many decades, inside the cube."""
+        return jnp.clip(u + jnp.where(self.is_rate, decades / self.decades, 0.0), 0.0, 1.0)
+
+
+@functools.lru_cache(maxsize=64)
+def roles_of(space: SearchSpace) -> Roles:
+    """The roles of a space's dimensions."""
+
+    def width(p: FloatParameter | IntParameter | Choice) -> float:
+        return 4.0 if isinstance(p, Choice) or not p.log else math.log10(p.hi / p.lo)
+
+    return Roles(
+        is_rate=np.array([role == "rate" for role in space.roles]),
+        is_slow=np.array([role == "slow" for role in space.roles]),
+        decades=np.array([width(p) for _, p in space.params], np.float32),
+    )

@@ -1,0 +1,179 @@
+"""Ordinary training: what an unhealthy loss is answered with, and which snapshots are taken."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from .loss_monitor import DIVERGED, HEALTHY, NON_FINITE, STALLED, Guard, Heard
+from .plan import NEVER
+from .roles import Roles
+from .state import (
+    OUTCOME_ACCEPTED,
+    OUTCOME_NONE,
+    OUTCOME_ROLLBACK,
+    Directive,
+    Slots,
+    TunerState,
+    no_validation,
+    nothing_to_do,
+)
+
+# A snapshot younger than this may already hold damage that the monitor has not noticed yet.
+_MIN_SNAPSHOT_AGE = 10
+
+# How far rates fall, in decades, at a rollback that is not the first within so many steps; the second pair is for values
+# that are not finite out of the blue, which are rather the data's fault.
+_RETREAT_DECADES, _RETREAT_WITHIN = 0.3, 250
+_BLUE_RETREAT_DECADES, _BLUE_RETREAT_WITHIN = 0.15, 20
+
+
+class _Answer(NamedTuple):
+    """What is done about a loss. At most one of the first three.
+
+    Attributes:
+      rolls_back: Training goes back to a snapshot.
+      gives_up: The rollbacks are used up: what is in force is held from here on.
+      accepts: The loss is high on healthy snapshots: it is the new level.
+      is_at_once: It was high from the restored snapshot on, before any step from there.
+    """
+
+    rolls_back: Bool[Array, ""]
+    gives_up: Bool[Array, ""]
+    accepts: Bool[Array, ""]
+    is_at_once: Bool[Array, ""]
+
+
+def _answer(guard: Guard, ts: TunerState, heard: Heard) -> _Answer:
+    health = ts.health
+    is_at_once = heard.unhealthy & heard.is_finite & (heard.after.strikes > health.since_rollback)
+    # High from the snapshot on is not the hyperparameters' doing; where the other one is no better, it is the data's.
+    accepts = is_at_once & (health.relapses > 0)
+    may_retry = (heard.verdict == NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
+    asks = heard.unhealthy & ~accepts
+    return _Answer(asks & may_retry, asks & ~may_retry, accepts, is_at_once)
+
+
+def _restored(ts: TunerState, heard: Heard, answer: _Answer) -> tuple[Array, Slots, Array]:
+    """Whether the saved snapshot is restored rather than the kept one, the books, and whether either was distrusted."""
+    slots, age = ts.slots, ts.step - 1
+    saved_age, kept_age = age - slots.saved_step, age - slots.kept_step
+    saved_is_newer = saved_age < kept_age
+    was_damaged = ((ts.health.since_rollback == 0) & ~heard.is_finite) | answer.is_at_once
+    # Damage out of the blue shows at once: what a finite loss has been seen of is from before it.
+    least_age = jnp.where(heard.is_blue, 1, _MIN_SNAPSHOT_AGE)
+    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= least_age) & ~was_damaged
+    # A snapshot passed over may hold the damage: it becomes the older one, which is overwritten next.
+    distrusts = answer.rolls_back & ~newer_is_safe
+    slots = slots._replace(
+        saved_step=jnp.where(distrusts & saved_is_newer, slots.kept_step - 1, slots.saved_step),
+        kept_step=jnp.where(distrusts & ~saved_is_newer, slots.saved_step - 1, slots.kept_step),
+    )
+    return jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer), slots, was_damaged
+
+
+def _incumbent(roles: Roles, ts: TunerState, heard: Heard, answer: _Answer, was_damaged: Array) -> Array:
+    """Rates fall where they are to blame: training diverged, or broke again soon after the last rollback."""
+    within = jnp.where(heard.is_blue, _BLUE_RETREAT_WITHIN, _RETREAT_WITHIN)
+    repeated = (ts.health.since_rollback < within) & ~was_damaged
+    falls = answer.rolls_back & (repeated | ((heard.verdict == DIVERGED) & ~answer.is_at_once))
+    decades = jnp.where(heard.is_blue, _BLUE_RETREAT_DECADES, _RETREAT_DECADES)
+    return jnp.where(falls, roles.shifted(ts.incumbent, -decades), ts.incumbent)
+
+
+def _statistics(ts: TunerState, heard: Heard, answer: _Answer) -> TunerState:
+    """After a rollback, and where a new level is accepted, the spikes seen so far mean nothing."""
+    monitor, health = heard.after, ts.health
+    zero, none = jnp.zeros_like(monitor.peak), jnp.zeros_like(monitor.strikes)
+    fresh = monitor._replace(strikes=none, short=monitor.level, peak=zero)
+    accepting = monitor._replace(
+        level=heard.value, short=heard.value, count=none, strikes=none, peak=zero, lowest=heard.value, since_lowest=none
+    )
+    renews = answer.gives_up | answer.accepts
+    monitor = select(renews, accepting, select(answer.rolls_back, fresh, monitor))
+    relapses = jnp.where(answer.is_at_once, health.relapses + 1, 0)
+    health = health._replace(
+        monitor=monitor,
+        initial_loss=jnp.where(renews, jnp.fmax(health.initial_loss, heard.value), health.initial_loss),
+        relapses=jnp.where(answer.rolls_back, relapses, jnp.where(answer.accepts, 0, health.relapses)),
+        # Counted up once for every step, whatever its phase.
+        since_rollback=jnp.where(answer.rolls_back, -1, health.since_rollback),
+    )
+    # Metrics from before the data changed are no measure any more.
+    return ts._replace(health=health, validation=select(answer.accepts, no_validation(), ts.validation))
+
+
+def select(condition: Array, new, old):
+    """``jnp.where`` over trees; what is the same array on both sides is left alone."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)
+
+
+def _snapshots(ts: TunerState, is_calm: Array) -> tuple[TunerState, Directive]:
+    """Takes snapshots and, where validation asks for it, goes back to the kept one.
+
+    Without validation two are taken in turn, so that one is always old enough to predate what the monitor notices late.
+    With it the kept one is the state of the best reading.
+    """
+    slots, seen = ts.slots, ts.validation
+    saved_age, kept_age = ts.step - 1 - slots.saved_step, ts.step - 1 - slots.kept_step
+    returns = is_calm & seen.returns & seen.is_kept
+    owns_kept = seen.is_kept | seen.keeps
+    is_due = (
+        is_calm & ~returns & (jnp.where(owns_kept, saved_age, jnp.minimum(saved_age, kept_age)) >= ts.plan.save_every)
+    )
+    save = is_due & (owns_kept | (saved_age >= kept_age))
+    keep = jnp.where(owns_kept, is_calm & seen.keeps & ~returns, is_due & ~save)
+    slots = slots._replace(
+        saved_data=jnp.where(save, ts.data_step, slots.saved_data),
+        saved_step=jnp.where(save, ts.step, slots.saved_step),
+        kept_data=jnp.where(keep, ts.data_step, slots.kept_data),
+        kept_step=jnp.where(keep, ts.step, slots.kept_step),
+    )
+    seen = seen._replace(
+        keeps=seen.keeps & ~keep, returns=seen.returns & ~is_calm, is_kept=seen.is_kept | (seen.keeps & keep)
+    )
+    # The training loss of another state: the monitor learns it anew.
+    monitor = ts.health.monitor
+    learning = monitor._replace(count=jnp.zeros_like(monitor.count), peak=jnp.zeros_like(monitor.peak))
+    health = ts.health._replace(monitor=select(returns, learning, monitor))
+    directive = nothing_to_do(ts)._replace(save=save, keep=keep, adopt=returns)
+    return ts._replace(slots=slots, validation=seen, health=health), directive
+
+
+def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Array, ""]]:
+    """Takes in one loss of ordinary training.
+
+    Returns:
+      The state, what the loop must do, and whether the next round is due.
+    """
+    answer = _answer(guard, ts, heard)
+    restores, slots, was_damaged = _restored(ts, heard, answer)
+    incumbent = _incumbent(roles, ts, heard, answer, was_damaged)
+    # The budget of rollbacks is spent: what is in force, lowered by them, is held from here on.
+    holds = answer.gives_up & (guard.max_rollbacks > 0)
+    plan = ts.plan._replace(start=jnp.where(holds, NEVER, ts.plan.start))
+    ts = _statistics(ts._replace(incumbent=incumbent, slots=slots, plan=plan), heard, answer)
+    left = jnp.where(answer.rolls_back, jnp.maximum(ts.segment_left, 1), ts.segment_left)
+    ts = ts._replace(segment_left=jnp.where(holds, NEVER, left), rollbacks=ts.rollbacks + answer.rolls_back)
+    due = ts.segment_left <= 0
+
+    is_well = (heard.verdict == HEALTHY) | (heard.verdict == STALLED)
+    ts, directive = _snapshots(ts, is_well & ~due & (ts.health.monitor.strikes == 0))
+    outcome = jnp.where(answer.rolls_back, OUTCOME_ROLLBACK, jnp.where(answer.accepts, OUTCOME_ACCEPTED, OUTCOME_NONE))
+    outcome = outcome.astype(jnp.int32)
+    directive = directive._replace(
+        restore=answer.rolls_back & restores,
+        adopt=directive.adopt | (answer.rolls_back & ~restores),
+        outcome=outcome,
+        verdict=heard.verdict,
+        evaluate=wants_metric(ts),
+    )
+    return ts._replace(outcome=jnp.where(outcome > 0, outcome, ts.outcome)), directive, due
+
+
+def wants_metric(ts: TunerState) -> Bool[Array, ""]:
+    """Whether a reading of the validation metric is due: at regular steps, before a round, and before the last step."""
+    is_regular = ts.step % ts.plan.check_every == 0
+    has_next_round = ts.plan.start[ts.round.index] < NEVER
+    return is_regular | (has_next_round & (ts.segment_left == 1)) | (ts.plan.total - ts.step == 1)

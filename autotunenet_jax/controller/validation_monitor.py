@@ -1,0 +1,82 @@
+"""Validation overrules: where the held-out metric does not improve, training goes back to its best state, slower.
+
+Early stopping, decay on a plateau and rewind in one. Only the order of readings counts, so any metric will do.
+
+Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPlateau's of Keras and PyTorch.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .plan import NEVER
+from .roles import Roles
+from .state import FORK, TRAIN, TunerState
+
+PATIENCE = 2
+"""Readings in a row above the lowest, a twentieth of the budget apart, after which the rates cool down for one more."""
+
+BACK_DECADES = 0.5
+"""How far the rates fall where training goes back."""
+
+ENDING_SHARE = 0.1
+"""Last part of the budget, in which there is no time to better a state that is gone back to: only the last reading
+counts there, and it takes the run to its best state as it is."""
+
+# Readings closer than this share of the planned distance count as one.
+_SPACING = 0.8
+
+
+def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerState:
+    """Takes a validation metric in; in a fork's last step it is its score.
+
+    Args:
+      roles: Of the space.
+      ts: State before.
+      metric: float32 scalar, to be minimised.
+
+    Returns:
+      The state; the way back is asked for by the next step.
+    """
+    is_score = (ts.phase == FORK) & (ts.segment_left == 1)
+    # A metric that is not finite makes the fork's score NaN, and so the fork a failure.
+    window = ts.window._replace(
+        eval_sum=jnp.where(is_score, ts.window.eval_sum + metric, ts.window.eval_sum),
+        eval_count=jnp.where(is_score, ts.window.eval_count + 1.0, ts.window.eval_count),
+    )
+    is_settled = (ts.phase == TRAIN) | (ts.step == 0)
+    seen = ts.validation
+    level = jnp.where(is_settled & jnp.isfinite(metric), metric, seen.level)
+    return _read(roles, ts._replace(window=window, validation=seen._replace(level=level)), metric, ts.phase == TRAIN)
+
+
+def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> TunerState:
+    seen, total = ts.validation, ts.plan.total
+    is_last = (total > 0) & (total - ts.step <= 1)
+    is_ending = (total > 0) & (total - ts.step < ENDING_SHARE * total)
+    # Whatever is not finite is worse than anything.
+    value = jnp.where(jnp.isfinite(metric), metric, jnp.inf)
+    counts = in_train & (is_last | (ts.step - seen.read_at >= _SPACING * ts.plan.check_every))
+    is_best = counts & (value < seen.best)
+    # A rate that is only too hot to hold shows in a state that cools to a better one: then it was worth its height.
+    is_cooled = counts & (seen.cools_from < NEVER)
+    retreats = is_cooled & ~is_best & seen.is_kept
+    returns = retreats | (counts & ~is_best & is_last & seen.is_kept)
+    worse = jnp.where(counts, jnp.where(value < seen.hot, 0, seen.worse + 1), seen.worse)
+    cools = counts & ~is_cooled & (worse >= PATIENCE) & ~is_ending & jnp.isfinite(seen.best)
+    hot = jnp.where(counts & ~is_cooled, jnp.minimum(value, seen.hot), seen.hot)
+    # Back there, what was reached before is to be bettered; from a cooled state hot readings begin anew.
+    hot = jnp.where(is_cooled, jnp.where(is_best, jnp.inf, seen.best), hot)
+    return ts._replace(
+        incumbent=jnp.where(retreats, roles.shifted(ts.incumbent, -BACK_DECADES), ts.incumbent),
+        validation=seen._replace(
+            best=jnp.where(is_best, value, seen.best),
+            hot=hot,
+            read_at=jnp.where(counts, ts.step, seen.read_at),
+            worse=jnp.where(is_cooled | cools, 0, worse),
+            cools_from=jnp.where(cools, ts.step, jnp.where(is_cooled, NEVER, seen.cools_from)),
+            retreats=seen.retreats + returns,
+            keeps=(seen.keeps | is_best) & ~returns,
+            returns=returns,
+            is_kept=seen.is_kept & ~is_best,
+        ),
+    )

@@ -1,0 +1,123 @@
+"""Judges policies on tasks of the bank: paired, by family, by the tail.
+
+python -m benchmarks.bank.compare run open 0/1 policy base,argmin   # tasks, part of them, kind, names
+python -m benchmarks.bank.compare report open base argmin
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bank import oracle, policy, split
+from benchmarks.bank.lab import Lab
+from benchmarks.bank.tasks import make
+
+RESULTS = Path(__file__).with_name("results")
+BASE = policy.Knobs()
+
+
+def _with(**changes: Any) -> policy.Knobs:
+    return dataclasses.replace(BASE, **changes)
+
+
+POLICIES: dict[str, policy.Knobs] = {
+    "base": BASE,
+    "argmin": _with(judge="argmin"),
+    "no second round": _with(second_forks=0),
+    "never back": _with(patience=10**6),
+    "linear": _with(hold=0.0),
+    "no validation": _with(validates=False),
+}
+for _field in dataclasses.fields(policy.Knobs):
+    _value = getattr(BASE, _field.name)
+    if isinstance(_value, float) and _value:
+        for _name, _factor in (("half", 0.5), ("double", 2.0)):
+            POLICIES[f"{_field.name} {_name}"] = _with(
+                **{_field.name: min(_value * _factor, 0.9 if "share" in _field.name else 9.0)}
+            )
+KNOWN = {f"known {waste:.0%} lost": waste for waste in (0.0, 0.1, 0.15, 0.2)}
+
+
+def run_one(i: int, name: str, record: oracle.Record, lab: Lab) -> dict[str, float]:
+    began = time.perf_counter()
+    if name in KNOWN:
+        result = policy.tune(lab, BASE, rate=record["best"][2] - 0.15, waste=KNOWN[name])
+    else:
+        result = policy.tune(lab, POLICIES[name])
+    return {
+        "test": oracle.ratio(result.losses[1], record),
+        "val": oracle.ratio(result.losses[0], record, 0),
+        "off": result.rate - record["best"][2],
+        "discarded": result.discarded,
+        "back": result.went_back,
+        "forks": result.forks,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def tasks_of(kind: str) -> list[int]:
+    return split.open_tasks() if kind == "open" else split.locked_tasks()
+
+
+def read(i: int) -> dict[str, dict[str, float]]:
+    file = RESULTS / f"{i}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def run(kind: str, part: str, names: list[str]) -> None:
+    number, count = map(int, part.split("/"))
+    RESULTS.mkdir(exist_ok=True)
+    for i in tasks_of(kind)[number::count]:
+        found, lab, record = read(i), None, oracle.load()[i]
+        for name in names:
+            if name not in found:
+                lab = lab or Lab(make(i))
+                found[name] = run_one(i, name, record, lab)
+        (RESULTS / f"{i}.json").write_text(json.dumps(found))
+        print(i, record["name"], {name: round(found[name]["test"], 3) for name in names}, flush=True)
+
+
+def summary(rows: list[dict[str, float]]) -> str:
+    """Geometric mean of the test ratio, and of a calmer one: test and validation together, within half and double."""
+    test = np.array([max(row["test"], 1e-3) for row in rows])
+    val = np.array([max(row["val"], 1e-3) for row in rows])
+    calm = np.clip(0.5 * np.log(test) + 0.5 * np.log(val), -0.7, 0.7)
+    return (
+        f"{np.exp(calm.mean()):.3f} +- {calm.std() / len(calm) ** 0.5:.3f} | {np.exp(np.log(test).mean()):.3f}"
+        f" | {np.median(test):.3f} | {np.quantile(test, 0.9):.2f} | {test.max():.2f} | {np.mean(test > 1.5):.0%}"
+        f" | {np.mean([row['discarded'] for row in rows]):.1%} | {np.mean([row['off'] for row in rows]):+.2f}"
+    )
+
+
+def report(kind: str, names: list[str]) -> None:
+    found = {i: read(i) for i in tasks_of(kind)}
+    ids = [i for i, rows in found.items() if all(name in rows for name in names)]
+    print(f"{len(ids)} tasks | calm | geo | median | p90 | worst | > 1.5 | discarded | decades off")
+    for name in names:
+        rows = [found[i][name] for i in ids]
+        line = summary(rows)
+        if name != names[0]:
+            a, b = (
+                np.array(
+                    [
+                        0.5 * np.log(max(found[i][n]["test"], 1e-3)) + 0.5 * np.log(max(found[i][n]["val"], 1e-3))
+                        for i in ids
+                    ]
+                )
+                for n in (name, names[0])
+            )
+            gap = np.clip(a - b, -0.7, 0.7)
+            line += f" | {gap.mean():+.3f} +- {gap.std() / len(gap) ** 0.5:.3f}"
+        print(f"{name:22s} {line}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        run(sys.argv[2], sys.argv[3], sys.argv[4].split(","))
+    else:
+        report(sys.argv[2], sys.argv[3:])
