@@ -108,7 +108,7 @@ def candidates(space: SearchSpace, ts: TunerState, shift: Float[Array, "d"]) -> 
     lower, upper = jnp.maximum(centre - reach, 0.0), jnp.minimum(centre + reach, 1.0)
     spread = lower + (upper - lower) * turned(spread_table(PROPOSALS, space.dims), shift)
     spread = jnp.where(active, space.snap(spread), centre)
-    # Proposals wait until the first fork has a rate on either side: what else is searched shows at the right rates only.
+    # Proposals wait until the rates lie between worse ones: what else is searched shows at the right rates only.
     searches = jnp.where(is_slow | ~np.any(roles.is_rate), held.fork >= 0, _is_bracketed(roles, held))
     return Candidates(
         jnp.concatenate([line.x, spread]), jnp.concatenate([allowed, jnp.broadcast_to(searches, PROPOSALS)])

@@ -1,4 +1,4 @@
-"""What the controller needs to know of a search space: which hyperparameters are rates, which slow, how wide each is."""
+"""What the controller needs to know of a search space: which hyperparameters are rates, which slow, how wide it is."""
 
 import functools
 import math

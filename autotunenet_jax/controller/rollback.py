@@ -23,8 +23,8 @@ from .state import (
 # A snapshot younger than this may already hold damage that the monitor has not noticed yet.
 _MIN_SNAPSHOT_AGE = 10
 
-# How far rates fall, in decades, at a rollback that is not the first within so many steps; the second pair is for values
-# that are not finite out of the blue, which are rather the data's fault.
+# How far rates fall, in decades, at a rollback that is not the first within so many steps; the second pair is for
+# values that are not finite out of the blue, which are rather the data's fault.
 _RETREAT_DECADES, _RETREAT_WITHIN = 0.3, 250
 _BLUE_RETREAT_DECADES, _BLUE_RETREAT_WITHIN = 0.15, 20
 

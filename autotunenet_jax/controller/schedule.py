@@ -52,6 +52,7 @@ class Shape:
     peak_share: float = 0.0
 
     def __call__(self, spent: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor."""
         if self.form == "none":
             return jnp.ones_like(spent)
         if self.form == "cosine":

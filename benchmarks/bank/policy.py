@@ -179,6 +179,7 @@ class Run:
         self.state: States = lab.start
         self.spent = self.data = self.discarded = self.forks = self.rounds = self.went_back = 0
         self.observations: list[Observation] = []
+        self.reference = math.nan
 
     def factor(self, spent: np.ndarray) -> np.ndarray:
         return np.clip((1.0 - spent / self.steps) / (1.0 - self.knobs.hold), 0.0, 1.0)
@@ -194,18 +195,20 @@ class Run:
         self.discarded += n
         return float(np.clip(read_range_test(losses[0], rates), self.low, self.high))
 
-    def fork(self, x: float, n: int, reference: float) -> tuple[States, float]:
-        """The state at its end, and its score less the reference."""
+    def fork(self, x: float, n: int) -> tuple[States, float]:
+        """The state at its end, and its score."""
         cool = np.clip((n - np.arange(n)) / max(round(self.knobs.cool * n), 1), 0.02, 1.0)
         rates = 10.0**x * self.factor(self.spent + np.arange(n)) * cool
         state, losses = self.lab.run(self.state, self.data, rates[None], warms_up=False)
         self.spent += n
         self.forks += 1
         tail = losses[0, -max(round(self.knobs.scored * n), 2) :]
+        if math.isnan(self.reference):
+            self.reference = float(np.mean(losses[0, :2]))
         score = self.metric(state) if self.knobs.validates else float(np.mean(tail))
         fine = np.isfinite(losses).all() and np.isfinite(score) and score < WORST
         self.observations.append(
-            Observation(x, score - reference if fine else math.inf, self.rounds, math.log1p((self.data + n) / 10))
+            Observation(x, score - self.reference if fine else math.inf, self.rounds, math.log1p((self.data + n) / 10))
         )
         return state, score if fine else math.inf
 
@@ -213,7 +216,8 @@ class Run:
         """Forks from the present state, outward from ``x``; training goes on from the best. Returns its rate."""
         knobs, n = self.knobs, max(round(share * self.steps), self.knobs.least_fork)
         first = len(self.observations)
-        reference = self.metric(self.state) if knobs.validates else 0.0
+        # Without a metric, what the first fork's first losses are.
+        self.reference = self.metric(self.state) if knobs.validates else math.nan
         ends: list[tuple[States, float]] = []
         self.rounds += 1
         time = math.log1p((self.data + n) / 10)
@@ -225,10 +229,9 @@ class Run:
                 return score, np.zeros((len(score), len(score)))
             return posterior(knobs, self.observations, np.array([*tried, *extra]), time, x)
 
+        chosen = x
         while True:
-            ends.append(self.fork(x if not ends else chosen, n, reference))
-            if not knobs.validates and len(ends) == 1:
-                reference = 0.0
+            ends.append(self.fork(chosen, n))
             tried = [o.x for o in self.observations[first:]]
             outward = [min(tried) - knobs.line_step, max(tried) + knobs.line_step]
             outward = [o for o in outward if self.low - 0.1 <= o <= self.high + 0.1]
