@@ -21,6 +21,8 @@ _BELOW_END = 0.8
 _MARKS = (0.5, 0.9)
 # Standard deviations of one loss by which a fall, or a rise, stands out from noise.
 _FALL_SIGMAS, _RISE_SIGMAS = 3.0, 4.0
+# Losses of equal value have no noise; a fall within this share of them is rounding.
+_ROUNDING = 1e-6
 # First losses, at rates too low to do anything: what the loss is before it falls, and what its noise is.
 _FIRST = 6
 
@@ -69,7 +71,8 @@ def read(test: RangeTest, length: Array, decades: float) -> Float[Array, ""]:
     unit = jnp.maximum(length - 1, 1).astype(jnp.float32)
     by_fall = 0.5 * (done[0] + done[1]) / unit + _ABOVE_FALL / decades
     by_end = end / unit - _BELOW_END / decades
-    return jnp.clip(jnp.where(fall > _FALL_SIGMAS * noise, by_fall, by_end), 0.0, 1.0)
+    stands_out = fall > _FALL_SIGMAS * noise + _ROUNDING * jnp.abs(start)
+    return jnp.clip(jnp.where(stands_out, by_fall, by_end), 0.0, 1.0)
 
 
 def begin_at(roles: Roles, ts: TunerState) -> Float[Array, "d"]:
