@@ -100,7 +100,7 @@ def candidates(space: SearchSpace, ts: TunerState, shift: Float[Array, "d"]) -> 
     ran = has_run(held)
     line = _line(roles, held, ran)
     allowed = line.is_allowed & ~is_slow
-    if np.sum(~roles.is_slow) <= 1 and not roles.is_slow.any():
+    if space.dims == 1 and roles.is_rate.all():
         return Candidates(line.x, allowed)
     centre = held.x[jnp.argmin(jnp.where(finished(held), held.score, jnp.inf))]
     active = jnp.where(is_slow, roles.is_slow, ~roles.is_slow)

@@ -76,7 +76,7 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
             cools_from=jnp.where(cools, ts.step, jnp.where(is_cooled, NEVER, seen.cools_from)),
             retreats=seen.retreats + returns,
             keeps=(seen.keeps | is_best) & ~returns,
-            returns=returns,
+            returns=jnp.where(counts, returns, seen.returns),
             is_kept=seen.is_kept & ~is_best,
         ),
     )

@@ -1,0 +1,166 @@
+"""A surrogate of a few lines in the place of the Gaussian process, which is tested elsewhere, and runs with it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax import _observations, _sampling, _stored_program, _surrogate
+from autotunenet_jax.controller import fork_round, state
+from tests.reference.algorithm import Algorithm
+
+SPACES = {
+    "rate": {"learning_rate": (1e-5, 1.0)},
+    "both": {"learning_rate": (1e-5, 1.0), "dropout": (0.0, 0.5)},
+    "fast": {"learning_rate": (1e-5, 1.0), "bias_lr": (1e-6, 1e-2), "momentum": (0.0, 0.99)},
+}
+CHUNK = 100
+"""Steps of one call of a compiled run."""
+
+_BEST = -2.0
+"""Decades of the rate at which a run's loss is lowest."""
+
+
+class _Average(NamedTuple):
+    hyper: Any
+    observations: Any
+
+
+def fit(config, observations, *, start, key, prior_mean):
+    return _Average(start, observations)
+
+
+def predict(config, posterior, x, *, time):
+    """A local average of the scores, and a covariance that falls with the distance."""
+    obs = posterior.observations
+    usable = _observations.mask(obs) & ~obs.failed
+    return _average(jnp, x, obs.x, obs.y, jnp.abs(time - obs.time), usable)
+
+
+def twin_surrogate(observations, points, time):
+    """The same for the plain twin."""
+    known = [o for o in observations if o.y is not None]
+    x = np.reshape([o.x for o in known], (-1, points.shape[1]))
+    lag = np.array([abs(time - o.time) for o in known])
+    return _average(np, points.astype(np.float64), x, np.array([o.y for o in known]), lag, np.ones(len(known)))
+
+
+def _average(xp, points, x, y, lag, usable):
+    # No two points are exactly alike, so that neither version has to break a tie.
+    tilt = 0.5 + points @ xp.asarray(0.2 / np.arange(3, 3 + points.shape[1]), points.dtype)
+    near = xp.exp(-20.0 * _square(points, x) - lag[None, :]) * usable[None, :]
+    mean = (near @ y + 0.02 * tilt) / (near.sum(1) + 0.02)
+    return mean, 0.02 * xp.exp(-20.0 * _square(points, points)) + 0.003 * xp.eye(len(points), dtype=points.dtype)
+
+
+def _square(a, b):
+    return ((a[:, None] - b[None]) ** 2).sum(-1)
+
+
+def patch():
+    """Puts the light surrogate in the place of the Gaussian process, for as long as the context lasts."""
+    context = pytest.MonkeyPatch()
+    context.setattr(_surrogate, "fit", fit)
+    context.setattr(_surrogate, "predict", predict)
+    # Programs of these must not be taken for those of the package.
+    context.setattr(_stored_program, "_folder", lambda: None)
+    return context
+
+
+@functools.cache
+def tuner(space="rate", total_steps: int | None = 400, start=1e-4, **options):
+    """A tuner; those of one space share their compilations."""
+    initial = {"learning_rate": start} if "learning_rate" in SPACES[space] else None
+    return atn.AutoTuneNet(SPACES[space], total_steps, initial=initial, **options)
+
+
+class Told(NamedTuple):
+    """What a run hears at each step.
+
+    ``bowl`` makes the loss and the metric depend on the rate in force; metrics are reported when they are asked for and
+    where ``reports`` says.
+    """
+
+    loss: Any
+    metric: Any
+    reports: Any
+    has_metric: Any
+    bowl: Any
+
+
+def told(losses, metrics=None, *, reports=False, bowl=0.0):
+    count = len(losses)
+    columns = (losses, losses if metrics is None else metrics, reports, metrics is not None, bowl)
+    kinds = (np.float32, np.float32, bool, bool, np.float32)
+    return Told(*(np.broadcast_to(np.asarray(c, k), (count,)) for c, k in zip(columns, kinds, strict=True)))
+
+
+def _step(core, carry, given):
+    ts, asked = carry
+    away = jnp.clip(jnp.log10(core.hyperparams(ts)["learning_rate"] + 1e-9), -5.0, 0.0) - _BEST
+    loss, metric = given.loss + given.bowl * away**2, given.metric + given.bowl * away**2
+    reports = given.has_metric & (asked | given.reports)
+    seen = core.observe_eval(ts, metric)
+    ts = jax.tree.map(lambda a, b: jnp.where(reports, a, b), seen, ts)
+    ts, directive = core.update(ts, loss)
+    row = {
+        "loss": loss,
+        "metric": metric,
+        "reports": reports,
+        "directive": directive,
+        "hp": core.hyperparams(ts),
+        **{name: getattr(ts, name) for name in ("step", "phase", "segment_left", "incumbent", "trial", "discarded")},
+        **{name: getattr(ts, name) for name in ("rollbacks", "slots", "validation", "health", "round")},
+    }
+    return (ts, directive.evaluate), row
+
+
+@functools.cache
+def compiled(core):
+    """A chunk of a run, compiled once per core."""
+    return jax.jit(lambda carry, given: jax.lax.scan(functools.partial(_step, core), carry, given))
+
+
+def run(tuned, given, *, key=0):
+    """A whole run: what every step came to, as arrays over steps, and the state at its end."""
+    carry, chunks = (tuned.init(jax.random.key(key)), jnp.bool_(False)), []
+    for begin in range(0, len(given.loss), CHUNK):
+        carry, rows = compiled(tuned.core)(carry, Told(*(column[begin : begin + CHUNK] for column in given)))
+        chunks.append(jax.device_get(rows))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks), carry[0]
+
+
+def twin_of(tuned, *, key=0, start=None):
+    """The plain twin of a tuner, with its points."""
+    table = _sampling.spread_table(fork_round.PROPOSALS, tuned.space.dims)
+    current = [jax.random.key(key)]
+
+    def spread():
+        current[0], shift = _split(current[0], tuned.space.dims)
+        return (table + np.asarray(shift)) % np.float32(1)
+
+    return Algorithm(
+        tuned.space,
+        tuned.plan,
+        guard=tuned.core.guard,
+        start=np.asarray(tuned.init(jax.random.key(key)).incumbent),
+        surrogate=twin_surrogate,
+        spread=spread,
+        warmup_steps=tuned.core.warmup_steps,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(key, dims):
+    key, _, turn = jax.random.split(key, 3)
+    return key, jax.random.uniform(turn, (dims,))
+
+
+def rounds(rows):
+    """The forks of each round that ended, as ``(x, score)`` where they finished; the last fork is not among them."""
+    ends = np.isin(rows["directive"].outcome, (state.OUTCOME_ROUND_MOVED, state.OUTCOME_ROUND_STAYED))
+    return np.flatnonzero(ends)
