@@ -156,7 +156,7 @@ def _origin() -> bytes:
     digest = hashlib.sha256(__version__.encode())
     for package in ("jax", "jaxlib", "gpjax"):
         digest.update(f"{package} {importlib.metadata.version(package)} ".encode())
-    for file in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    for file in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.digest()
 

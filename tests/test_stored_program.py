@@ -83,6 +83,15 @@ def test_what_is_different_is_stored_apart(folder, monkeypatch):
     assert TRACES and len(files(folder)) == 4
 
 
+def test_all_code_of_the_package_tells_programs_apart(monkeypatch):
+    read, original = [], pathlib.Path.read_bytes
+    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: (read.append(path), original(path))[1])
+    _stored_program._origin.__wrapped__()
+    package = pathlib.Path(_stored_program.__file__).parent
+    assert package / "controller" / "decision.py" in read
+    assert set(read) == set(package.rglob("*.py"))
+
+
 def test_it_says_whether_any_program_is_stored(folder):
     assert not _stored_program.has_programs()
     run()
@@ -205,10 +214,10 @@ WHOLE = """
 import hashlib, sys
 import jax, jax.numpy as jnp, optax
 import autotunenet_jax as atn
-from autotunenet_jax import _decide
+from autotunenet_jax.controller import decision
 
 if sys.argv[1] == "second":
-    _decide.decide = None
+    decision.decide = None
 optimizer = atn.autotune(optax.adam, {"learning_rate": (1e-4, 1e0)}, 120, learning_rate=1e-3)
 params = {"x": jnp.arange(4.0)}
 state = optimizer.init(params)
