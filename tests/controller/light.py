@@ -10,7 +10,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax import _observations, _sampling, _stored_program, _surrogate
-from autotunenet_jax.controller import fork_round, state
+from autotunenet_jax.controller import fork_round
 from tests.reference.algorithm import Algorithm
 
 SPACES = {
@@ -134,7 +134,7 @@ def run(tuned, given, *, key=0):
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks), carry[0]
 
 
-def twin_of(tuned, *, key=0, start=None):
+def twin_of(tuned, *, key=0):
     """The plain twin of a tuner, with its points."""
     table = _sampling.spread_table(fork_round.PROPOSALS, tuned.space.dims)
     current = [jax.random.key(key)]
@@ -158,9 +158,3 @@ def twin_of(tuned, *, key=0, start=None):
 def _split(key, dims):
     key, _, turn = jax.random.split(key, 3)
     return key, jax.random.uniform(turn, (dims,))
-
-
-def rounds(rows):
-    """The forks of each round that ended, as ``(x, score)`` where they finished; the last fork is not among them."""
-    ends = np.isin(rows["directive"].outcome, (state.OUTCOME_ROUND_MOVED, state.OUTCOME_ROUND_STAYED))
-    return np.flatnonzero(ends)

@@ -2,14 +2,17 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import autotunenet_jax as atn
-from autotunenet_jax.controller import state
-from tests.controller.light import CHUNK, SPACES, Told, compiled, run, told, tuner, twin_of
+from autotunenet_jax.controller import loss_monitor, state
+from autotunenet_jax.controller.plan import NEVER
+from tests.controller.light import SPACES, compiled, run, told, tuner, twin_of
 
 pytestmark = pytest.mark.usefixtures("light_surrogate")
 
@@ -53,6 +56,7 @@ def settings():
         )
 
 
+@functools.cache
 def random_run(kind, space, total_steps, reported, seed):
     tuned = tuner(space, total_steps)
     losses, metrics = losses_like_training(kind, seed, total_steps or 1200)
@@ -72,7 +76,8 @@ def rows_of_twin(tuned, rows, seed):
         counted = [twin.step, twin.phase, twin.left, twin.discarded, twin.rollbacks, twin.retries, twin.retreats]
         copies = [twin.saved.data, twin.saved.step, twin.kept.data, twin.kept.step]
         status = [twin.row, -1 if twin.winner is None else twin.winner, len(finished), twin.readings.worse]
-        out.append(([int(v) for v in vars(said).values()], counted + copies + status, twin.incumbent, twin.hyperparams()))
+        told_to = [int(value) for value in vars(said).values()]
+        out.append((told_to, counted + copies + status, twin.incumbent, twin.hyperparams()))
     return out
 
 
@@ -98,3 +103,170 @@ def test_every_step_is_that_of_the_plain_twin(kind, space, total_steps, reported
     np.testing.assert_allclose(rows["incumbent"], incumbents, atol=1e-5)
     for name in tuned.space.names:
         np.testing.assert_allclose(rows["hp"][name], [hp[name] for hp in values], rtol=1e-5, atol=3e-7, err_msg=name)
+
+
+def all_runs():
+    for each in settings():
+        yield *each, *random_run(*each)
+
+
+def test_the_runs_of_the_twin_reach_every_outcome():
+    """Otherwise the comparison above would say little."""
+    outcomes, verdicts, cooled, returned = set(), set(), 0, 0
+    for *_, (rows, ts) in all_runs():
+        outcomes |= set(rows["directive"].outcome.tolist())
+        verdicts |= set(rows["directive"].verdict.tolist())
+        cooled += bool(np.any(rows["validation"].cools_from < NEVER))
+        returned += int(ts.validation.retreats)
+    assert outcomes == set(state.OUTCOMES)
+    assert verdicts >= set(loss_monitor.MESSAGES) - {loss_monitor.STALLED}
+    assert cooled >= 5 and returned >= 5
+
+
+def test_values_never_leave_their_bounds():
+    """Except that schedule, warm-ups and cool-downs take a rate below its lower bound."""
+    for _, space, total_steps, *_, tuned, (rows, _) in all_runs():
+        for name, role in zip(tuned.space.names, tuned.space.roles, strict=True):
+            lo, hi = SPACES[space][name]
+            values = rows["hp"][name]
+            assert np.all((values >= (0.0 if role == "rate" else lo)) & (values <= hi)), name
+            if total_steps and role == "rate":
+                assert values[-1] == 0.0
+        for name in ("incumbent", "trial"):
+            assert np.all((rows[name] >= 0.0) & (rows[name] <= 1.0))
+
+
+def test_directives_can_be_carried_out():
+    for *_, (rows, _) in all_runs():
+        told_to, step = rows["directive"], rows["step"]
+        assert not np.any(told_to.restore & told_to.adopt)
+        np.testing.assert_array_equal(step, 1 + np.arange(len(step)))
+        assert np.all(rows["segment_left"] >= 1)
+        # Data goes back within a round only, and never to before where it began.
+        back = np.diff(told_to.data_step) != 1
+        assert np.all(np.diff(rows["discarded"]) >= 0)
+        assert np.all(told_to.data_step[1:][back] >= rows["slots"].saved_data[1:][back])
+        assert not np.any(back & (told_to.outcome[1:] == state.OUTCOME_ROLLBACK))
+
+
+def test_discarded_steps_stay_below_their_share():
+    for kind, _, total_steps, _, _, tuned, (_, ts) in all_runs():
+        if kind in ("healthy", "noisy", "spikes", "constant") and total_steps:
+            last_fork = int(np.max(tuned.plan.length[tuned.plan.forks > 0], initial=0))
+            assert int(ts.discarded) <= float(tuned.plan.share) * total_steps + last_fork
+
+
+def test_bad_data_may_exceed_the_share_by_what_is_begun_again():
+    for _, _, total_steps, _, _, tuned, (_, ts) in all_runs():
+        if total_steps:
+            plan = tuned.plan
+            each = (1 + loss_monitor.MAX_RETRIES) * np.maximum(plan.length, plan.range_test)
+            assert int(ts.discarded) <= float(plan.share) * total_steps + np.sum(each[plan.start < NEVER])
+
+
+def quantised(seed, count=400):
+    """Losses and metrics on a grid of binary fractions, so that adding a small whole number loses no bit."""
+    return [np.round(column * 2**10) / 2**10 for column in losses_like_training("spikes", seed, count)]
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 4.0), (1.0, -16.0), (0.25, 0.0), (64.0, 0.0)])
+def test_neither_a_constant_in_the_loss_nor_its_unit_changes_a_decision(scale, shift):
+    losses, metrics = quantised(3)
+    rows, _ = run(tuner(), told(losses, metrics))
+    others, _ = run(tuner(), told(scale * losses + shift, scale * metrics + shift))
+    np.testing.assert_array_equal(np.stack(rows["directive"]), np.stack(others["directive"]))
+    np.testing.assert_allclose(rows["incumbent"], others["incumbent"], atol=1e-3)
+
+
+def test_the_order_of_the_names_makes_no_difference():
+    one = atn.AutoTuneNet(SPACES["both"], 400)
+    other = atn.AutoTuneNet(dict(reversed(SPACES["both"].items())), 400)
+    assert one.core == other.core
+    a, b = one.init(jax.random.key(0)), other.init(jax.random.key(0))
+    one.check(b)
+    assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(*map(bits, (x, y)), equal_nan=True), a, b))
+
+
+def bits(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf, np.float64)
+
+
+@functools.cache
+def updated():
+    """One compiled step, donated, and how often it was traced."""
+    traces = []
+
+    def step(ts, loss):
+        traces.append(None)
+        return tuner().update(ts, loss)
+
+    return jax.jit(step, donate_argnums=0), traces
+
+
+def loop(losses, total_steps=100):
+    ts, directives = tuner(total_steps=total_steps).init(jax.random.key(0)), []
+    for loss in losses:
+        ts, directive = updated()[0](ts, loss)
+        directives.append(directive)
+    return ts, jax.tree.map(lambda *column: np.stack(column), *jax.device_get(directives))
+
+
+def test_one_trace_donated_whatever_happens_and_a_state_of_fixed_size():
+    start = tuner(total_steps=100).init(jax.random.key(0))
+    for total_steps in (100, 400, None):
+        ts, _ = loop(losses_like_training("everything", 5, 120)[0], total_steps)
+        assert jax.tree.map(jax.typeof, start) == jax.tree.map(jax.typeof, ts)
+    assert len(updated()[1]) == 1
+    assert compiled(tuner().core)._cache_size() <= 1
+
+
+def test_three_runs_at_once_scanned_are_three_loops():
+    columns = np.stack([losses_like_training("healthy", 1, 60)[0]] * 3)
+    columns[1, 12], columns[2, 30:] = np.nan, 1e30
+    start = tuner().init(jax.random.key(0))
+    scan = jax.jit(jax.vmap(lambda losses: jax.lax.scan(tuner().update, start, losses)))
+    together, directives = scan(columns)
+    for i, losses in enumerate(columns):
+        ts, expected = loop(losses, 400)
+        for name, column in expected._asdict().items():
+            np.testing.assert_array_equal(getattr(directives, name)[i], column, err_msg=name)
+        np.testing.assert_allclose(together.incumbent[i], ts.incumbent, atol=1e-6)
+    assert len({directives.outcome[i].tobytes() for i in range(3)}) == 3
+
+
+def test_without_jit_it_is_the_same():
+    """At the end of a range test, where a decision is taken, and about it."""
+    losses = losses_like_training("healthy", 2, 20)[0]
+    length = int(tuner(total_steps=100).plan.range_test[0])
+    eager, _ = loop(losses[: length - 1])
+    said = []
+    for loss in losses[length - 1 : length + 1]:
+        eager, directive = tuner(total_steps=100).update(eager, loss)
+        said.append(directive)
+    compiled_, directives = loop(losses[: length + 1])
+    for name, column in directives._asdict().items():
+        np.testing.assert_array_equal(column[length - 1 :], [getattr(directive, name) for directive in said])
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled_), strict=True):
+        np.testing.assert_allclose(bits(a), bits(b), rtol=1e-6)
+
+
+WEIRD = (0.0, 1.0, -1.0, 2.0, 1e-30, 5.0, 1e6, -1e6, 1e14, 1e30, -1e30, 3e38, np.nan, np.inf, -np.inf)
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    st.lists(st.tuples(st.sampled_from(WEIRD), st.integers(1, 40), st.booleans()), min_size=1, max_size=30),
+    st.sampled_from(WEIRD),
+)
+def test_whatever_is_reported_the_state_stays_sound(pieces, metric):
+    noise = 0.1 * np.random.default_rng(0).normal(size=40)
+    parts = [np.full(length, value) + is_noisy * noise[:length] for value, length, is_noisy in pieces]
+    rows, ts = run(tuner(), told(np.resize(np.concatenate(parts), 400), np.full(400, metric)))
+    assert not np.any(rows["directive"].restore & rows["directive"].adopt)
+    assert np.all((rows["incumbent"] >= 0.0) & (rows["incumbent"] <= 1.0))
+    assert np.all((rows["hp"]["learning_rate"] >= 0.0) & (rows["hp"]["learning_rate"] <= 1.0))
+    assert np.all(rows["segment_left"] >= 1)
+    assert np.all(np.diff(rows["discarded"]) >= 0) and int(ts.discarded) <= 400
+    for leaf in jax.tree.leaves((ts.health.monitor, ts.knowledge)):
+        assert np.all(np.isfinite(leaf))

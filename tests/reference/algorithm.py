@@ -672,10 +672,8 @@ def shortfall(y: float, scores: list[float], *, is_fast: bool) -> float:
     """How far a score is from the best of its round, on a logarithmic scale: 0 the best, 1 what gained nothing."""
     lowest = min(scores)
     excesses = sorted(score - lowest for score in scores)
-    if lowest < 0:
-        unit = max(-lowest, excesses[(len(scores) - 1) // 2])
-    else:
-        unit = 2 * sum(excesses) / len(scores)
+    median, mean = excesses[(len(scores) - 1) // 2], sum(excesses) / len(scores)
+    unit = max(-lowest, median) if lowest < 0 else 2 * mean
     share = min((y - lowest) / max(unit, 1e-12), judge._WORST)
     resolution = judge._RESOLUTION if is_fast else judge._SLOW_RESOLUTION
     return math.log1p(share / resolution) / math.log1p(1 / resolution)

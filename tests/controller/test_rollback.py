@@ -1,0 +1,148 @@
+"""Ordinary training: what an unhealthy loss is answered with, and which snapshots are taken."""
+
+import numpy as np
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax.controller import loss_monitor, rollback, schedule, state
+from tests.controller.light import SPACES, run, told, tuner
+
+pytestmark = pytest.mark.usefixtures("light_surrogate")
+
+TOTAL = 400
+AT = 200
+
+
+def losses_like_training(seed=0, count=TOTAL):
+    rng = np.random.default_rng(seed)
+    return (2.0 * np.exp(-np.arange(count) / 120) + 0.05 * rng.normal(size=count)).astype(np.float32)
+
+
+def trained(losses):
+    """A run without forks: all but the range test is ordinary training."""
+    rows, _ = run(tuner("rate", TOTAL, max_share=0.05), told(losses))
+    return rows
+
+
+def rolled_back(rows):
+    return np.flatnonzero(rows["directive"].outcome == state.OUTCOME_ROLLBACK)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_is_rolled_back_at_once_and_its_data_is_not_shown_again(value):
+    losses = losses_like_training()
+    losses[AT] = value
+    rows = trained(losses)
+    np.testing.assert_array_equal(rolled_back(rows), [AT])
+    told_to = rows["directive"]
+    assert told_to.verdict[AT] == loss_monitor.NON_FINITE
+    assert told_to.restore[AT] != told_to.adopt[AT]
+    np.testing.assert_array_equal(np.diff(told_to.data_step[AT - 2 : AT + 5]), 1)
+    # Bad luck with the data costs no rate, but the rate climbs back instead of jumping back.
+    assert rows["incumbent"][-1] == rows["incumbent"][AT - 1]
+    rates = rows["hp"]["learning_rate"]
+    climb = rates[AT : AT + schedule.REWARM_STEPS] / rates[AT - 1]
+    np.testing.assert_allclose(climb, np.arange(1, schedule.REWARM_STEPS + 1) / schedule.REWARM_STEPS, rtol=1e-4)
+
+
+def test_two_snapshots_are_taken_in_turn():
+    rows = trained(losses_like_training())
+    saves, keeps = (np.flatnonzero(flags) for flags in (rows["directive"].save, rows["directive"].keep))
+    both = np.sort(np.concatenate([saves, keeps]))
+    assert len(saves) > 5 and abs(len(saves) - len(keeps)) <= 1
+    assert np.all(np.diff(both) >= int(tuner("rate", TOTAL, max_share=0.05).plan.save_every))
+
+
+def newest_snapshot(rows):
+    """The last step before ``AT`` after which one was taken, and whether it was the saved one."""
+    taken = rows["directive"].save | rows["directive"].keep
+    at = np.flatnonzero(taken[:AT])[-1]
+    return at, bool(rows["directive"].save[at])
+
+
+def test_a_snapshot_too_young_to_be_sure_of_is_passed_over_for_a_spike():
+    losses = losses_like_training()
+    at, is_saved = newest_snapshot(trained(losses))
+    losses[at + 3 : at + 20] += 4.0
+    rows = trained(losses)
+    first = rolled_back(rows)[0]
+    assert first - at < rollback._MIN_SNAPSHOT_AGE
+    assert rows["directive"].restore[first] == (not is_saved)
+
+
+def test_a_snapshot_that_holds_the_damage_is_not_used_twice():
+    """What was restored breaks at once: the other copy is restored, and the broken one is overwritten next."""
+    losses = losses_like_training()
+    at, is_saved = newest_snapshot(trained(losses))
+    losses[at + 12 : at + 14] = np.nan
+    rows = trained(losses)
+    first, second = rolled_back(rows)
+    assert rows["directive"].restore[first] == is_saved
+    assert rows["directive"].restore[second] == (not is_saved)
+    slots = rows["slots"]
+    newer, older = (slots.saved_step, slots.kept_step) if is_saved else (slots.kept_step, slots.saved_step)
+    assert newer[second] < older[second]
+
+
+@pytest.mark.parametrize(("length", "is_forgiven"), [(1, True), (3, True), (12, False)])
+def test_a_short_spike_is_forgiven_and_a_long_one_is_not(length, is_forgiven):
+    losses = losses_like_training()
+    losses[AT : AT + length] += 5.0
+    assert (len(rolled_back(trained(losses))) == 0) == is_forgiven
+
+
+def test_a_shift_of_the_data_is_accepted_and_costs_no_rate():
+    """The loss is as high on both snapshots, before any step from them."""
+    losses = losses_like_training()
+    losses[AT:] += 4.0
+    rows = trained(losses)
+    back, accepted = rolled_back(rows), np.flatnonzero(rows["directive"].outcome == state.OUTCOME_ACCEPTED)
+    assert len(back) == 2 and len(accepted) == 1
+    assert accepted[0] < AT + 20
+    assert set(rows["directive"].restore[back]) == {True, False}
+    assert rows["incumbent"][-1] == rows["incumbent"][AT - 1]
+
+
+def test_a_rate_that_is_too_hot_is_lowered():
+    """Each time the loss is low on the restored snapshot and climbs from there."""
+    losses = losses_like_training()
+    for begin in range(AT, AT + 60, 12):
+        losses[begin + 6 : begin + 12] += 4.0
+    rows = trained(losses)
+    assert len(rolled_back(rows)) >= 2
+    assert state.OUTCOME_ACCEPTED not in rows["directive"].outcome
+    before = rows["incumbent"][rolled_back(rows), 0]
+    np.testing.assert_allclose(np.diff(before)[before[1:] > 0], -rollback._RETREAT_DECADES / 5.0, atol=1e-5)
+
+
+def test_divergence_lowers_the_rate_the_first_time():
+    losses = losses_like_training()
+    losses[AT:] += 0.05 * 2.0 ** np.minimum(np.arange(TOTAL - AT), 40)
+    rows = trained(losses)
+    first = rolled_back(rows)[0]
+    assert rows["directive"].verdict[first] == loss_monitor.DIVERGED
+    assert rows["incumbent"][first] < rows["incumbent"][first - 1]
+
+
+def test_non_finite_losses_in_a_row_lower_the_rate_in_the_end():
+    losses = losses_like_training()
+    losses[AT : AT + 60 : 6] = np.nan
+    rows = trained(losses)
+    assert len(rolled_back(rows)) == 10
+    assert 0 < rows["incumbent"][AT - 1, 0] - rows["incumbent"][-1, 0] <= 10 * rollback._BLUE_RETREAT_DECADES / 5.0
+
+
+def test_when_the_rollbacks_are_used_up_the_loss_is_taken_as_it_is_and_rounds_are_over():
+    guard = atn.Guard(max_rollbacks=1)
+    tuned = atn.AutoTuneNet(SPACES["rate"], None, initial={"learning_rate": 1e-4}, guard=guard, max_share=0.3)
+    losses = losses_like_training(count=1200)
+    for begin in range(300, 480, 12):
+        losses[begin + 6 : begin + 12] += 4.0
+    rows, ts = run(tuned, told(losses))
+    assert int(ts.rollbacks) == 1
+    assert np.all(rows["phase"][310:] == state.TRAIN)  # the round of step 500 is not held
+    assert np.all(rows["incumbent"][400:] == rows["incumbent"][-1])
+    # What is not finite is rolled back all the same.
+    losses[700] = np.nan
+    rows, ts = run(tuned, told(losses))
+    assert rows["directive"].outcome[700] == state.OUTCOME_ROLLBACK

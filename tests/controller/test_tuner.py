@@ -1,0 +1,110 @@
+"""The tuner as a user makes it: what is refused, what states fit, and when a decay sets in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax.controller import state
+from autotunenet_jax.controller.plan import NEVER, Recipe
+from tests.controller.light import SPACES, run, told, tuner
+
+RATE = SPACES["rate"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"total_steps": 1000.0}, TypeError, "total_steps must be an integer number of training steps"),
+        ({"total_steps": True}, TypeError, "total_steps must be an integer"),
+        ({"total_steps": 0}, ValueError, "total_steps must lie between 1"),
+        ({"total_steps": 20}, ValueError, "total_steps must be at least 32"),
+        ({"initial": {"momentum": 0.9}}, ValueError, "'momentum', which is not in the search space"),
+        ({"initial": {"learning_rate": 2.0}}, ValueError, r"initial\['learning_rate'\] = 2.0 lies outside"),
+        ({"mode": "maximise"}, ValueError, "mode must be 'min' or 'max'; got 'maximise'"),
+        ({"max_share": 1.0}, ValueError, "max_share must lie strictly between 0 and 1; got 1.0"),
+        ({"guard": 6.0}, TypeError, "guard must be a Guard; got 6.0"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be an integer of at least 0; got -1"),
+        ({"capacity": 8}, ValueError, "capacity must be an integer of at least 32; got 8"),
+        ({"decay": "step"}, ValueError, "decay must be one of"),
+    ],
+)
+def test_bad_arguments_name_the_rule(options, error, says):
+    with pytest.raises(error, match=says):
+        atn.AutoTuneNet(RATE, **{"total_steps": 1000, **options})
+
+
+def test_a_run_starts_where_it_is_told_to():
+    space = {**SPACES["both"], "momentum": (0.0, 0.8)}
+    tuned = atn.AutoTuneNet(space, 1000, initial={"learning_rate": 1e-2})
+    begins = {name: float(value) for name, value in tuned.start().items()}
+    assert begins == pytest.approx({"learning_rate": 1e-2, "momentum": 0.4, "dropout": 0.1}, rel=1e-5)
+    at = tuned.space.decode(tuned.init(jax.random.key(0), start={"dropout": 0.3, "learning_rate": 1e-4}).incumbent)
+    assert {name: float(v) for name, v in at.items()} == pytest.approx({**begins, "dropout": 0.3}, rel=1e-5)
+
+
+def test_any_key_will_do_and_a_state_can_be_made_inside_a_compiled_function():
+    tuned = tuner()
+    typed, legacy = jax.random.key(3), jax.random.PRNGKey(3)
+    states = [tuned.init(typed), tuned.init(legacy), jax.jit(tuned.init)(typed)]
+    for other in states[1:]:
+        assert jax.tree.map(jax.typeof, states[0]) == jax.tree.map(jax.typeof, other)
+        np.testing.assert_array_equal(jax.random.key_data(states[0].key), jax.random.key_data(other.key))
+    # No two leaves share a buffer: the state can be donated.
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(states[0]._replace(key=typed))]
+    assert len(set(buffers)) == len(buffers)
+
+
+@pytest.mark.parametrize(
+    ("space", "options", "differs"),
+    [
+        ({"learning_rate": (1e-5, 0.5)}, {}, "another search space"),
+        ({**RATE, "dropout": (0.0, 0.5)}, {}, "another search space and plan"),
+        (RATE, {"total_steps": 500}, "another plan"),
+        (RATE, {"max_share": 0.1}, "another plan"),
+        (RATE, {"recipe": Recipe(first=0.08)}, "another plan"),
+        (RATE, {"guard": atn.Guard(sigmas=9.0)}, "another policy"),
+        (RATE, {"warmup_steps": 10}, "another policy"),
+        (RATE, {"decay": "cosine"}, "another policy"),
+        (RATE, {"schedule": optax.linear_schedule(1.0, 0.0, 400)}, "another policy"),
+    ],
+)
+def test_a_state_of_another_tuner_is_refused_and_what_differs_is_named(space, options, differs):
+    ts = tuner().init(jax.random.key(0))
+    tuner().check(ts)
+    other = atn.AutoTuneNet(space, **{"total_steps": 400, **options})
+    with pytest.raises(ValueError, match=rf"was made with {differs}\."):
+        other.check(ts)
+
+
+def test_a_state_of_another_version_is_refused():
+    ts = tuner().init(jax.random.key(0))._replace(format=jnp.int32(state.FORMAT - 1))
+    with pytest.raises(ValueError, match=f"has format {state.FORMAT - 1}, this version reads {state.FORMAT}"):
+        tuner().check(ts)
+
+
+def test_a_mode_is_the_sign_of_the_metric():
+    highest, lowest = (atn.AutoTuneNet(RATE, 400, mode=mode) for mode in ("max", "min"))
+    a = highest.observe_eval(highest.init(jax.random.key(0)), 0.75)
+    b = lowest.observe_eval(lowest.init(jax.random.key(0)), -0.75)
+    assert float(a.validation.level) == -0.75
+    for x, y in zip(jax.tree.leaves(a._replace(key=0)), jax.tree.leaves(b._replace(key=0)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("light_surrogate")
+def test_an_open_ended_run_anneals_when_asked_and_holds_no_more_rounds():
+    tuned = tuner("rate", None)
+    losses = (2.0 * np.exp(-np.arange(400) / 100)).astype(np.float32)
+    rows, ts = run(tuned, told(losses))
+    settled = rows["hp"]["learning_rate"][-50:]
+    assert np.all(settled == settled[0])  # no decay is planned
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+        tuned.anneal(ts, 0)
+    ts = tuned.anneal(ts, 50)
+    rate = jax.jit(jax.vmap(lambda step: tuned.hyperparams(ts._replace(step=step))["learning_rate"]))
+    np.testing.assert_allclose(rate(400 + np.arange(60)), settled[0] * np.maximum(1 - np.arange(60) / 50, 0), rtol=1e-4)
+    assert np.all(ts.plan.start == NEVER)
+    assert int(ts.phase) == state.TRAIN and int(ts.segment_left) == NEVER

@@ -1,0 +1,154 @@
+"""What a validation metric does between rounds: cooling down, going back to the best state, and ending in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from autotunenet_jax.controller import plan, schedule, state, validation_monitor
+from tests.controller.light import run, told, tuner
+
+pytestmark = pytest.mark.usefixtures("light_surrogate")
+
+TOTAL = 400
+STEPS = np.arange(TOTAL)
+LOSSES = (2.0 * np.exp(-STEPS / 120)).astype(np.float32)
+# Falls until here, where a reading is due, and is worse from then on.
+TURN = 200
+WORSE = np.where(STEPS <= TURN, LOSSES, LOSSES[TURN] + 0.5).astype(np.float32)
+
+
+def tuned():
+    """Without forks: all but the range test is ordinary training."""
+    return tuner("rate", TOTAL, max_share=0.05)
+
+
+CHECK = 20
+BACK = validation_monitor.BACK_DECADES / 5.0
+
+
+def validated(metrics, *, reports=False):
+    rows, _ = run(tuned(), told(LOSSES, metrics, reports=reports))
+    assert not np.any(rows["directive"].outcome == state.OUTCOME_ROLLBACK)
+    return rows
+
+
+def cooling(rows):
+    return np.flatnonzero(rows["validation"].cools_from < plan.NEVER)
+
+
+def went_back(rows):
+    return np.flatnonzero(rows["directive"].adopt)
+
+
+def test_readings_are_asked_for_at_regular_steps_and_before_the_last():
+    asked = np.flatnonzero(validated(LOSSES)["directive"].evaluate) + 1
+    assert int(tuned().plan.check_every) == CHECK
+    np.testing.assert_array_equal(asked[asked > CHECK], [*range(2 * CHECK, TOTAL, CHECK), TOTAL - 1, TOTAL])
+
+
+def test_a_metric_that_falls_changes_nothing():
+    rows = validated(LOSSES)
+    assert len(cooling(rows)) == len(went_back(rows)) == 0
+    assert np.all(rows["incumbent"][CHECK:] == rows["incumbent"][-1])
+
+
+def test_two_worse_readings_cool_the_rates_down_and_a_third_goes_back_to_the_best_state():
+    rows = validated(WORSE)
+    # Read at 220 and 240: then the rates fall until 260.
+    down = cooling(rows)[cooling(rows) < TURN + 3 * CHECK]
+    assert down[0] == TURN + 2 * CHECK and down[-1] == TURN + 3 * CHECK - 1
+    rates = rows["hp"]["learning_rate"][down] / rows["hp"]["learning_rate"][down[0] - 1]
+    assert np.all(np.diff(rates) < 0) and rates[-1] == pytest.approx(schedule.COOL_FLOOR, abs=0.05)
+    back = went_back(rows)[0]
+    assert back == TURN + 3 * CHECK
+    # The copy is that of the step after the best reading, and the data goes on.
+    assert rows["slots"].kept_step[back] == TURN + 1
+    assert rows["directive"].data_step[back] == rows["directive"].data_step[back - 1] + 1
+    assert rows["incumbent"][back, 0] == pytest.approx(rows["incumbent"][back - 1 - CHECK, 0] - BACK, abs=1e-5)
+
+
+def test_a_state_that_was_only_hot_goes_on_at_the_rate_it_had():
+    metrics = WORSE.copy()
+    metrics[TURN + 3 * CHECK :] = 0.9 * LOSSES[TURN + 3 * CHECK :]
+    rows = validated(metrics)
+    assert len(cooling(rows)) == CHECK
+    assert len(went_back(rows)) == 0
+    before, after = rows["incumbent"][TURN], rows["incumbent"][-1]
+    np.testing.assert_array_equal(before, after)
+    # And so do the rates in force: nothing of the cool-down is left.
+    at = TURN + 3 * CHECK
+    held = 1.0 if at < 0.6 * TOTAL else (1.0 - (at + 1) / TOTAL) / 0.4
+    expected = tuned().space.decode(before)["learning_rate"] * held
+    assert rows["hp"]["learning_rate"][at] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_hot_readings_begin_anew_after_a_state_that_cooled_to_a_better_one():
+    """At the rate it had, readings as high as before are no news."""
+    metrics = WORSE.copy()
+    metrics[TURN + 3 * CHECK] = 0.5 * LOSSES[TURN]
+    rows = validated(metrics)
+    assert len(cooling(rows)) > CHECK
+    assert cooling(rows)[CHECK] >= TURN + 6 * CHECK
+
+
+def test_the_run_ends_in_the_state_of_the_lowest_reading():
+    metrics = np.where(STEPS <= 360, LOSSES, LOSSES[360] + 0.5)
+    rows = validated(metrics)
+    np.testing.assert_array_equal(went_back(rows), [TOTAL - 1])
+    assert rows["slots"].kept_step[-1] == 361
+    # There is no time to better it: nothing cools down, and no rate changes.
+    assert len(cooling(rows)) == 0
+    assert rows["incumbent"][-1] == rows["incumbent"][TURN]
+    # Where the last reading is the lowest it stays.
+    assert len(went_back(validated(LOSSES))) == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_metric_that_is_not_finite_is_worse_than_any(value):
+    metrics = np.where(STEPS <= TURN, LOSSES, value)
+    rows = validated(metrics)
+    assert went_back(rows)[0] == TURN + 3 * CHECK
+    assert rows["slots"].kept_step[went_back(rows)[0]] == TURN + 1
+
+
+def test_only_the_order_of_readings_counts():
+    rows = validated(WORSE)
+    for other in (WORSE**3 - 100.0, np.log(WORSE), -1.0 / WORSE):
+        np.testing.assert_array_equal(np.stack(rows["directive"]), np.stack(validated(other)["directive"]))
+
+
+def test_metrics_reported_at_every_step_do_not_count_more_often():
+    rows = validated(WORSE, reports=True)
+    reads = np.diff(rows["validation"].read_at)
+    assert np.min(reads[reads > 0][:-1]) >= 0.8 * CHECK
+    first = went_back(rows)[0]
+    assert TURN + 2 * 0.8 * CHECK <= first <= TURN + 4 * CHECK
+    assert rows["incumbent"][first, 0] == pytest.approx(rows["incumbent"][TURN, 0] - BACK, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def settled():
+    """A settled run about to go back to a kept state, and what a metric makes of it."""
+    ts = tuned().init(jax.random.key(0))
+    seen = ts.validation._replace(best=jnp.float32(1.0), hot=jnp.float32(1.0), read_at=jnp.int32(100))
+    ts = ts._replace(phase=jnp.int32(state.TRAIN), step=jnp.int32(102), validation=seen)
+    return ts, jax.jit(tuned().observe_eval)
+
+
+def test_a_reading_that_does_not_count_leaves_the_way_back_open(settled):
+    """A high loss may put it off for some steps; meanwhile metrics go on being reported."""
+    ts, observe = settled
+    ts = ts._replace(validation=ts.validation._replace(returns=jnp.bool_(True), is_kept=jnp.bool_(True)))
+    after = observe(ts, 0.5).validation
+    assert after.returns and after.is_kept
+    assert float(after.best) == 1.0 and float(after.level) == 0.5
+
+
+def test_a_metric_inside_a_fork_is_its_score_only_in_its_last_step(settled):
+    ts, observe = settled
+    ts = ts._replace(phase=jnp.int32(state.FORK), segment_left=jnp.int32(2))
+    assert int(observe(ts, 0.5).window.eval_count) == 0
+    last = observe(ts._replace(segment_left=jnp.int32(1)), 0.5)
+    assert float(last.window.eval_sum) == 0.5 and int(last.window.eval_count) == 1
+    assert float(last.validation.best) == 1.0
