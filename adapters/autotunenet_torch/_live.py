@@ -5,6 +5,7 @@ from typing import Any
 
 from . import _schedulers, _targets
 from ._snapshot import TrainingState, count_non_finite
+from ._warm_up import WarmUp
 
 
 class LiveTraining:
@@ -14,18 +15,29 @@ class LiveTraining:
       state: The training.
       targets: Where each hyperparameter is written.
       extra: What a loop of its own adds to each copy.
+      steps: Steps of the run; None for an open-ended one.
 
     Attributes:
       values: Hyperparameters in force.
       behind: Steps that each scheduler has to make up once the round is over.
+      warm_up: Of the schedulers.
       saved: The saved copy; None before there is one.
       kept: The kept copy, likewise.
     """
 
-    def __init__(self, state: TrainingState, targets: Mapping[str, _targets.Target], extra: Callable[[], Any]):
+    def __init__(
+        self,
+        state: TrainingState,
+        targets: Mapping[str, _targets.Target],
+        extra: Callable[[], Any],
+        *,
+        steps: int | None,
+    ):
         self.state, self.targets, self._extra = state, targets, extra
         self.values: dict[str, Any] = {}
         self.behind = [0 for _ in state.schedulers]
+        tuned = {i for t in targets.values() if isinstance(t, _targets.RateTarget) for i in t.indices}
+        self.warm_up = WarmUp(state.optimizer, state.schedulers, tuned, steps=steps)
         self.saved: Any = None
         self.kept: Any = None
 
@@ -47,7 +59,8 @@ class LiveTraining:
 
     def shaped(self) -> dict[str, Any]:
         """What is in force, rates as the schedulers have made them."""
-        rates = {name: t.in_force() for name, t in self.targets.items() if isinstance(t, _targets.RateTarget)}
+        raised = self.warm_up.raised()
+        rates = {name: t.in_force(raised) for name, t in self.targets.items() if isinstance(t, _targets.RateTarget)}
         return {**self.values, **rates}
 
     def obey(self, directive: Any, *, rewinds: bool) -> Any:

@@ -42,6 +42,7 @@ class Run:
         self.wants_validation, self.is_settled = True, False
         self.last_eval: float | None = None
         self.eval_step = -1
+        live.warm_up.in_round = engine.phase != TRAIN
         if engine.phase != TRAIN:
             recorder.begin_round(0, engine.phase)
         live.apply(engine.hyperparams())
@@ -63,7 +64,10 @@ class Run:
             verdict = said.directive.verdict
             said = self._decide(phase)
             said = said._replace(directive=said.directive._replace(verdict=verdict))
+            # A metric that was not reported by now is of no use to the next stretch.
+            self.wants_validation = bool(said.directive.evaluate)
             extra = self.live.obey(said.directive, rewinds=said.directive.data_step != data_step)
+        self.live.warm_up.in_round = engine.phase != TRAIN
         if said.step == self.total_steps and not self.is_settled:
             self.settle()
         else:
@@ -135,6 +139,7 @@ class Run:
             )
         live.catch_up()
         live.apply(dict(values))
+        live.warm_up.release()
 
     def validate(self, value: Any) -> None:
         """Takes in a validation metric of the present state."""
@@ -163,7 +168,7 @@ class Run:
             self.live.copy_back(kept)
             self.live.catch_up()
             self.live.apply(dict(kept["values"]))
-            message = "The validation metric got worse while the training loss fell: the run ends in the best state."
+            message = "The validation metric did not improve: the run ends in the best state."
             self.recorder.note(self.engine.step, "retreat", message)
 
     def note_metric(self, value: Any) -> None:
@@ -206,6 +211,7 @@ class Run:
             "total_steps": self.total_steps,
             "recorder": self.recorder.to_dict(),
             "evals": [self.eval_step, self.last_eval, self.wants_validation],
+            "warm_up_end": self.live.warm_up.end,
         }
 
     def _load_common(self, state: Mapping[str, Any]) -> None:
@@ -213,6 +219,8 @@ class Run:
         self.recorder.discarded = int(self.engine.state.discarded)
         self.eval_step, self.last_eval, self.wants_validation = state["evals"]
         self.is_settled = self.engine.step == self.total_steps
+        self.live.warm_up.load(state["warm_up_end"])
+        self.live.warm_up.in_round = self.engine.phase != TRAIN
 
     def snapshot(self) -> dict[str, Any]:
         """The whole training with the tuner, outside rounds, for a loop that writes it to disk."""

@@ -89,6 +89,11 @@ def advance(schedulers: Sequence[Any], steps: Sequence[int]) -> None:
             scheduler.step()
 
 
+def place(schedulers: Sequence[Any]) -> int:
+    """Where all schedulers that count stand together."""
+    return sum(at for at in places(schedulers) if at is not None)
+
+
 def cycles_momentum(schedulers: Sequence[Any]) -> bool:
     """Whether some scheduler writes the momentum too."""
     return any(getattr(item, "cycle_momentum", False) for item in everything(schedulers))

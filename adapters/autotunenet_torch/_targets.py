@@ -77,21 +77,25 @@ class RateTarget:
       optimizer: Whose groups.
       indices: Which groups.
       schedulers: Their state is scaled with the rate.
+
+    Attributes:
+      indices: The same groups.
+      applied: The value that rates, scheduler and all, now stand in proportion to.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, indices: list[int], schedulers: list[Any]):
-        self._optimizer, self._indices, self._schedulers = optimizer, set(indices), schedulers
+        self._optimizer, self.indices, self._schedulers = optimizer, frozenset(indices), schedulers
         peaks = _schedulers.peak_rates(schedulers, optimizer.param_groups)
-        # The value that rates, scheduler and all, now stand in proportion to.
         self.applied = max(peaks[index] for index in indices)
         self._start = self.applied
 
     def read(self) -> float:
         return self.applied
 
-    def in_force(self) -> float:
-        """The highest rate in the groups now, whatever schedulers have made of it."""
-        return max(float(self._optimizer.param_groups[index]["lr"]) for index in self._indices)
+    def in_force(self, raised: Mapping[int, float]) -> float:
+        """The highest rate of the groups' next step, whatever schedulers make of it; some are ``raised`` above that."""
+        groups = self._optimizer.param_groups
+        return max(raised.get(index, float(groups[index]["lr"])) for index in self.indices)
 
     def write(self, value: float) -> None:
         groups = self._optimizer.param_groups
@@ -100,7 +104,7 @@ class RateTarget:
         # A rate of zero has no proportion to anything; the least step off it keeps the shape alive.
         value = max(value, 1e-12 * self._start)
         factor = value / self.applied
-        factors = [factor if index in self._indices else 1.0 for index in range(len(groups))]
+        factors = [factor if index in self.indices else 1.0 for index in range(len(groups))]
         _schedulers.scale(self._schedulers, groups, factors)
         self.applied = value
 

@@ -50,9 +50,9 @@ class AutoTuneNet:
         minimised.
       guard: Thresholds of the watch over training.
       max_share: Most of the budget that discarded fork steps may take, in (0, 1).
-      decay: Shape of the rate over the budget: ``"linear"`` or ``"cosine"`` to zero, or ``"none"``. By default linear,
-        and none beside a scheduler of the user's own.
-      warmup_steps: Steps over which a fork that starts at the very beginning raises its rate from zero.
+      decay: Shape of the rate over the budget: ``"hold"`` (held for 60 % of it, then linear to zero), ``"linear"`` or
+        ``"cosine"`` to zero, or ``"none"``. By default hold, and none beside a scheduler of the user's own.
+      warmup_steps: Steps over which the rates rise to their value at the beginning of training.
       targets: Setters ``(model, value) -> None`` for hyperparameters of your own, by name.
       seed: Of the tuner's random choices.
       snapshot_device: Where the two copies of the training state live that forks and rollbacks need, such as
@@ -101,7 +101,8 @@ class AutoTuneNet:
             if not callable(setter) and not hasattr(setter, "write"):
                 raise TypeError(f"targets[{name!r}] must be a function (model, value) -> None; got {setter!r}.")
         self._seed, self._snapshot_device = seed, snapshot_device
-        self._core(total_steps, self._initial, has_scheduler=False)  # every argument is checked now, not at attach
+        # Every argument is checked now, not at attach. The core has an order of its own for the names.
+        self.space = self._core(total_steps, self._initial, has_scheduler=False).space
         self._run: Run | None = None
         # What a loop adds to each copy of the training state.
         self._extra: Callable[[], Any] = lambda: None
@@ -138,8 +139,9 @@ class AutoTuneNet:
           model: The model; lazy parameters initialised.
           optimizer: Its optimizer.
           scheduler: A scheduler of ``torch.optim.lr_scheduler``, or several. It keeps its shape, and the tuner moves
-            its height; step it as usual. Forks of a round all start from its place at the round's beginning; after the
-            round it is stepped on to the budget spent. OneCycleLR is refused.
+            its height; step it as usual. Forks of a round all start from its place at the round's beginning, and while
+            it is still warming up they train at the rate that they claim; after the round it is stepped on to the
+            budget spent. OneCycleLR is refused.
           scaler: The ``GradScaler``, if any.
           total_steps: Optimizer steps of the whole run, in place of the constructor's.
           loss_fn: The loss module, when its ``label_smoothing`` is tuned.
@@ -183,7 +185,9 @@ class AutoTuneNet:
             )
             for name in self.space.names
         }
-        live = LiveTraining(state, found, self._extra)
+        if self._run is not None:
+            self._run.live.warm_up.release()
+        live = LiveTraining(state, found, self._extra, steps=total_steps)
         core = self._core(total_steps, live.starts(self._initial, self.space), has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
         recorder = atn.Recorder(

@@ -20,14 +20,14 @@ def train(rank, world, out):
     sampler = torch.utils.data.DistributedSampler(data, world, rank)
     loader = torch.utils.data.DataLoader(data, batch_size=16, sampler=sampler)
     torch.manual_seed(rank)  # each process draws its own dropout
-    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)})
-    trainer = Trainer(torch.nn.functional.cross_entropy, epochs=12, progress=False)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}, max_share=0.6)
+    trainer = Trainer(torch.nn.functional.cross_entropy, epochs=32, progress=False)
     with atn.Snapshots(f"{out}/run/rank{rank}", space=tuner.space, keep=20) as snapshots:
         snapshots.is_due = lambda: True
         history = trainer.fit(model, loader, loader, tuner=tuner, snapshots=snapshots)
         snapshots.wait()
         if rank == 1:  # as if this process had been killed before its last snapshot was written
-            snapshots.abandon(after_step=95)
+            snapshots.abandon(after_step=255)
     return {
         "rounds": history.rounds,
         "evals": history.evals,

@@ -51,41 +51,41 @@ def make(tmp_path, tuner, *, epochs=10, **kwargs):
 
 def test_tunes_and_records(tmp_path, loader):
     tuner, module = AutoTuneNet(SPACE), Module()
-    trainer = make(tmp_path, tuner, enable_checkpointing=False, accumulate_grad_batches=2, epochs=20)
+    trainer = make(tmp_path, tuner, enable_checkpointing=False, accumulate_grad_batches=2, epochs=30)
     trainer.fit(module, loader, loader)
     history = tuner.history
-    assert history.summary["steps"] == 120 == trainer.global_step
+    assert history.summary["steps"] == 180 == trainer.global_step
     assert history.rounds and tuner.best_hyperparams["learning_rate"] > 1e-2
-    assert len(history.evals) == 20  # once per epoch, without the sanity check
+    assert len(history.evals) == 30  # once per epoch, without the sanity check
     assert history.evals[-1]["value"] < 0.6
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(tuner.hyperparams["learning_rate"])
 
 
 def test_slow_hyperparameters_by_a_validation_of_ones_own(tmp_path, loader):
     batch = next(iter(loader))
-    tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)})
+    tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}, max_share=0.6)
 
     def validate(module):
         with torch.no_grad():
             return torch.nn.functional.cross_entropy(module.net(batch[0]), batch[1])
 
-    make(tmp_path, tuner, validate=validate, enable_checkpointing=False).fit(Module(), loader)
+    make(tmp_path, tuner, epochs=25, validate=validate, enable_checkpointing=False).fit(Module(), loader)
     assert [row["kind"] for row in tuner.history.rounds][-1] == "slow"
 
 
 def test_resumes_from_lightnings_checkpoint(tmp_path, loader):
     tuner, path = AutoTuneNet(SPACE), str(tmp_path / "last.ckpt")
-    trainer = make(tmp_path, tuner, epochs=6, total_steps=120)
+    trainer = make(tmp_path, tuner, epochs=7, total_steps=180)
     trainer.fit(Module(), loader)
     trainer.save_checkpoint(path)
     before = tuner.history.to_dict()
     again = AutoTuneNet(SPACE)
-    make(tmp_path, again, epochs=10, total_steps=120).fit(Module(), loader, ckpt_path=path)
+    make(tmp_path, again, epochs=15, total_steps=180).fit(Module(), loader, ckpt_path=path)
     after = again.history.to_dict()
-    assert before["summary"]["steps"] == 72 and after["summary"]["steps"] == 120
-    assert after["rounds"] == before["rounds"] and after["records"][:72] == before["records"]
-    with pytest.raises(ValueError, match="run of 120 steps"):
-        make(tmp_path, AutoTuneNet(SPACE), epochs=10, total_steps=119).fit(Module(), loader, ckpt_path=path)
+    assert before["summary"]["steps"] == 84 and after["summary"]["steps"] == 180
+    assert after["rounds"] == before["rounds"] and after["records"][:84] == before["records"]
+    with pytest.raises(ValueError, match="run of 180 steps"):
+        make(tmp_path, AutoTuneNet(SPACE), epochs=15, total_steps=179).fit(Module(), loader, ckpt_path=path)
 
 
 def test_two_optimizers_are_refused(tmp_path, loader):

@@ -1,6 +1,7 @@
 """Every scheduler of torch: the tuned rate is in force under the scheduler's shape, or there is a clear refusal."""
 
 import inspect
+import math
 
 import pytest
 
@@ -8,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from torch.optim import lr_scheduler as lrs  # noqa: E402
 
-from autotunenet_torch import AutoTuneNet, TrainingState, _schedulers, _targets  # noqa: E402
+from autotunenet_torch import AutoTuneNet, TrainingState, _schedulers, _targets, _warm_up  # noqa: E402
 
 MAKE = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: min(1.0, step / 4)),
@@ -171,8 +172,64 @@ def test_two_decays_do_not_multiply():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
     tuner.attach(model, optimizer, lrs.ConstantLR(optimizer, factor=0.5, total_iters=1000))
-    assert tuner._run.engine.core.decay == "none"
+    assert tuner._run.engine.core.shape.form == "none"
     assert tuner.hyperparams["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner.attach(model, optimizer)
-    assert tuner._run.engine.core.decay == "linear"
+    assert tuner._run.engine.core.shape.form == "hold"
+
+
+def tuned_beside(warm_up, total=400):
+    """Rates that a run on one fixed batch picks beside a linear warm-up of so many steps, and those it is fed with."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    y = x @ torch.arange(1.0, 7.0)[:, None] + 0.1 * torch.randn(64, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    scheduler = lrs.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warm_up, 1)))
+    tuner = AutoTuneNet({"learning_rate": (1e-5, 1.0)}, total_steps=total)
+    tuner.attach(model, optimizer, scheduler)
+    fed, claimed, shaped = [], [], []
+    optimizer.register_step_pre_hook(lambda *_: fed.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(total):
+        claimed.append(tuner._run.live.values["learning_rate"] if tuner._run.engine.phase else None)
+        shaped.append(tuner.hyperparams["learning_rate"])
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        tuner.step(loss)
+    assert fed == pytest.approx(shaped)
+    return tuner, fed, claimed, optimizer.param_groups[0]["lr"]
+
+
+def test_forks_during_a_warm_up_are_compared_at_the_rates_they_claim():
+    picked = []
+    for warm_up in (0, 8, 40, 80):
+        tuner, fed, claimed, last = tuned_beside(warm_up)
+        for rate, claim in zip(fed, claimed, strict=True):
+            assert claim is None or rate == pytest.approx(claim)
+        # After the rounds the scheduler is where it would be without a tuner.
+        assert last == pytest.approx(tuner.best_hyperparams["learning_rate"])
+        picked.append(math.log10(tuner.best_hyperparams["learning_rate"]))
+    assert max(picked) - min(picked) <= 0.25
+
+
+def test_a_decay_of_the_users_own_is_no_warm_up():
+    """Forks of a later round are held under it."""
+    optimizer = make_optimizer()
+    for name in ("CosineAnnealingLR", "ExponentialLR", "StepLR"):
+        scheduler = MAKE[name](optimizer)
+        assert _warm_up.WarmUp(optimizer, [scheduler], [0, 1], steps=100).end == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize("name", MAKE)
+def test_looking_ahead_leaves_a_scheduler_as_it_was(name):
+    optimizer = make_optimizer()
+    scheduler = MAKE[name](optimizer)
+    before = repr(scheduler.state_dict()), repr(optimizer.state_dict())
+    end = _warm_up.WarmUp(optimizer, [scheduler], [0, 1], steps=STEPS).end
+    assert (repr(scheduler.state_dict()), repr(optimizer.state_dict())) == before
+    assert end == {"LambdaLR": 4, "LinearLR": 5, "ConstantLR": 4, "CyclicLR": 3, "SequentialLR": 3}.get(name, 0)

@@ -35,9 +35,9 @@ def make(tmp_path, tuner, **kwargs):
         max_position_embeddings=8,
     )  # fmt: skip
     args = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=100, per_device_train_batch_size=8, learning_rate=1e-4, report_to=[],
+        output_dir=str(tmp_path), per_device_train_batch_size=8, learning_rate=1e-4, report_to=[],
         disable_tqdm=True, use_cpu=True, logging_strategy="no", seed=0,
-        **{"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 50, **kwargs},
+        **{"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 50, "max_steps": 160, **kwargs},
     )  # fmt: skip
     model = transformers.BertForSequenceClassification(config)
     return transformers.Trainer(
@@ -46,11 +46,11 @@ def make(tmp_path, tuner, **kwargs):
 
 
 def test_tunes_and_evaluates_when_wanted(tmp_path):
-    tuner = AutoTuneNet(SPACE)
-    trainer = make(tmp_path, tuner, gradient_accumulation_steps=2)
+    tuner = AutoTuneNet(SPACE, max_share=0.8)
+    trainer = make(tmp_path, tuner, gradient_accumulation_steps=2, max_steps=240)
     trainer.train()
     history = tuner.history
-    assert history.summary["steps"] == 100
+    assert history.summary["steps"] == 240
     assert {row["kind"] for row in history.rounds} == {"fast", "slow"}
     assert history.rounds[-1]["scored_by"] == "validation"
     assert len(history.evals) > 2
@@ -62,13 +62,13 @@ def test_tunes_and_evaluates_when_wanted(tmp_path):
 
 def test_resumes_from_a_checkpoint(tmp_path):
     tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
-    kwargs = {"save_strategy": "steps", "save_steps": 60, "eval_strategy": "no"}
+    kwargs = {"save_strategy": "steps", "save_steps": 100, "eval_strategy": "no"}
     make(tmp_path, tuner, **kwargs).train()
     end = tuner.history.to_dict()
     again = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
-    make(tmp_path, again, **kwargs).train(resume_from_checkpoint=str(tmp_path / "checkpoint-60"))
+    make(tmp_path, again, **kwargs).train(resume_from_checkpoint=str(tmp_path / "checkpoint-100"))
     now = again.history.to_dict()
-    assert now["rounds"] == end["rounds"] and now["summary"]["steps"] == 100
+    assert now["rounds"] == end["rounds"] and now["summary"]["steps"] == 160
     assert [row["learning_rate"] for row in now["records"]] == [row["learning_rate"] for row in end["records"]]
 
 

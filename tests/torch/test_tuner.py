@@ -11,7 +11,7 @@ from autotunenet_torch import AutoTuneNet  # noqa: E402
 
 SPACE = {"learning_rate": (1e-4, 1.0)}
 BOTH = {**SPACE, "dropout": (0.0, 0.5)}
-STEPS = 120
+STEPS = 160
 
 
 def make(space=SPACE, **kwargs):
@@ -19,7 +19,7 @@ def make(space=SPACE, **kwargs):
         torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Dropout(0.0), torch.nn.Linear(8, 3)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    return model, optimizer, AutoTuneNet(space, total_steps=STEPS, **kwargs)
+    return model, optimizer, AutoTuneNet(space, **{"total_steps": STEPS, **kwargs})
 
 
 def loss_of(model, x):
@@ -48,7 +48,7 @@ def test_repairs_a_terrible_rate():
     assert loss_of(model.eval(), torch.randn(512, 6)).item() < 0.6  # 1.1 at the start, and at 1e-4 throughout
     assert tuner.best_hyperparams["learning_rate"] > 1e-2
     history = tuner.history
-    assert history.summary["steps"] == STEPS and history.summary["share_discarded"] <= 0.16
+    assert history.summary["steps"] == STEPS and history.summary["share_discarded"] <= 0.4
     assert history.rounds[0]["chosen"] == pytest.approx(tuner.best_hyperparams)
     assert history.to_dict()["records"][0].keys() >= {"step", "loss", "phase", "fork", "is_kept", "learning_rate"}
     assert len(history.to_pandas()) == len(history.records)
@@ -100,9 +100,9 @@ def test_nan_from_the_very_first_step():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("stop_at", [9, 80])
+@pytest.mark.parametrize("stop_at", [9, 30, 120])
 def test_a_checkpoint_goes_on_bit_for_bit(stop_at, training_bits):
-    """Inside a round of forks and outside; the checkpoint loads without unpickling code."""
+    """Inside the sweep, a round of forks and outside; the checkpoint loads without unpickling code."""
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
     for _ in range(stop_at):
@@ -139,12 +139,12 @@ def test_state_of_another_space_or_budget_is_refused():
         other.load_state_dict(state)
     other = AutoTuneNet(SPACE, total_steps=STEPS + 1)
     other.attach(model, optimizer)
-    with pytest.raises(ValueError, match="run of 120 steps"):
+    with pytest.raises(ValueError, match="run of 160 steps"):
         other.load_state_dict(state)
 
 
 def test_validation_is_asked_for_and_used():
-    model, optimizer, tuner = make(BOTH, mode="max", max_share=0.6)
+    model, optimizer, tuner = make(BOTH, mode="max", max_share=0.8, total_steps=300)
     asked = []
 
     def validate():
@@ -152,12 +152,12 @@ def test_validation_is_asked_for_and_used():
         return -float(loss_of(model, torch.ones(4, 6).cumsum(1)).detach())
 
     tuner.attach(model, optimizer, validate=validate)
-    for _ in range(STEPS):
+    for _ in range(300):
         train_one(model, optimizer, tuner)
     assert len(asked) == tuner.history.summary["evals"] > 4
     assert {row["scored_by"] for row in tuner.history.rounds} == {"validation"}
     kinds = [row["kind"] for row in tuner.history.rounds]
-    assert kinds[0] == "fast" and set(kinds[1:]) == {"slow"}
+    assert kinds[0] == "fast" and kinds[-1] == "slow"
 
 
 def test_validation_by_hand():
@@ -201,7 +201,7 @@ def test_bad_input():
         tuner.attach(model.parameters(), optimizer)
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         tuner.attach(model, "adam")
-    with pytest.raises(ValueError, match="at least 64"):
+    with pytest.raises(ValueError, match="at least 32"):
         tuner.attach(model, optimizer, total_steps=10)
     with pytest.raises(ValueError, match="outside"):
         AutoTuneNet(SPACE, initial={"learning_rate": 7.0})
