@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _acquisition, _observations, _stored_program, _surrogate
+from autotunenet_jax import _observations, _stored_program, _surrogate
 
-TOTAL = 96
+TOTAL = 160
 
 
 class Average(NamedTuple):
@@ -39,16 +40,10 @@ def light_predict(config, posterior, x, *, time):
     return mean, 0.01 * jnp.eye(len(x))
 
 
-def light_propose(config, posterior, key, *, lower, upper, snap, **_):
-    del config, posterior
-    return snap(jax.random.uniform(key, lower.shape, minval=lower, maxval=upper))
-
-
 def lighten(set_attribute=setattr):
     """Puts the light surrogate in; its programs are stored under names of their own."""
     set_attribute(_surrogate, "fit", light_fit)
     set_attribute(_surrogate, "predict", light_predict)
-    set_attribute(_acquisition, "propose", light_propose)
     origin = _stored_program._origin() + pathlib.Path(__file__).read_bytes()
     set_attribute(_stored_program, "_origin", lambda: origin)
     _stored_program._stored.cache_clear()
@@ -129,6 +124,12 @@ def quality(params):
     return float(jnp.mean(jax.vmap(lambda key: loss_fn(params, key))(draws(32, seed=9))))
 
 
+def rounds_begun(ts):
+    """How many rounds have had a fork that ended."""
+    obs = ts.knowledge.observations
+    return len(np.unique(obs.group[: int(obs.count)]))
+
+
 def find(opt_state):
     """The state of autotune in a tree."""
     is_it = lambda node: hasattr(node, "tuner")  # noqa: E731
@@ -141,5 +142,5 @@ def toy():
         name: globals()[name]
         for name in ("TOTAL", "data", "make_params", "loss_fn", "wrapped", "make_step", "start", "draws", "run",
             "usual",
-                     "quality", "find")
+                     "quality", "rounds_begun", "find")
     })  # fmt: skip
