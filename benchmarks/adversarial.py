@@ -108,17 +108,17 @@ def false_alarms(windows, window=100):
         "exponential": lambda key: jax.random.exponential(key, (windows, window)),
         "student t, 4 degrees": lambda key: jax.random.t(key, 4.0, (windows, window)),
     }
-    from autotunenet_jax import _guard  # the watch by itself is not public
+    from autotunenet_jax.controller import loss_monitor  # the watch by itself is not public
 
     @jax.jit
     def alarms(losses):
         def body(state, loss):
-            state, verdict = _guard.watch(guard, state, loss)
-            failed = _guard.is_failure(verdict)
+            state, verdict = loss_monitor.watch(guard, state, loss)
+            failed = loss_monitor.is_failure(verdict)
             return state._replace(strikes=jnp.where(failed, 0, state.strikes)), failed
 
         def one(losses):
-            return jax.lax.scan(body, _guard.init(), losses)[1].sum()
+            return jax.lax.scan(body, loss_monitor.init(), losses)[1].sum()
 
         # Long streams, so that most windows are watched by a guard that knows its loss.
         return jax.vmap(one)(losses.reshape(max(windows // 50, 1), -1)).sum()

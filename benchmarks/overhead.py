@@ -84,14 +84,14 @@ def time_steps(size, steps, memory="keep-winner"):
         advance(wrapped, batch)
     advance(plain, batch)
     assert int(wrapped["carry"][1].tuner.phase) == 0, "a round is still being held"
-    before = int(wrapped["carry"][1].tuner.rounds_held)
+    before = int(wrapped["carry"][1].tuner.round.index)
     for _ in range(steps):
         for run in runs:
             start, processor = time.perf_counter(), time.process_time()
             advance(run, batch)
             run["times"].append(time.perf_counter() - start)
             run["processor"].append(time.process_time() - processor)
-    assert int(wrapped["carry"][1].tuner.rounds_held) == before
+    assert int(wrapped["carry"][1].tuner.round.index) == before
     return {
         "parameters": parameters,
         "arrays": len(jax.tree.leaves(plain["carry"][0])),
@@ -132,13 +132,17 @@ def time_decision(repeats=30):
         "time": jnp.linspace(0.0, 4.0, DECISION_CAPACITY),
         "group": jnp.arange(DECISION_CAPACITY) // 4,
     }
-    obs = ts.observations
+    obs = ts.knowledge.observations
     filled = {name: value.astype(getattr(obs, name).dtype) for name, value in filled.items() if hasattr(obs, name)}
     obs = obs._replace(**filled, count=jnp.full_like(obs.count, DECISION_CAPACITY))
     held = ts.round._replace(
-        fork=jnp.int32(1), kept=jnp.int32(0), steps=ts.round.steps.at[0].set(10), group=jnp.int32(50)
+        index=jnp.int32(DECISION_CAPACITY // 4),
+        fork=jnp.int32(1),
+        kept=jnp.int32(0),
+        steps=ts.round.steps.at[0].set(10),
     )
-    ts = ts._replace(observations=obs, round=held, phase=jnp.int32(2), segment_left=jnp.int32(1))
+    knowledge = ts.knowledge._replace(observations=obs)
+    ts = ts._replace(knowledge=knowledge, round=held, phase=jnp.int32(2), segment_left=jnp.int32(1))
     # One training step that ends a fork, with and without the decision due.
     update = jax.jit(tuner.update)
     quiet = ts._replace(segment_left=jnp.int32(5), segment_length=jnp.int32(10))
@@ -151,9 +155,9 @@ def time_decision(repeats=30):
             times[name].append(time.perf_counter() - start)
     seconds = float(np.median(times["due"][2:]) - np.median(times["quiet"][2:]))
     plan = tuner.plan
-    # Each fork is decided on at most twice, each round opened once, and a sweep ended once.
+    # Each fork is decided on once, each round opened once, and a range test ended once.
     is_round = plan.start < 2**30
-    decisions = int(np.sum(is_round * (1 + 2 * plan.forks + (plan.sweep > 0))))
+    decisions = int(np.sum(is_round * (1 + plan.forks + (plan.range_test > 0))))
     return {
         "decision_ms": 1e3 * seconds,
         "decisions_per_run": decisions,

@@ -56,7 +56,7 @@ def make_run(task, *, memory, has_validation):
             "loss": task.eval_params(params),
             "rate": task_rate(task, tuner),
             "discarded_steps": tuner.discarded,
-            "rounds": tuner.rounds_held,
+            "rounds": tuner.round.index,
             "rollbacks": tuner.rollbacks,
             "last_training_loss": losses[-50:].mean(),
         }

@@ -25,43 +25,26 @@ def _patched(patch: Callable[[], Any]) -> Iterator[None]:
     jax.clear_caches()
 
 
-def _policy(**changes: Any) -> dict[str, Any]:
-    from autotunenet_jax._policy import Policy
+def _free_forks() -> Any:
+    """Forks are held as long as they fit, whatever they are expected to gain."""
+    from autotunenet_jax.controller import decision
 
-    return {"policy": Policy(**changes)}
-
-
-def _no_raise() -> dict[str, Any]:
-    from autotunenet_jax._plan import Recipe
-
-    return {"recipe": Recipe(raised=0.0)}
-
-
-def _random_proposals() -> Any:
-    """Forks anywhere in the box that the acquisition would search."""
-    from autotunenet_jax import _acquisition
-
-    def propose(config, posterior, key, *, lower, upper, snap, **_):
-        return snap(jax.random.uniform(key, lower.shape, minval=lower, maxval=upper))
-
-    return mock.patch.object(_acquisition, "propose", propose)
+    return mock.patch.multiple(decision, PRICE=0.0, SLOW_PRICE=0.0)
 
 
 def _hot_scores() -> Any:
     """Forks are scored at their full rate."""
-    from autotunenet_jax import _tick
+    from autotunenet_jax.controller import schedule
 
-    return mock.patch.object(_tick, "COOL_SHARE", 0.0)
+    return mock.patch.object(schedule, "COOL_SHARE", 0.0)
 
 
 def _one_intercept() -> Any:
     """Rounds share one level of the loss."""
-    from autotunenet_jax import _controller
+    from autotunenet_jax.controller import judge
 
-    original = _controller._surrogate_config
-    return mock.patch.object(
-        _controller, "_surrogate_config", lambda space: dataclasses.replace(original(space), has_groups=False)
-    )
+    original = judge.config_of
+    return mock.patch.object(judge, "config_of", lambda space: dataclasses.replace(original(space), has_groups=False))
 
 
 def _fresh_surrogate() -> Any:
@@ -72,8 +55,7 @@ def _fresh_surrogate() -> Any:
 
     def add(obs, x, y, *, group=0, **options):
         newest = obs.group[jnp.clip(obs.count - 1, 0, obs.y.shape[0] - 1)]
-        # Groups are numbered two to a round.
-        is_new = newest // 2 != jnp.asarray(group) // 2
+        is_new = newest != jnp.asarray(group)
         return original(obs._replace(count=jnp.where(is_new, 0, obs.count)), x, y, group=group, **options)
 
     return mock.patch.object(_observations, "add", add)
@@ -103,20 +85,12 @@ def _ablated(
 
 
 ABLATIONS: dict[str, Callable[..., searches.Found]] = {
-    "random": _ablated(patch=_random_proposals),
     "hot_scores": _ablated(patch=_hot_scores),
     "one_intercept": _ablated(patch=_one_intercept),
     "fresh_data": _ablated(change=_fresh_data),
-    "no_gate": _ablated(lambda: _policy(price=0.0, slow_price=0.0)),
-    "no_blur": _ablated(lambda: _policy(blur_decades=1e-3)),
-    "keeps_winner": _ablated(lambda: _policy(starts_afresh=False)),
-    "no_tilt": _ablated(lambda: _policy(tilt=0.0)),
+    "no_gate": _ablated(patch=_free_forks),
     "no_decay": _ablated(lambda: {"decay": "none"}),
     "fresh_surrogate": _ablated(patch=_fresh_surrogate),
-    "no_raise": _ablated(_no_raise),
-    "no_wait": _ablated(lambda: _policy(held_share=0.0)),
 }
-"""By what is missing: the engine's proposals, the cool-down before scoring, rounds' own levels, the same batches for
-all forks, the price of a fork, the blur around a fork's best rate, the fresh start after the first round, the charge on
-high rates, the decay, what earlier rounds observed, the round that raises rates (with it the decay's wait, which it
-decides on), that wait alone."""
+"""By what is missing: the cool-down before scoring, rounds' own levels, the same batches for all forks, the price of a
+fork, the decay, what earlier rounds observed."""

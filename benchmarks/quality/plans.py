@@ -27,18 +27,12 @@ FREE = ("range_test", "dog", "mechanic_cosine", "cocob", "momo")
 """Methods that take no start."""
 STARTED = ("plateau", "hypergradient", "three_stream", "autotunenet_1_0_2")
 ABLATIONS = (
-    "random",
     "hot_scores",
     "one_intercept",
     "fresh_data",
     "no_gate",
-    "no_blur",
-    "keeps_winner",
-    "no_tilt",
     "no_decay",
     "fresh_surrogate",
-    "no_raise",
-    "no_wait",
 )
 ABLATED = {
     "W1, learning rate": (("W1",), "ours", "lr0.01"),
