@@ -30,6 +30,8 @@ FORK_WARMUP_SHARE = 0.25
 
 # Places at which a user's schedule is looked at for its peak.
 _SAMPLES = 257
+# Places by whose values one is told from another.
+_DESCRIBED = 17
 
 REWARM_STEPS = 20
 """Steps over which rates climb to their value after a rollback."""
@@ -91,6 +93,16 @@ def shape_of(decay: Any, schedule: Any, total_steps: int | None) -> Shape:
     return Shape(schedule, total_steps, float(values[at]), at / (_SAMPLES - 1))
 
 
+def described(shape: Shape) -> tuple[Any, ...]:
+    """What tells one shape from another, the same in every process: a function is known by its values."""
+    form = shape.form
+    if callable(form):
+        places = np.linspace(0.0, shape.steps or 1.0, _DESCRIBED, dtype=np.float32)
+        with jax.ensure_compile_time_eval():
+            form = tuple(f"{float(form(place)):.6e}" for place in places)
+    return form, shape.steps
+
+
 def factor(shape: Shape, warmup_steps: int, ts: TunerState) -> Float[Array, ""]:
     """The factor on the rates: a function of the budget spent, forks included; in forks without any warm-up."""
     total, in_fork = ts.plan.total, ts.phase == FORK
@@ -99,7 +111,7 @@ def factor(shape: Shape, warmup_steps: int, ts: TunerState) -> Float[Array, ""]:
     spent = jnp.clip((ts.step - begin) / jnp.maximum(steps, 1), 0.0, 1.0)
     planned = shape(jnp.where(in_fork, jnp.maximum(spent, shape.peak_share), spent))
     # A decay that is asked for sets in at once.
-    asked = Shape("linear" if shape.form == "hold" else shape.form)(spent) if not shape.steps else 1.0 - spent
+    asked = Shape("linear" if shape.form in ("hold", "none") else shape.form)(spent) if not shape.steps else 1.0 - spent
     base = jnp.where(steps > 0, jnp.where(is_asked, asked, planned), 1.0)
     warm = jnp.where(in_fork, 1.0, (ts.data_step + 1.0) / max(warmup_steps, 1))
     rewarm = (ts.health.since_rollback + 1.0) / REWARM_STEPS

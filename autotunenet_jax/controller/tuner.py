@@ -158,7 +158,7 @@ class AutoTuneNet:
         )
 
     def _fingerprint(self) -> np.ndarray:
-        policy = (self.core.guard, self.core.shape, self.core.warmup_steps, self.capacity)
+        policy = (self.core.guard, shapes.described(self.core.shape), self.core.warmup_steps, self.capacity)
         return fingerprint(self.space, self.plan, policy)
 
     def check(self, ts: TunerState) -> None:

@@ -79,6 +79,20 @@ def test_a_state_of_another_tuner_is_refused_and_what_differs_is_named(space, op
         other.check(ts)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"schedule": optax.warmup_cosine_decay_schedule(0.0, 1.0, 40, 400)},
+        lambda: {"decay": lambda spent: 1.0 - spent},
+    ],
+)
+def test_a_function_of_the_same_values_is_the_same_policy(options):
+    """As it is in another process, where the run goes on."""
+    made, again = (atn.AutoTuneNet(RATE, 400, **options()) for _ in range(2))
+    again.check(made.init(jax.random.key(0)))
+    again.check(jax.jit(made.init)(jax.random.key(0)))
+
+
 def test_a_state_of_another_version_is_refused():
     ts = tuner().init(jax.random.key(0))._replace(format=jnp.int32(state.FORMAT - 1))
     with pytest.raises(ValueError, match=f"has format {state.FORMAT - 1}, this version reads {state.FORMAT}"):
@@ -92,6 +106,15 @@ def test_a_mode_is_the_sign_of_the_metric():
     assert float(a.validation.level) == -0.75
     for x, y in zip(jax.tree.leaves(a._replace(key=0)), jax.tree.leaves(b._replace(key=0)), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("decay", ["hold", "linear", "cosine", "none"])
+def test_a_decay_that_is_asked_for_ends_at_zero(decay):
+    tuned = atn.AutoTuneNet(RATE, decay=decay)
+    ts = tuned.anneal(tuned.init(jax.random.key(0))._replace(phase=jnp.int32(state.TRAIN)), 50)
+    rates = [float(tuned.hyperparams(ts._replace(step=jnp.int32(at)))["learning_rate"]) for at in (1, 25, 50)]
+    assert rates[0] > rates[1] > rates[2] >= 0.0
+    assert rates[2] == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.usefixtures("light_surrogate")
