@@ -653,12 +653,7 @@ class Algorithm:
             best = self.forks[self.winner]
             is_first = self.plan.range_test[self.row] > 0
             self.incumbent = self._shifted(best.x, -fork_round.DRIFT_DECADES) if is_first else best.x
-            if is_first and not self.has_eval:
-                # Nothing would tell of the harm that the first fork's hot steps did: training begins afresh.
-                said.restore = True
-                self.discarded += best.steps
-                self.data_step, self.kept.step = self.saved.data, self.saved.step - 1
-            elif not is_current:
+            if not is_current:
                 said.adopt = True
                 self.data_step = max(self.kept.data, self.saved.data)
             if self.has_eval:
