@@ -16,6 +16,7 @@ from .controller.state import (
     FORK_FINISHED,
     FORK_STATUSES,
     OUTCOME_ACCEPTED,
+    OUTCOME_RATE_READ,
     OUTCOME_RETRIED,
     OUTCOMES,
     PHASES,
@@ -184,6 +185,8 @@ class Recorder:
             self.begin_round(step, after)
         elif before == SWEEP:
             self.end_sweep(step)
+            if outcome == OUTCOME_RATE_READ:
+                self.note(step, "rate", OUTCOMES[outcome])
         elif before == FORK and after == FORK and bool(directive.restore):
             self.end_fork(step)
         elif before == FORK and after == TRAIN:
@@ -193,16 +196,15 @@ class Recorder:
     def end_round(self, step: int, directive: Directive, kind: int, report: Round, chosen: dict[str, Any]) -> None:
         """A round ended; ``report`` is the round as it was decided on."""
         best = int(report.kept)
-        kept = -1 if bool(directive.restore) else best
         forks = []
         for number, (start, end) in enumerate(self._forks):
             score = float(report.score[number])
-            is_late = int(report.status[number]) == FORK_FINISHED
+            is_finished = int(report.status[number]) == FORK_FINISHED
             forks.append(
                 {
                     "hyperparams": self._space.to_python(self._space.decode(report.x[number])),
                     "scores": [score] if np.isfinite(score) else [],
-                    "status": "kept" if number == kept else "best" if number == best else "lost" if is_late else
+                    "status": "kept" if number == best else "lost" if is_finished else
                     FORK_STATUSES[int(report.status[number])],
                     "steps": int(report.steps[number]),
                     "start": start,
@@ -210,7 +212,7 @@ class Recorder:
                     "p_better": float(report.p_better[number]),
                 }
             )  # fmt: skip
-            if number != kept:
+            if number != best:
                 self.history.discard(start, end)
         row = {
             "start": self._round_start,

@@ -189,7 +189,7 @@ class Run:
             self.retreats = retreats
             self.hyperparams = hyperparams_jit(self.core, self.ts)
             what = "the run ends in" if is_last else "training goes on, at a lower rate, from"
-            message = f"The validation metric got worse while the training loss fell: {what} the best state."
+            message = f"The validation metric did not improve: {what} the best state."
             self.recorder.note(self.step, "retreat", message)
 
     def _keep_best(self, value: float) -> None:
@@ -216,7 +216,7 @@ class Run:
         self.recorder.decided(self.step, before, self.phase, directive, report, kind, chosen)
         if before == TRAIN and self.phase != TRAIN:
             self.source.hold(self.data_step)
-        elif before == FORK and self.phase == TRAIN:
+        elif before != TRAIN and self.phase == TRAIN:
             self.source.release(self.data_step)
 
     def is_alive(self) -> bool:

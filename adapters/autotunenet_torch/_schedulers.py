@@ -57,7 +57,7 @@ def _refuse(scheduler: Any) -> None:
         raise ValueError(
             "OneCycleLR cannot be tuned: it moves the rate between absolute values planned at its construction, and "
             "the momentum with it, so the rate found by the tuner would not be in force. Leave the scheduler out (the "
-            "tuner warms up and decays on its own), or use CosineAnnealingLR or LambdaLR."
+            "tuner has a decay of its own), or use CosineAnnealingLR or LambdaLR."
         )
     if isinstance(scheduler, torch.optim.swa_utils.SWALR):
         raise ValueError(
