@@ -40,12 +40,12 @@ def test_the_real_tuner_trains_in_one_program():
 
     w = jnp.zeros(4)
     (w, opt_state), (losses, rates) = whole(jnp.zeros(4), optimizer.init(w), jax.random.split(jax.random.key(1), 200))
-    assert int(opt_state.tuner.rounds_held) >= 1
+    assert int(opt_state.tuner.knowledge.observations.count) >= 2
     assert float(losses[-20:].mean()) < 0.2 * float(losses[0])
     assert float(rates.max()) > 0.05  # from 1e-4
     assert float(rates[-1]) < 1e-3 * float(rates.max()) + 1e-2  # decayed
     share = float(opt_state.tuner.discarded) / 200
-    assert 0.0 < share <= 0.15 + 1e-6
+    assert 0.0 < share <= 0.4 + 1e-6
 
 
 def test_starts_where_the_optimizer_is_unless_told():

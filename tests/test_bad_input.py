@@ -33,10 +33,13 @@ def test_a_log_scale_needs_positive_bounds():
     [
         ({"initial": {"momentum": 0.9}}, r"momentum.*it has learning_rate"),
         ({"initial": {"learning_rate": 10.0}}, r"10\.0 lies outside"),
-        ({"total_steps": 10}, r"at least 64.*got 10"),
+        ({"total_steps": 10}, r"at least 32.*got 10"),
         ({"total_steps": 0}, "between 1 and"),
         ({"mode": "best"}, "'min' or 'max'; got 'best'"),
-        ({"decay": "exponential"}, "linear, cosine, none"),
+        ({"decay": "exponential"}, "hold, linear, cosine, none, or a function"),
+        ({"decay": "linear", "schedule": optax.constant_schedule(1.0)}, "give one of them"),
+        ({"schedule": optax.constant_schedule(0.0)}, "positive somewhere"),
+        ({"schedule": optax.constant_schedule(1.0), "total_steps": None}, "needs total_steps"),
         ({"max_share": 1.5}, "between 0 and 1; got 1.5"),
         ({"capacity": 4}, "at least 32; got 4"),
         ({"warmup_steps": -1}, "at least 0; got -1"),
@@ -47,7 +50,9 @@ def test_bad_tuners(options, says):
         atn.AutoTuneNet(**{"param_space": problem.SPACE, "total_steps": 1000, **options})
 
 
-@pytest.mark.parametrize("options", [{"total_steps": 10.5}, {"total_steps": True}, {"guard": "strict"}])
+@pytest.mark.parametrize(
+    "options", [{"total_steps": 10.5}, {"total_steps": True}, {"guard": "strict"}, {"schedule": 0.1}]
+)
 def test_tuner_arguments_of_the_wrong_type(options):
     with pytest.raises(TypeError):
         atn.AutoTuneNet(**{"param_space": problem.SPACE, "total_steps": 1000, **options})

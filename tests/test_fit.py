@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _checks, _guard, _loop, _progress, _recorder, _run, _state, faults
+from autotunenet_jax import _checks, _loop, _progress, _recorder, _run, faults
+from autotunenet_jax.controller import loss_monitor
+from autotunenet_jax.controller import state as states
 from tests import problem
 
 
@@ -117,18 +119,18 @@ def test_after_the_last_rollback_of_the_budget_hyperparameters_are_held_and_the_
     update = jax.jit(tuner.update)
     held, rng, spikes, trained = [], np.random.default_rng(0), 0, 0
     while int(ts.step) < problem.TOTAL_STEPS - 10:
-        in_train = int(ts.phase) == _state.TRAIN
+        in_train = int(ts.phase) == states.TRAIN
         trained += in_train
         is_jump = in_train and trained % 12 >= 8
         loss = (2.0 + 2.0 * spikes if is_jump else 1.0) + 0.01 * rng.normal()
         ts, directive = update(ts, jnp.float32(loss))
-        if in_train and int(directive.verdict) in (_guard.SPIKE, _guard.DIVERGED):
+        if in_train and int(directive.verdict) in (loss_monitor.SPIKE, loss_monitor.DIVERGED):
             spikes += 1
             if spikes > 2:
                 assert not bool(directive.restore | directive.adopt)
                 held.append(np.asarray(ts.incumbent))
     assert int(ts.rollbacks) == 2 and len(held) >= 1
-    assert int(ts.phase) == _state.TRAIN and int(ts.segment_left) > problem.TOTAL_STEPS
+    assert int(ts.phase) == states.TRAIN and int(ts.segment_left) > problem.TOTAL_STEPS
     assert all(np.array_equal(held[0], other) for other in [*held, np.asarray(ts.incumbent)])
 
 
@@ -136,23 +138,24 @@ def test_the_users_history_says_why_and_when_no_rollback_is_left():
     recorder = _recorder.Recorder(
         atn.History(("r",)), atn.SearchSpace({"r": (1e-3, 1.0)}), _progress.Progress(1, is_on=False), ()
     )
-    none, rollback, accepted = _state.OUTCOME_NONE, _state.OUTCOME_ROLLBACK, _state.OUTCOME_ACCEPTED
+    none, rollback, accepted = states.OUTCOME_NONE, states.OUTCOME_ROLLBACK, states.OUTCOME_ACCEPTED
     for step, (verdict, outcome, rewound) in enumerate(
         [
-            (_guard.SPIKE, rollback, 0),
-            (_guard.NON_FINITE, rollback, 1),
-            (_guard.SPIKE, accepted, -1),
-            (_guard.STALLED, none, -1),
-            (_guard.STALLED, none, -1),
-            (_guard.DIVERGED, none, -1),
+            (loss_monitor.SPIKE, rollback, 0),
+            (loss_monitor.NON_FINITE, rollback, 1),
+            (loss_monitor.SPIKE, accepted, -1),
+            (loss_monitor.STALLED, none, -1),
+            (loss_monitor.STALLED, none, -1),
+            (loss_monitor.DIVERGED, none, -1),
         ]
     ):
         entry = {"step": step, "data_step": step, "loss": 1.0, "hyperparams": {"r": 0.1}}
-        recorder.log({**entry, "verdict": verdict, "outcome": outcome, "rewound": rewound}, _state.TRAIN)
+        recorder.log({**entry, "verdict": verdict, "outcome": outcome, "rewound": rewound}, states.TRAIN)
     recorder.flush()
     said = [(event["kind"], event["message"]) for event in recorder.history.events]
     assert [kind for kind, _ in said] == ["rollback", "rollback", "shift", "stall", "budget"]
-    assert said[0][1] == _guard.MESSAGES[_guard.SPIKE] and said[1][1] == _guard.MESSAGES[_guard.NON_FINITE]
+    assert said[0][1] == loss_monitor.MESSAGES[loss_monitor.SPIKE]
+    assert said[1][1] == loss_monitor.MESSAGES[loss_monitor.NON_FINITE]
     assert "held from here on" in said[-1][1]
 
 
@@ -174,11 +177,7 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
 
     def watched_train_one(run):
         before, rollbacks = host(run.copies), int(run.ts.rollbacks)
-        if (
-            run.phase == _state.FORK
-            and int(run.ts.segment_left) == int(run.ts.segment_length)
-            and not run.ts.round.rung
-        ):
+        if run.phase == states.FORK and int(run.ts.segment_left) == int(run.ts.segment_length):
             starts.append(before.state)
         out = train_one(run)
         after = host(run.copies)
@@ -196,10 +195,10 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
         before, kept, phase = host(run.copies), int(run.ts.round.kept), run.phase
         decide(run)
         after = host(run.copies)
-        if phase != _state.TRAIN and run.phase == _state.FORK and int(run.ts.segment_left) and not run.ts.round.rung:
+        if phase != states.TRAIN and run.phase == states.FORK and int(run.ts.segment_left):
             seen["restored"] += 1
             assert problem.same(after.state, before.saved)
-        if phase == _state.FORK and run.phase == _state.TRAIN and problem.same(before.kept, after.kept) and kept >= 0:
+        if phase == states.FORK and run.phase == states.TRAIN and problem.same(before.kept, after.kept) and kept >= 0:
             seen["adopted"] += 1
             assert problem.same(after.state, before.kept)
 
@@ -310,6 +309,26 @@ def test_steps_ends_a_planned_run_early():
     assert not result.is_interrupted
 
 
+def test_a_run_too_short_for_forks_takes_what_its_range_test_says(monkeypatch):
+    sources = []
+
+    class Watched(_loop.BatchSource):
+        def __init__(self, batches):
+            super().__init__(batches)
+            sources.append(self)
+
+    monkeypatch.setattr(_loop, "BatchSource", Watched)
+    result = fit(batches=[batches_with({})(i, None) for i in range(96)], tuner=problem.tuner(total_steps=96))
+    assert result.history.rounds == []
+    assert [event["kind"] for event in result.history.events] == ["rate"]
+    assert result.hyperparams["learning_rate"] > 1e-3  # from 1e-5
+    assert {row["phase"] for row in result.history.records} == {"sweep", "train"}
+    kept = [row["data_step"] for row in result.history.records if row["is_kept"]]
+    assert kept == list(range(1, len(kept) + 1))
+    # Batches are held for what may be asked for again, and no longer.
+    assert len(sources[-1]._buffer) <= 1
+
+
 def test_a_state_with_plain_numbers_is_traced_once():
     traces = []
 
@@ -367,11 +386,12 @@ def test_an_unused_name_lists_what_the_optimizer_has():
         fit(tuner=tuner)
 
 
-def test_the_progress_line(capsys):
-    result = fit(progress=True, steps=60)
+def test_the_progress_line(capsys, monkeypatch):
+    monkeypatch.setattr(_loop, "_SHOW_EVERY_SECONDS", 0.0)
+    result = fit(progress=True, steps=90)
     shown = capsys.readouterr().out
     assert "round 1" in shown and "learning_rate" in shown
-    assert problem.same(result.state, fit(steps=60).state)
+    assert problem.same(result.state, fit(steps=90).state)
 
 
 def test_a_run_whose_last_metric_is_bad_ends_in_the_best_state():
@@ -381,13 +401,13 @@ def test_a_run_whose_last_metric_is_bad_ends_in_the_best_state():
 
     def metric(state):
         # Falls with the loss, and is far above it at the very end only.
-        return jnp.where(state["count"] > 330.0, 3.0, 2.0 * jnp.exp(-state["count"] / 100.0))
+        return jnp.where(state["count"] > 300.0, 3.0, 2.0 * jnp.exp(-state["count"] / 100.0))
 
     tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1e-1)}, 400)
     state = {"count": jnp.zeros(())}
     result = atn.fit(step, state, lambda number, hp: (), tuner=tuner, eval_step=metric, eval_every=50, progress=False)
     best = float(result.best_state["count"])
-    assert best < 330.0 and float(result.state["count"]) == pytest.approx(best, abs=1.0)
+    assert best < 300.0 and float(result.state["count"]) == pytest.approx(best, abs=1.0)
     assert result.eval == pytest.approx(float(metric(result.state)))
     assert result.history.events[-1]["kind"] == "retreat"
     assert "ends in the best state" in result.history.events[-1]["message"]

@@ -8,7 +8,7 @@ import pytest
 
 import autotunenet_jax as atn
 
-LOSSES = 2.0 * np.exp(-np.arange(70) / 30)
+LOSSES = 2.0 * np.exp(-np.arange(110) / 30)
 
 
 def dtypes(tree):
@@ -26,7 +26,7 @@ def test_the_controller_decides_alike():
     with jax.enable_x64(True):
         wide, values = run(jnp.asarray(LOSSES, jnp.float64))
     ts, _ = run(jnp.asarray(LOSSES, jnp.float32))
-    assert int(ts.rounds_held) == 1
+    assert int(ts.round.index) >= 1 and int(ts.knowledge.observations.count) >= 2
     for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(ts), strict=True):
         assert a.dtype == b.dtype
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
@@ -50,7 +50,7 @@ def test_an_optimizer_of_64_bits_tunes_itself():
         (params, state), losses = jax.jit(lambda carry: jax.lax.scan(train, carry, length=200))((params, state))
         state = atn.observe_eval(state, 0.5)
         assert params["w"].dtype == losses.dtype == jnp.float64
-        assert int(state.tuner.rounds_held) == 1 and dtypes(state.tuner) <= {"float32", "int32", "bool"}
+        assert int(state.tuner.round.index) >= 1 and dtypes(state.tuner) <= {"float32", "int32", "uint32", "bool"}
         assert losses[-1] < 0.1 * losses[0]
 
 

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import strategies as st
 
 import autotunenet_jax as atn
-from autotunenet_jax import _guard, _history, _progress, _recorder, _state, faults
+from autotunenet_jax import _history, _progress, _recorder, faults
+from autotunenet_jax.controller import loss_monitor
+from autotunenet_jax.controller import state as states
 from tests import problem
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-4, 1.0), "layers": atn.Int(1, 9)})
@@ -22,18 +24,18 @@ def recorder(callbacks=()):
     return _recorder.Recorder(atn.History(SPACE.names), SPACE, progress, callbacks)
 
 
-def log(target, step, *, loss=1.0, rate=None, layers=1, rewound=-1, data_step=None, phase=_state.TRAIN):
+def log(target, step, *, loss=1.0, rate=None, layers=1, rewound=-1, data_step=None, phase=states.TRAIN):
     values = {"learning_rate": np.float32(step if rate is None else rate), "layers": np.int32(layers)}
-    verdict = _guard.HEALTHY if rewound < 0 else _guard.SPIKE
+    verdict = loss_monitor.HEALTHY if rewound < 0 else loss_monitor.SPIKE
     entry = {"step": step, "data_step": step if data_step is None else data_step, "rewound": rewound}
-    entry["verdict"], entry["outcome"] = verdict, _state.OUTCOME_NONE if rewound < 0 else _state.OUTCOME_ROLLBACK
+    entry["verdict"], entry["outcome"] = verdict, states.OUTCOME_NONE if rewound < 0 else states.OUTCOME_ROLLBACK
     target.log({**entry, "loss": np.float32(loss), "hyperparams": values}, phase)
 
 
 @pytest.fixture(scope="module")
 def result():
     """A run with a round, a rollback, and losses that are not finite."""
-    train_step, batches = faults.inject(problem.train_step, problem.batches, {100: "poison", 130: "inf"})
+    train_step, batches = faults.inject(problem.train_step, problem.batches, {80: "poison", 95: "inf"})
     return atn.fit(train_step, problem.new_state(), batches, tuner=problem.tuner(), progress=False)
 
 
@@ -167,7 +169,7 @@ def test_whole_numbers_are_not_interpolated(monkeypatch):
     np.testing.assert_allclose(rates[10:90], np.arange(11, 91), rtol=1e-5)  # linear between thinned records
 
 
-@pytest.mark.parametrize("phase", [_state.TRAIN, _state.FORK])
+@pytest.mark.parametrize("phase", [states.TRAIN, states.FORK])
 def test_a_history_is_bounded_and_even_however_long_the_run(monkeypatch, phase):
     """Long forks too: they must not crowd out what comes after them."""
     monkeypatch.setattr(_history, "_MAX_RECORDS", 64)

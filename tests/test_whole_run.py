@@ -26,6 +26,12 @@ def result():
     )
 
 
+@pytest.fixture(scope="module")
+def by_loss():
+    """The same without validation, so that nothing of training is undone."""
+    return atn.fit(problem.train_step, problem.new_state(), problem.batches, tuner=problem.tuner(), progress=False)
+
+
 def plain(rate):
     state = problem.new_state()
     step = jax.jit(problem.train_step)
@@ -47,18 +53,18 @@ def test_exactly_the_budget_is_spent(result):
     assert int(result.tuner_state.step) == problem.TOTAL_STEPS
 
 
-def test_the_share_spent_on_forks_is_capped_and_reported(result):
-    summary = result.history.summary
-    lost = sum(not row["is_kept"] for row in result.history.records)
+def test_the_share_spent_on_forks_is_capped_and_reported(by_loss):
+    summary = by_loss.history.summary
+    lost = sum(not row["is_kept"] for row in by_loss.history.records)
     assert summary["discarded_steps"] == lost
-    assert 0 < summary["share_discarded"] <= 0.15
+    assert 0 < summary["share_discarded"] <= 0.4
 
 
-def test_the_final_state_saw_every_batch_once_and_in_order(result):
+def test_the_final_state_saw_every_batch_once_and_in_order(by_loss):
     """Forks replay the same data, and the winner's state goes on where its fork ended."""
-    kept = [row["data_step"] for row in result.history.records if row["is_kept"]]
+    kept = [row["data_step"] for row in by_loss.history.records if row["is_kept"]]
     assert kept == list(range(1, len(kept) + 1))
-    assert int(result.state["seen"]) == sum(range(len(kept)))
+    assert int(by_loss.state["seen"]) == sum(range(len(kept)))
 
 
 def test_forks_of_a_round_start_from_one_state_and_see_the_same_data(result):
@@ -71,23 +77,21 @@ def test_forks_of_a_round_start_from_one_state_and_see_the_same_data(result):
     assert len({row["loss"] for row in firsts}) == 1
 
 
-def test_the_first_round_is_given_away_and_its_choice_lies_among_its_forks(result):
+def test_training_goes_on_from_the_best_fork_at_a_somewhat_lower_rate(result):
     held = result.history.rounds[0]
     statuses = [fork["status"] for fork in held["forks"]]
-    assert statuses[held["best"]] == "best" and "kept" not in statuses
+    best = held["forks"][held["best"]]
+    assert statuses[held["best"]] == "kept" and set(statuses) <= {"kept", "lost", "failed"}
     scores = [fork["scores"][-1] for fork in held["forks"]]
     assert scores[held["best"]] <= np.median(scores)
-    tried = [fork["hyperparams"]["learning_rate"] for fork in held["forks"]]
-    assert min(tried) <= held["chosen"]["learning_rate"] <= max(tried)
-    assert all(row["step"] > held["end"] for row in result.history.records if row["is_kept"])
-
-
-def test_training_begins_where_the_first_round_began_and_warms_up(result):
-    held = result.history.rounds[0]
+    # What the first steps of a run reward is hotter than what the next ones do.
+    assert held["chosen"]["learning_rate"] == pytest.approx(best["hyperparams"]["learning_rate"] * 10**-0.25, rel=1e-4)
     by_step = {row["step"]: row for row in result.history.records}
-    first, fork = by_step[held["end"] + 1], by_step[held["forks"][0]["start"] + 1]
-    assert (first["data_step"], first["loss"]) == (fork["data_step"], fork["loss"])
-    assert first["learning_rate"] < 0.25 * held["chosen"]["learning_rate"]
+    first, last = by_step[held["end"] + 1], by_step[best["end"]]
+    assert first["data_step"] == last["data_step"] + 1
+    assert first["learning_rate"] == pytest.approx(held["chosen"]["learning_rate"])
+    kept = [row["step"] for row in result.history.records if row["is_kept"] and row["step"] <= held["end"]]
+    assert kept == list(range(best["start"] + 1, best["end"] + 1))
 
 
 def test_rates_never_leave_the_bounds_upwards_and_decay_to_zero(result):
@@ -147,11 +151,10 @@ def test_nothing_waits_for_the_device_between_decisions(monkeypatch):
     assert waits.count(0) <= 2  # TRAIN: none but at the end of a stretch
 
 
-def test_without_validation_forks_are_compared_by_their_training_losses():
-    result = atn.fit(problem.train_step, problem.new_state(), problem.batches, tuner=problem.tuner(), progress=False)
-    assert result.history.rounds[0]["scored_by"] == "training loss"
-    assert float(problem.eval_step(result.state)) < 0.1
-    assert result.eval is None
+def test_without_validation_forks_are_compared_by_their_training_losses(by_loss):
+    assert by_loss.history.rounds[0]["scored_by"] == "training loss"
+    assert float(problem.eval_step(by_loss.state)) < 0.1
+    assert by_loss.eval is None
 
 
 def test_slow_hyperparameters_stay_put_without_validation_and_the_user_is_told():
@@ -245,9 +248,9 @@ def test_the_history_is_data_and_a_picture(result, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_schedules_replay_the_kept_steps(result):
+def test_schedules_replay_the_kept_steps(by_loss):
     """Plain training under the recorded schedule ends where the tuned run did, without tuner and without forks."""
-    schedule = result.history.schedule()["learning_rate"]
-    kept = [row for row in result.history.records if row["is_kept"]]
+    schedule = by_loss.history.schedule()["learning_rate"]
+    kept = [row for row in by_loss.history.records if row["is_kept"]]
     for row in kept[:: len(kept) // 7]:
         assert float(schedule(row["data_step"] - 1)) == pytest.approx(row["learning_rate"], rel=1e-6)
