@@ -47,10 +47,10 @@ def make(tmp_path, tuner, **kwargs):
 
 def test_tunes_and_evaluates_when_wanted(tmp_path):
     tuner = AutoTuneNet(SPACE, max_share=0.8)
-    trainer = make(tmp_path, tuner, gradient_accumulation_steps=2, max_steps=240)
+    trainer = make(tmp_path, tuner, gradient_accumulation_steps=2, max_steps=480)
     trainer.train()
     history = tuner.history
-    assert history.summary["steps"] == 240
+    assert history.summary["steps"] == 480
     assert {row["kind"] for row in history.rounds} == {"fast", "slow"}
     assert history.rounds[-1]["scored_by"] == "validation"
     assert len(history.evals) > 2
