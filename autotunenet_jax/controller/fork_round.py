@@ -130,7 +130,7 @@ def _line(roles: Roles, held: Round, ran: Array) -> Candidates:
     # What is left beyond the last full step is tried as a whole; less than a fifth of a step is nothing new.
     room = jnp.stack([jnp.max(jnp.where(roles.is_rate, near, 0.0)) for near in (lowest - below, above - highest)])
     x = jnp.stack([jnp.where(roles.is_rate, below, lowest), jnp.where(roles.is_rate, above, highest)])
-    return Candidates(x, room > 0.2 * float(np.min(step)))
+    return Candidates(x, room > 0.2 * float(np.min(step[roles.is_rate], initial=1.0)))
 
 
 def _is_bracketed(roles: Roles, held: Round) -> Bool[Array, ""]:

@@ -28,8 +28,8 @@ MAX_RANGE_TEST = 120
 NEVER = 2**30
 """A step count no run reaches."""
 
-MIN_TOTAL_STEPS = 32
-"""Fewest steps of a run: a range test and as many steps again."""
+MIN_TOTAL_STEPS = 40
+"""Fewest steps of a run: a range test takes most of what may be discarded of it."""
 
 # Up to so many steps forks are shares of the run; beyond, they grow with this power of it, so that the discarded share
 # falls: what a short comparison can tell does not need ten times the steps in a run ten times as long.
@@ -199,8 +199,8 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
         rows += _slow_rounds(recipe, total_steps, has_fast=has_fast) if has_slow else []
         if not rows:
             raise ValueError(
-                f"discarded steps may take {share * total_steps:.1f} of {total_steps} steps, and tuning needs at least "
-                f"{_LEAST_RANGE_TEST}. Raise max_share or total_steps."
+                f"discarded steps may take {share * total_steps:.1f} of {total_steps} steps, and a range test needs "
+                f"{_LEAST_RANGE_TEST}, a fork {_LEAST_FORK}. Raise max_share or total_steps."
             )
     # The last row stays empty: a run that has held every round waits there.
     rows += [_Row()] * (MAX_ROUNDS - len(rows))

@@ -154,12 +154,17 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     holds = answer.gives_up & (guard.max_rollbacks > 0)
     plan = ts.plan._replace(start=jnp.where(holds, NEVER, ts.plan.start))
     ts = _statistics(ts._replace(incumbent=incumbent, slots=slots, plan=plan), heard, answer)
-    left = jnp.where(answer.rolls_back, jnp.maximum(ts.segment_left, 1), ts.segment_left)
+    # No round begins before the way back has been taken, from a rollback's snapshot or to the best state.
+    waits = answer.rolls_back | (ts.validation.returns & ts.validation.is_kept)
+    left = jnp.where(waits, jnp.maximum(ts.segment_left, 1), ts.segment_left)
     ts = ts._replace(segment_left=jnp.where(holds, NEVER, left), rollbacks=ts.rollbacks + answer.rolls_back)
     due = ts.segment_left <= 0
 
     is_well = (heard.verdict == HEALTHY) | (heard.verdict == STALLED)
-    ts, directive = _snapshots(ts, is_well & ~due & (ts.health.monitor.strikes == 0))
+    is_calm = is_well & ~due & (ts.health.monitor.strikes == 0)
+    # After the last step there is no other occasion to go back to the best state.
+    is_over = (ts.plan.total > 0) & (ts.step >= ts.plan.total) & ~heard.unhealthy
+    ts, directive = _snapshots(ts, is_calm | is_over)
     outcome = jnp.where(answer.rolls_back, OUTCOME_ROLLBACK, jnp.where(answer.accepts, OUTCOME_ACCEPTED, OUTCOME_NONE))
     outcome = outcome.astype(jnp.int32)
     directive = directive._replace(

@@ -51,6 +51,10 @@ class Knobs:
     cool: float = 0.25
     line_step: float = 0.5
     drift: float = 0.25
+    second_least: int = 2
+    second_up: bool = False
+    third_start: float = 0.0
+    third_share: float = 0.05
     price: float = 0.03
     signal: float = 0.25
     lengthscale: float = 0.6
@@ -234,6 +238,10 @@ class Run:
             ends.append(self.fork(chosen, n))
             tried = [o.x for o in self.observations[first:]]
             outward = [min(tried) - knobs.line_step, max(tried) + knobs.line_step]
+            if self.rounds == 2 and knobs.second_up or self.rounds == 3:
+                outward = outward[::-1]
+            if self.rounds == 3:
+                outward = outward[:1]
             outward = [o for o in outward if self.low - 0.1 <= o <= self.high + 0.1]
             failed = np.array([not np.isfinite(s) for _, s in ends])
             mean, covariance = judged(outward)
@@ -253,7 +261,7 @@ class Run:
                 chosen = outward[0] if is_open[0] else outward[1]
                 continue
             gain = expected_improvement(mean, covariance, best)[len(tried) :]
-            if gain.max() < knobs.price and len(tried) > 1:
+            if gain.max() < knobs.price and len(tried) > (1 if self.rounds != 2 else knobs.second_least - 1):
                 break
             chosen = outward[int(np.argmax(gain))]
         self.discarded += n * (len(ends) - (not failed.all()))
@@ -291,12 +299,20 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     else:
         x, run.spent, run.discarded = rate, round(waste * run.steps), round(waste * run.steps)
     asks_again = knobs.second_forks > 0 and not is_known
+    third = 0 < knobs.third_start and not is_known
     best, hot, kept, worse = math.inf, math.inf, None, 0
     check = max(round(knobs.check_share * run.steps), 10)
     while run.spent < run.steps:
+        asked = True
         if asks_again and run.spent >= knobs.second_start * run.steps:
             asks_again = False
             x = run.round(x, knobs.second_share, knobs.second_forks)
+        elif third and run.spent >= knobs.third_start * run.steps:
+            third = False
+            x = run.round(x, knobs.third_share, 3)
+        else:
+            asked = False
+        if asked:
             best, hot, kept, worse = math.inf, math.inf, None, 0
             if knobs.validates:
                 best, kept = run.metric(run.state), run.state

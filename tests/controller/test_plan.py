@@ -137,10 +137,10 @@ def test_plans_of_all_budgets_share_one_layout():
 
 
 def test_a_run_too_short_is_refused():
-    with pytest.raises(ValueError, match=r"at least 32 to tune anything; got 31.*Train longer"):
-        plan_of("rate", 31)
+    with pytest.raises(ValueError, match=r"at least 40 to tune anything; got 39.*Train longer"):
+        plan_of("rate", 39)
 
 
 def test_a_share_without_room_for_a_range_test_is_refused():
-    with pytest.raises(ValueError, match=r"may take 1\.0 of 100 steps.*at least 16.*Raise max_share or total_steps"):
+    with pytest.raises(ValueError, match=r"may take 1\.0 of 100 steps.*range test needs 16.*Raise max_share or total_steps"):
         atn.AutoTuneNet(RATE, 100, max_share=0.01)

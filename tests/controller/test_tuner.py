@@ -20,7 +20,7 @@ RATE = SPACES["rate"]
         ({"total_steps": 1000.0}, TypeError, "total_steps must be an integer number of training steps"),
         ({"total_steps": True}, TypeError, "total_steps must be an integer"),
         ({"total_steps": 0}, ValueError, "total_steps must lie between 1"),
-        ({"total_steps": 20}, ValueError, "total_steps must be at least 32"),
+        ({"total_steps": 20}, ValueError, "total_steps must be at least 40"),
         ({"initial": {"momentum": 0.9}}, ValueError, "'momentum', which is not in the search space"),
         ({"initial": {"learning_rate": 2.0}}, ValueError, r"initial\['learning_rate'\] = 2.0 lies outside"),
         ({"mode": "maximise"}, ValueError, "mode must be 'min' or 'max'; got 'maximise'"),

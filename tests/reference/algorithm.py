@@ -388,9 +388,14 @@ class Algorithm:
             said.evaluate = self.left == 1
         elif failed:
             self._unhealthy(loss, verdict, is_blue, said)
+        if self.phase == TRAIN and self.readings.returns and self.readings.is_kept:
+            # No round begins before the way back has been taken.
+            self.left = max(self.left, 1)
         due = is_over or self.left <= 0
         if self.phase == TRAIN:
-            if verdict in (loss_monitor.HEALTHY, loss_monitor.STALLED) and not due and self.monitor.strikes == 0:
+            is_last = bool(self.plan.total) and self.step >= self.plan.total and not failed
+            is_well = verdict in (loss_monitor.HEALTHY, loss_monitor.STALLED)
+            if (is_well and not due and self.monitor.strikes == 0) or is_last:
                 self._snapshots(said)
             has_round = self.plan.start[self.row] < NEVER
             said.evaluate = bool(

@@ -1,0 +1,147 @@
+"""Several hyperparameters at once: the surrogate's proposals against random ones, on tasks of the bank.
+
+A rate with its own momentum (b1), and a rate with weight decay, dropout of the inputs, both within one run of `fit`.
+
+python -m benchmarks.bank.several run 0/1 gp,random
+python -m benchmarks.bank.several report
+"""
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import autotunenet_jax as atn
+from autotunenet_jax.controller import judge
+from benchmarks.bank import split
+from benchmarks.bank.lab import Lab
+from benchmarks.bank.tasks import Task, make
+
+RESULTS = Path(__file__).with_name("several.json")
+SPACES: dict[str, dict[str, Any]] = {
+    "rate, b1": {"learning_rate": (1e-6, 1.0), "b1": atn.Float(0.0, 0.99, role="fast")},
+    "rate, b1, b2": {
+        "learning_rate": (1e-6, 1.0),
+        "b1": atn.Float(0.0, 0.99, role="fast"),
+        "b2": atn.Float(0.5, 0.9999, role="fast"),
+    },
+    "rate, decay, noise": {"learning_rate": (1e-6, 1.0), "weight_decay": (1e-5, 10.0), "input_noise": (0.0, 1.0)},
+}
+FAMILIES = ("digits", "teacher", "moons", "friedman", "imbalanced", "shifted", "autoencoder", "convolution")
+
+
+@contextlib.contextmanager
+def _proposals(kind: str) -> Iterator[None]:
+    """``random``: of all proposals any is as good as another; the line search over the rates stays as it is."""
+    if kind == "gp":
+        yield
+        return
+    original = judge.expected_improvement
+
+    def shuffled(judged: Any, best: Any) -> Any:
+        gain = original(judged, best)
+        size = gain.shape[0]
+        if size <= 16:
+            return gain
+        proposals = np.arange(size) >= 10
+        bits = jax.lax.bitcast_convert_type(jnp.sum(judged.mean), jnp.uint32)
+        draw = jax.random.uniform(jax.random.key(bits), (size,))
+        return jnp.where(proposals, jnp.max(jnp.where(proposals, gain, -jnp.inf)) * (0.5 + 0.5 * draw), gain)
+
+    with mock.patch.object(judge, "expected_improvement", shuffled):
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
+
+
+def _optimizer(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, weight_decay: Any = 0.0) -> Any:
+    return optax.chain(
+        optax.scale_by_adam(b1=b1, b2=b2), optax.add_decayed_weights(weight_decay), optax.scale(-1.0 * learning_rate)
+    )
+
+
+def run_one(task: Task, space: dict[str, Any], seed: int) -> dict[str, Any]:
+    problem, root = task.problem, jax.random.key(1000 + seed)
+    opt = optax.inject_hyperparams(_optimizer, hyperparam_dtype=jnp.float32)(
+        learning_rate=1e-3, b1=0.9, b2=0.999, weight_decay=0.0
+    )
+
+    def train_step(state: Any, step: jax.Array, hp: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
+        params, inner = state
+        rows, noise = jax.random.split(jax.random.fold_in(root, step))
+        drawn = jax.random.randint(rows, (task.batch,), 0, len(problem.train[0]))
+        x, *rest = (a[drawn] for a in problem.train)
+        if "input_noise" in hp:
+            x = x + hp["input_noise"] * jax.random.normal(noise, x.shape)
+        loss, gradient = jax.value_and_grad(problem.loss)(params, (x, *rest), noise)
+        updates, inner = opt.update(gradient, atn.set_hyperparams(inner, hp), params)
+        return (optax.apply_updates(params, updates), inner), loss
+
+    tuner = atn.AutoTuneNet(space, total_steps=task.steps, initial={"b1": 0.9} if "b1" in space else None)
+    params = problem.init(jax.random.key(seed))
+    began = time.perf_counter()
+    result = atn.fit(
+        train_step,
+        (params, opt.init(params)),
+        lambda step, hp: np.int32(step),
+        tuner=tuner,
+        eval_step=lambda state: problem.loss(state[0], problem.val, None),
+        key=jax.random.key(seed),
+        progress=False,
+    )
+    losses = Lab(task, seed).evaluate(jax.tree.map(lambda a: jnp.asarray(a)[None], result.state))[0]
+    return {
+        "val": float(losses[0]),
+        "test": float(losses[1]),
+        "values": {name: float(value) for name, value in result.hyperparams.items()},
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _load() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def run(part: str, kinds: list[str], seeds: int = 2) -> None:
+    number, count = map(int, part.split("/"))
+    ids = [i for i in split.open_tasks() if make(i).family in FAMILIES and make(i).optimizer.startswith("adam")]
+    for i in ids[number::count]:
+        for kind in kinds:
+            with _proposals(kind):
+                for name, space in SPACES.items():
+                    for seed in range(seeds):
+                        cell = f"{i} | {name} | {kind} | {seed}"
+                        if cell not in _load():
+                            found = run_one(make(i), space, seed)
+                            RESULTS.write_text(json.dumps({**_load(), cell: found}, indent=0))
+                            print(cell, found, flush=True)
+
+
+def report() -> None:
+    found = _load()
+    for name in SPACES:
+        gaps = []
+        for cell, row in found.items():
+            other = found.get(cell.replace("| gp |", "| random |"))
+            if f"| {name} | gp |" in cell and other:
+                pairs = [np.log(max(row[part], 1e-9) / max(other[part], 1e-9)) for part in ("val", "test")]
+                gaps.append(float(np.clip(np.mean(pairs), -0.7, 0.7)))
+        if gaps:
+            mean, error = np.mean(gaps), np.std(gaps) / len(gaps) ** 0.5
+            print(f"{name:20s} {len(gaps)} pairs, surrogate / random {np.exp(mean):.3f} +- {error:.3f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        run(sys.argv[2], sys.argv[3].split(","))
+    else:
+        report()
