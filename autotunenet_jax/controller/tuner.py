@@ -57,6 +57,7 @@ class AutoTuneNet:
     does it inside an optax optimizer.
 
     Example:
+        >>> import jax
         >>> tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, total_steps=1000, initial={"learning_rate": 1e-5})
         >>> ts = tuner.init(jax.random.key(0))
         >>> hp = tuner.hyperparams(ts)
