@@ -19,7 +19,7 @@ from ._recorder import Recorder
 from ._stop import Stop
 from .controller import AutoTuneNet, decide_jit, hyperparams_jit, observe_eval_jit
 from .controller.core import Core
-from .controller.state import FORK, SWEEP, TRAIN, Directive, TunerState
+from .controller.state import SWEEP, TRAIN, Directive, TunerState
 
 
 @functools.partial(jax.jit, donate_argnums=1)
