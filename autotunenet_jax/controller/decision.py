@@ -215,8 +215,9 @@ def _after_training(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Dir
 
 
 def _budget(ts: TunerState) -> Array:
-    """Steps that may be discarded."""
-    return jnp.where(ts.plan.total > 0, ts.plan.total, jnp.maximum(ts.step, 1000)) * ts.plan.share
+    """Steps that may be discarded by the end of the round."""
+    share = jnp.where(ts.plan.kind[ts.round.index] == FAST, ts.plan.fast_share, ts.plan.share)
+    return jnp.where(ts.plan.total > 0, ts.plan.total, jnp.maximum(ts.step, 1000)) * share
 
 
 def _after_fork(
@@ -280,6 +281,7 @@ def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[T
     # data again.
     is_read = has_kept & held.has_eval
     seen = ts.validation._replace(
+        level=jnp.where(is_read, held.score[best], ts.validation.level),
         best=jnp.where(is_read, held.score[best], jnp.inf),
         hot=jnp.full_like(ts.validation.hot, jnp.inf),
         cools_from=jnp.full_like(ts.validation.cools_from, NEVER),

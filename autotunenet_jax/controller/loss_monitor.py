@@ -152,9 +152,7 @@ def watch(
       ceiling: A short moving average above this is divergence.
 
     Returns:
-      The new statistics and an int32 verdict: one of the codes of this module.
-
-    Cost: O(1).
+      The new statistics and an int32 verdict.
     """
     loss = jnp.asarray(loss, jnp.float32)
     is_finite = jnp.isfinite(loss)
@@ -187,11 +185,12 @@ def watch(
     progresses = accepted & is_warm & (level < state.lowest - _PROGRESS_SIGMAS * sigma - slack)
     since_lowest = jnp.where(progresses, 0, jnp.minimum(state.since_lowest + (is_finite & is_warm), _MANY))
 
-    verdict = jnp.where(since_lowest >= guard.stall_steps, STALLED, HEALTHY)
-    verdict = jnp.where(is_unusual, WATCHING, verdict)
-    verdict = jnp.where(strikes >= guard.patience, SPIKE, verdict)
-    verdict = jnp.where((state.count >= _FIRST_VALUES) & (short > ceiling), DIVERGED, verdict)
-    verdict = jnp.where(is_finite, verdict, NON_FINITE).astype(jnp.int32)
+    is_diverged = (state.count >= _FIRST_VALUES) & (short > ceiling)
+    verdict = jnp.select(
+        [~is_finite, is_diverged, strikes >= guard.patience, is_unusual, since_lowest >= guard.stall_steps],
+        [NON_FINITE, DIVERGED, SPIKE, WATCHING, STALLED],
+        HEALTHY,
+    ).astype(jnp.int32)
     return MonitorState(
         level=jnp.where(accepted, level, state.level),
         spread=jnp.where(accepted, spread, state.spread),

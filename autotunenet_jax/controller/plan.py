@@ -58,6 +58,7 @@ class Plan(NamedTuple):
       range_test: Steps of the range test held before the round; 0 for none.
       total: Steps of the whole run; 0 when it is not known.
       share: Share of the budget that may be discarded.
+      fast_share: Share that may have been by the end of a fast round; less where slow rounds are to come.
       save_every: Steps between the snapshots taken outside rounds.
       check_every: Steps between two readings of the validation metric that count.
     """
@@ -69,6 +70,7 @@ class Plan(NamedTuple):
     range_test: Int[Array | np.ndarray, "rounds"]
     total: Array | np.int32
     share: Array | np.float32
+    fast_share: Array | np.float32
     save_every: Array | np.int32
     check_every: Array | np.int32
 
@@ -185,17 +187,19 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
       ValueError: ``total_steps`` or ``share`` leaves no room for a range test or a fork.
     """
     has_fast, has_slow = any(role != "slow" for role in space.roles), "slow" in space.roles
+    usual = _default_share(recipe, total_steps)
     if share is None:
-        share = recipe.slow_share if has_slow else _default_share(recipe, total_steps)
+        share = recipe.slow_share if has_slow else usual
+    fast_share = share * min(usual / recipe.slow_share, 1.0) if has_slow else share
     if total_steps is None:
-        rows = _open_rounds(recipe, space, share)
+        rows = _open_rounds(recipe, space, fast_share)
     else:
         if total_steps < MIN_TOTAL_STEPS:
             raise ValueError(
                 f"total_steps must be at least {MIN_TOTAL_STEPS} to tune anything; got {total_steps}. "
                 "Train longer, or train without the tuner."
             )
-        rows = _first_rounds(recipe, space, total_steps, share * total_steps) if has_fast else []
+        rows = _first_rounds(recipe, space, total_steps, fast_share * total_steps) if has_fast else []
         rows += _slow_rounds(recipe, total_steps, has_fast=has_fast) if has_slow else []
         if not rows:
             raise ValueError(
@@ -210,6 +214,7 @@ def make(space: SearchSpace, total_steps: int | None, *, recipe: Recipe, share: 
         **columns,
         total=np.int32(total_steps or 0),
         share=np.float32(share),
+        fast_share=np.float32(fast_share),
         save_every=np.int32(min(max(budget // 50, 20), 500)),
         check_every=np.int32(max(round(recipe.check * budget), 10)),
     )

@@ -99,7 +99,7 @@ def described(shape: Shape) -> tuple[Any, ...]:
     if callable(form):
         places = np.linspace(0.0, shape.steps or 1.0, _DESCRIBED, dtype=np.float32)
         with jax.ensure_compile_time_eval():
-            form = tuple(f"{float(form(place)):.6e}" for place in places)
+            form = tuple(f"{np.asarray(form(place)).item():.6e}" for place in places)
     return form, shape.steps
 
 

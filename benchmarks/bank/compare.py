@@ -33,9 +33,17 @@ POLICIES: dict[str, policy.Knobs] = {
     "linear": _with(hold=0.0),
     "no validation": _with(validates=False),
 }
-POLICIES.update({
-    "third": _with(third_start=0.3), "third d0": _with(third_start=0.3, drift=0.0), "up": _with(second_up=True), "least3": _with(second_least=3), "up third": _with(second_up=True, third_start=0.3), "up d.1": _with(second_up=True, drift=0.1), "third.2": _with(third_start=0.25, third_share=0.04),
-})
+POLICIES.update(
+    {
+        "third": _with(third_start=0.3),
+        "third d0": _with(third_start=0.3, drift=0.0),
+        "up": _with(second_up=True),
+        "least3": _with(second_least=3),
+        "up third": _with(second_up=True, third_start=0.3),
+        "up d.1": _with(second_up=True, drift=0.1),
+        "third.2": _with(third_start=0.25, third_share=0.04),
+    }
+)
 for _field in dataclasses.fields(policy.Knobs):
     _value = getattr(BASE, _field.name)
     if isinstance(_value, float) and _value:

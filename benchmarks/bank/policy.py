@@ -238,7 +238,7 @@ class Run:
             ends.append(self.fork(chosen, n))
             tried = [o.x for o in self.observations[first:]]
             outward = [min(tried) - knobs.line_step, max(tried) + knobs.line_step]
-            if self.rounds == 2 and knobs.second_up or self.rounds == 3:
+            if (self.rounds == 2 and knobs.second_up) or self.rounds == 3:
                 outward = outward[::-1]
             if self.rounds == 3:
                 outward = outward[:1]
@@ -299,7 +299,7 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     else:
         x, run.spent, run.discarded = rate, round(waste * run.steps), round(waste * run.steps)
     asks_again = knobs.second_forks > 0 and not is_known
-    third = 0 < knobs.third_start and not is_known
+    third = knobs.third_start > 0 and not is_known
     best, hot, kept, worse = math.inf, math.inf, None, 0
     check = max(round(knobs.check_share * run.steps), 10)
     while run.spent < run.steps:

@@ -36,7 +36,7 @@ def losses_like_training(kind, seed, count):
         elif fault == "bursts":
             losses[position : position + rng.integers(1, 8)] = np.nan
         elif fault == "spikes":
-            losses[position : position + rng.integers(1, 12)] += 5.0
+            losses[position : position + rng.integers(1, 60)] += 5.0
         elif fault == "divergence":
             losses[position:] += 0.3 * np.arange(count - position)
         elif fault == "huge":

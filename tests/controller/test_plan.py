@@ -142,5 +142,7 @@ def test_a_run_too_short_is_refused():
 
 
 def test_a_share_without_room_for_a_range_test_is_refused():
-    with pytest.raises(ValueError, match=r"may take 1\.0 of 100 steps.*range test needs 16.*Raise max_share or total_steps"):
+    with pytest.raises(
+        ValueError, match=r"may take 1\.0 of 100 steps.*range test needs 16.*Raise max_share or total_steps"
+    ):
         atn.AutoTuneNet(RATE, 100, max_share=0.01)

@@ -264,7 +264,8 @@ class Algorithm:
 
     @property
     def _budget(self) -> Any:
-        return F(self.plan.total or max(self.step, 1000)) * F(self.plan.share)
+        share = self.plan.fast_share if self.plan.kind[self.row] == FAST else self.plan.share
+        return F(self.plan.total or max(self.step, 1000)) * F(share)
 
     def _shifted(self, x: np.ndarray, decades: float) -> np.ndarray:
         moved = np.where(self.is_rate, x + F(decades) / self.decades, x)
@@ -663,6 +664,7 @@ class Algorithm:
                 self.data_step = max(self.kept.data, self.saved.data)
             if self.has_eval:
                 self.readings.best, self.readings.is_kept = best.score, True
+                self.metric_level = best.score
             has_moved = np.any(np.abs(self.incumbent - before) > 1e-6)
             said.outcome = names.OUTCOME_ROUND_MOVED if has_moved else names.OUTCOME_ROUND_STAYED
         self._to_next_round()
