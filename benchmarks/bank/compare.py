@@ -2,6 +2,7 @@
 
 python -m benchmarks.bank.compare run open 0/1 policy base,argmin   # tasks, part of them, kind, names
 python -m benchmarks.bank.compare report open base argmin
+python -m benchmarks.bank.compare groups open fit "known 15% lost"
 """
 
 import dataclasses
@@ -25,25 +26,20 @@ def _with(**changes: Any) -> policy.Knobs:
     return dataclasses.replace(BASE, **changes)
 
 
+# What the algorithm does, what was tried in its place, and what it would do with one constant changed.
 POLICIES: dict[str, policy.Knobs] = {
     "base": BASE,
     "argmin": _with(judge="argmin"),
     "no second round": _with(second_forks=0),
     "never back": _with(patience=10**6),
+    "back at once": _with(confirm_share=0.0),
     "linear": _with(hold=0.0),
     "no validation": _with(validates=False),
+    "third": _with(third_start=0.3),
+    "third, no drift": _with(third_start=0.3, drift=0.0),
+    "both sides again": _with(second_least=3),
+    "shorter forks": _with(least_fork=8),
 }
-POLICIES.update(
-    {
-        "third": _with(third_start=0.3),
-        "third d0": _with(third_start=0.3, drift=0.0),
-        "up": _with(second_up=True),
-        "least3": _with(second_least=3),
-        "up third": _with(second_up=True, third_start=0.3),
-        "up d.1": _with(second_up=True, drift=0.1),
-        "third.2": _with(third_start=0.25, third_share=0.04),
-    }
-)
 for _field in dataclasses.fields(policy.Knobs):
     _value = getattr(BASE, _field.name)
     if isinstance(_value, float) and _value:
@@ -96,13 +92,31 @@ def run(kind: str, part: str, names: list[str]) -> None:
 def summary(rows: list[dict[str, float]]) -> str:
     """Geometric mean of the test ratio, and of a calmer one: test and validation together, within half and double."""
     test = np.array([max(row["test"], 1e-3) for row in rows])
-    val = np.array([max(row["val"], 1e-3) for row in rows])
-    calm = np.clip(0.5 * np.log(test) + 0.5 * np.log(val), -0.7, 0.7)
+    calm = np.array([_calm(row) for row in rows])
     return (
         f"{np.exp(calm.mean()):.3f} +- {calm.std() / len(calm) ** 0.5:.3f} | {np.exp(np.log(test).mean()):.3f}"
         f" | {np.median(test):.3f} | {np.quantile(test, 0.9):.2f} | {test.max():.2f} | {np.mean(test > 1.5):.0%}"
         f" | {np.mean([row['discarded'] for row in rows]):.1%} | {np.mean([row['off'] for row in rows]):+.2f}"
     )
+
+
+def by_group(kind: str, name: str, other: str) -> None:
+    """Where one policy gains on another: families, optimizers and lengths, the largest loss first."""
+    groups: dict[str, list[float]] = {}
+    for i in tasks_of(kind):
+        found, record = read(i), oracle.load()[i]
+        if name in found and other in found:
+            steps = record["name"].split("steps ")[1].split()[0]
+            for group in (record["family"], record["optimizer"], f"{steps} steps"):
+                groups.setdefault(group, []).append(_calm(found[name]) - _calm(found[other]))
+    for group, gaps in sorted(groups.items(), key=lambda entry: -sum(entry[1])):
+        print(f"{group:20s} {len(gaps):3d} tasks  {np.mean(gaps):+.3f}")
+
+
+def _calm(row: dict[str, float]) -> float:
+    """Logarithm of the ratio, test and validation together, within half and double."""
+    both = 0.5 * np.log(max(row["test"], 1e-3)) + 0.5 * np.log(max(row["val"], 1e-3))
+    return float(np.clip(both, -0.7, 0.7))
 
 
 def report(kind: str, names: list[str]) -> None:
@@ -113,22 +127,15 @@ def report(kind: str, names: list[str]) -> None:
         rows = [found[i][name] for i in ids]
         line = summary(rows)
         if name != names[0]:
-            a, b = (
-                np.array(
-                    [
-                        0.5 * np.log(max(found[i][n]["test"], 1e-3)) + 0.5 * np.log(max(found[i][n]["val"], 1e-3))
-                        for i in ids
-                    ]
-                )
-                for n in (name, names[0])
-            )
-            gap = np.clip(a - b, -0.7, 0.7)
+            gap = np.array([_calm(found[i][name]) - _calm(found[i][names[0]]) for i in ids])
             line += f" | {gap.mean():+.3f} +- {gap.std() / len(gap) ** 0.5:.3f}"
         print(f"{name:22s} {line}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "run":
+    if sys.argv[1] == "groups":
+        by_group(*sys.argv[2:5])
+    elif sys.argv[1] == "run":
         run(sys.argv[2], sys.argv[3], sys.argv[4].split(","))
     else:
         report(sys.argv[2], sys.argv[3:])

@@ -21,7 +21,10 @@ class Knobs:
     Attributes:
       test_share: Length of the range test.
       first_share: Length of a fork of the first round, of at most ``first_forks`` forks.
-      second_share: The same for the second round, which begins at ``second_start``.
+      second_share: The same for the second round, which begins at ``second_start``; ``second_least`` forks at least,
+        the second one above the first with ``second_up``.
+      third_start: When a third round asks upward once more, by forks of ``third_share``; 0 for never.
+      least_fork: Steps of the shortest fork.
       cool: Last part of a fork over which its rate falls to almost zero.
       line_step: Step of the line search.
       drift: How far below the winner of the first round training goes on.
@@ -35,6 +38,7 @@ class Knobs:
       hold: Share of the budget after which the rate falls linearly to zero.
       check_share: Distance of two readings of the validation metric.
       patience: Readings above the best one, in a row, after which training goes back to it.
+      confirm_share: Length of the cool-down before that; 0 for none.
       back: How far the rate falls then.
       ending: Last part of the run in which it does not.
       judge: ``"gp"``, or ``"argmin"``: the best score wins and every round looks to both sides.
