@@ -171,15 +171,9 @@ def watch(
     peak = jnp.where(is_warm, jnp.maximum(_PEAK_MEMORY * state.peak, height), 0.0)
     strikes = jnp.where(is_unusual, state.strikes + ~is_returning, jnp.maximum(state.strikes - 1, 0))
 
-    # The first values average plainly; later ones exponentially.
     accepted = is_finite & ~is_unusual
-    rate = jnp.maximum(1.0 / guard.window, 1.0 / (state.count + 1.0))
-    level = state.level + rate * (clipped - state.level)
-    # The first value after a fresh start says nothing of the spread: the last one known stands in, or every threshold
-    # would be next to nothing while it is learned again.
-    spread = jnp.where(state.count > 0, state.spread + rate * (jnp.abs(clipped - level) - state.spread), state.spread)
-    short_rate = jnp.maximum(0.2, 1.0 / (state.count + 1.0))
-    short = jnp.where(is_finite, state.short + short_rate * (clipped - state.short), state.short)
+    level, spread, short = _averages(guard, state, clipped)
+    short = jnp.where(is_finite, short, state.short)
 
     # A level of few values is too uncertain to be a record.
     progresses = accepted & is_warm & (level < state.lowest - _PROGRESS_SIGMAS * sigma - slack)
@@ -201,6 +195,17 @@ def watch(
         lowest=jnp.where(progresses, level, state.lowest),
         since_lowest=since_lowest.astype(jnp.int32),
     ), verdict
+
+
+def _averages(guard: Guard, state: MonitorState, value: Array) -> tuple[Array, Array, Array]:
+    """Level, spread and short average with one more value: the first ones average plainly, later ones exponentially."""
+    rate = jnp.maximum(1.0 / guard.window, 1.0 / (state.count + 1.0))
+    level = state.level + rate * (value - state.level)
+    # The first value after a fresh start says nothing of the spread: the last one known stands in, or every threshold
+    # would be next to nothing while it is learned again.
+    spread = jnp.where(state.count > 0, state.spread + rate * (jnp.abs(value - level) - state.spread), state.spread)
+    short_rate = jnp.maximum(0.2, 1.0 / (state.count + 1.0))
+    return level, spread, state.short + short_rate * (value - state.short)
 
 
 def is_failure(verdict: Int[Array, ""]) -> Bool[Array, ""]:
