@@ -110,8 +110,8 @@ def autotune(
         outside its range, or one that follows an optax schedule. From ``update``: no ``params``, or no scalar loss.
 
     Cost:
-      Outside rounds one pass over the gradients. About ten times in a run a copy of the state, and a decision of a few
-      milliseconds.
+      Outside rounds one pass over the gradients, and a copy of the state at about every fiftieth of the budget. In
+      rounds a copy and a decision of a few milliseconds for each fork.
     """
     if memory not in MEMORIES:
         raise ValueError(f"memory must be one of {', '.join(MEMORIES)}; got {memory!r}.")

@@ -29,11 +29,13 @@ class History:
 
     Attributes:
       records: One dict per recorded training step, at most a few thousand however long the run: ``step`` (budget
-        spent), ``data_step``, ``loss``, ``phase`` (``"train"``, ``"sweep"`` or ``"fork"``), ``round``, ``fork``,
-        ``is_kept`` (whether the step is part of the final state's past), and the hyperparameters in force by name.
+        spent), ``data_step``, ``loss``, ``phase`` (``"train"``, ``"sweep"`` for the range test, or ``"fork"``),
+        ``round``, ``fork``, ``is_kept`` (whether the step is part of the final state's past), and the hyperparameters
+        in force by name.
       rounds: One dict per round: ``start`` and ``end`` (budget steps), ``kind`` (``"fast"`` or ``"slow"``),
-        ``outcome``, ``chosen``, ``best`` (the fork that won; -1 where all failed), and ``forks``, a list of dicts with
-        ``hyperparams``, ``scores``, ``status`` (``"kept"``, ``"lost"`` or ``"failed"``), ``steps`` and ``p_better``.
+        ``sweep`` (the span of its range test, or None), ``outcome``, ``chosen``, ``best`` (the fork that won; -1 where
+        all failed), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
+        ``"lost"`` or ``"failed"``), ``steps`` and ``p_better``.
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded

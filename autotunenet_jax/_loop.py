@@ -33,7 +33,8 @@ class FitResult:
     """What `fit` returns.
 
     Attributes:
-      state: The training state at the end of the run; the best one where validation has got worse in the last steps.
+      state: The training state at the end of the run; with ``eval_step`` a whole run ends in the state of its best
+        reading since the last round.
       history: What happened.
       hyperparams: Tuned values at the end, as Python objects, before the decay.
       tuner_state: The tuner's last state.
@@ -88,9 +89,8 @@ def fit(
 ) -> FitResult:
     """Trains once, tuning as it goes.
 
-    Forks of one round start from one state and see the same batches. The first round finds the rates, and training
-    begins at its start again; of later ones the winner's state is kept, and only the losers' steps are spent. They
-    count: exactly ``tuner.total_steps`` training steps are run in all.
+    Forks of one round start from one state and see the same batches. The winner's state is kept, and the losers' steps
+    are spent, as are those of the range test. They count: exactly ``tuner.total_steps`` training steps are run in all.
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,7 +131,8 @@ def fit(
       TypeError: ``train_step`` returns no pair, ``batches`` is of no known kind, or ``tuner`` is no `AutoTuneNet`.
       ValueError: The loss or the validation metric is not a real scalar, the state changes shape, a hyperparameter is
         never used, or there is no budget. All before the first step.
-      SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
+      SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space. They must also be of
+        a tuner made alike: see `AutoTuneNet.check`.
 
     Cost:
       Two more copies of ``state`` on the device and, with ``eval_step``, one in host memory. Outside rounds nothing

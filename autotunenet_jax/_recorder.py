@@ -141,14 +141,14 @@ class Recorder:
     # Rounds.
 
     def begin_round(self, step: int, phase: int) -> None:
-        """A round begins, with a sweep or with its first fork."""
+        """A round begins, with a range test or with its first fork."""
         self._round_start = self._fork_start = step
         self._sweep, self._forks = None, []
         if phase == SWEEP:
             self._sweep = (step, step)
 
     def end_sweep(self, step: int) -> None:
-        """The range sweep ended; none of its steps are kept."""
+        """The range test ended; none of its steps are kept."""
         self._sweep = (self._round_start, step)
         self._fork_start = step
         self.history.discard(self._round_start, step)
@@ -159,7 +159,7 @@ class Recorder:
         self._fork_start = step
 
     def retry(self, step: int) -> None:
-        """The sweep or fork that was running begins again; its steps so far are lost."""
+        """The range test or fork that was running begins again; its steps so far are lost."""
         self.history.discard(self._fork_start, step)
         self._fork_start = step
         self.note(step, "retry", OUTCOMES[OUTCOME_RETRIED])

@@ -108,7 +108,7 @@ class Run:
         self.notices.budget_spent(said.step)
 
     def settle(self) -> None:
-        """Leaves the best state there is: in a round the fork kept so far, in a sweep the state before it.
+        """Leaves the best state there is: in a round the fork kept so far, in a range test the state before it.
 
         If the very last step broke the state, which no later loss could tell, it is the newest copy that is whole.
         """

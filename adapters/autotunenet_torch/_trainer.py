@@ -56,7 +56,8 @@ class Trainer:
       forward: ``(model, batch) -> (outputs, targets)``; by default the last entry of a batch is the targets and the
         others are the model's arguments.
       eval_every: Optimizer steps between validations outside rounds; by default 20 in a run.
-      restore_best: Whether the model ends as it was at its best validation, instead of as at its last step.
+      restore_best: Whether the model ends as it was at its best validation outside rounds. Without it a run with
+        validation ends in the best state since the last round.
       progress: Whether to show a progress line.
       callbacks: Called with the record of each round as it ends.
 

@@ -49,10 +49,12 @@ class AutoTuneNet:
       mode: Whether the validation metric is minimised (``"min"``) or maximised (``"max"``). The loss always is
         minimised.
       guard: Thresholds of the watch over training.
-      max_share: Most of the budget that discarded fork steps may take, in (0, 1).
+      max_share: Most of the budget that discarded steps may take, in (0, 1); by default as in
+        `autotunenet_jax.AutoTuneNet`.
       decay: Shape of the rate over the budget: ``"hold"`` (held for 60 % of it, then linear to zero), ``"linear"`` or
-        ``"cosine"`` to zero, or ``"none"``. By default hold, and none beside a scheduler of the user's own.
-      warmup_steps: Steps over which the rates rise to their value at the beginning of training.
+        ``"cosine"`` to zero, ``"none"``, or a function from the share of the budget that is spent to a factor. By
+        default hold, and none beside a scheduler of the user's own.
+      warmup_steps: Steps over which the rates rise to their value at the beginning of training. Forks skip them.
       targets: Setters ``(model, value) -> None`` for hyperparameters of your own, by name.
       seed: Of the tuner's random choices.
       snapshot_device: Where the two copies of the training state live that forks and rollbacks need, such as
@@ -236,8 +238,9 @@ class AutoTuneNet:
         """Takes in a validation metric of the present state, in the direction of ``mode``.
 
         Report it whenever you have one. Forks are compared by those that `wants_validation` asked for; the others show
-        whether training still generalises, and when it no longer does it goes back to the best state, after the last
-        step too. On several processes each gives its own value; their mean counts.
+        whether training still generalises. Where it does not, the rates cool down, and if that does not help training
+        goes back to the best state, after the last step too. On several processes each gives its own value; their mean
+        counts.
 
         Args:
           value: Scalar tensor or number.
@@ -276,8 +279,8 @@ class AutoTuneNet:
         """The tuner's own state as tensors and plain data, for a checkpoint beside the model's and the optimizer's.
 
         It includes the copies of the training state that are part of what is being decided: both inside a round of
-        forks, and after the last round the one of the best validation metric. For others a loaded tuner takes the
-        training state it finds.
+        forks, and outside rounds the one of the best validation metric, if there is one. For others a loaded tuner
+        takes the training state it finds.
         """
         return self._attached().state_dict()
 
@@ -285,6 +288,6 @@ class AutoTuneNet:
         """Goes on from what `state_dict` gave. Load model, optimizer and scheduler first, then attach, then this.
 
         Raises:
-          ValueError: It is of another search space or budget.
+          ValueError: It is of another version, search space, budget or policy.
         """
         self._attached().load_state_dict(state)
