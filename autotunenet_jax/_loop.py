@@ -130,9 +130,9 @@ def fit(
     Raises:
       TypeError: ``train_step`` returns no pair, ``batches`` is of no known kind, or ``tuner`` is no `AutoTuneNet`.
       ValueError: The loss or the validation metric is not a real scalar, the state changes shape, a hyperparameter is
-        never used, or there is no budget. All before the first step.
-      SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space. They must also be of
-        a tuner made alike: see `AutoTuneNet.check`.
+        never used, there is no budget, or, with ``resume``, the snapshots are of a tuner made otherwise (see
+        `AutoTuneNet.check`). All before the first step.
+      SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
       Two more copies of ``state`` on the device and, with ``eval_step``, one in host memory. Outside rounds nothing

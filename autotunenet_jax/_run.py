@@ -227,8 +227,8 @@ class Run:
     def settle(self) -> None:
         """Leaves a usable state behind, wherever the run ended.
 
-        Inside a round that is the fork kept so far, inside a range test the state before it. If the very last step broke
-        the state, which no later loss could tell, it is the newest snapshot.
+        Inside a round that is the fork kept so far, inside a range test the state before it. If the very last step
+        broke the state, which no later loss could tell, it is the newest snapshot.
         """
         self._settle_round()
         # Counted, since a state may hold infinities of its own, such as those of a mask.

@@ -204,7 +204,7 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
     """Tells the tuner a validation metric of the current parameters, in the direction of ``mode``.
 
     Forks are compared by it when it is reported each time that `wants_eval` asks; hyperparameters that act slowly, such
-    as a weight decay, are only tuned then. Other reports do no harm. Jit-able.
+    as a weight decay, are only tuned then. Outside rounds it shows whether training still generalises. Jit-able.
 
     Args:
       opt_state: As for `observe`.
