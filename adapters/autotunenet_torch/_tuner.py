@@ -115,6 +115,8 @@ class AutoTuneNet:
     def _core(self, total_steps: int | None, initial: Mapping[str, Any], *, has_scheduler: bool) -> atn.AutoTuneNet:
         options = dict(self._options)
         # Two decays would multiply: a scheduler of the user's own does the shaping.
+        if has_scheduler and options.get("schedule") is not None:
+            raise ValueError("a scheduler and schedule= both shape the rates: give one of them.")
         options["decay"] = options["decay"] or ("none" if has_scheduler else "hold")
         return atn.AutoTuneNet(self.space, total_steps, initial=initial, **options)
 

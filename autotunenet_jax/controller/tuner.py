@@ -74,8 +74,8 @@ class AutoTuneNet:
       mode: Whether the validation metric of `observe_eval` is minimised (``"min"``) or maximised (``"max"``). The loss
         of `update` is always minimised.
       guard: Thresholds of the watch over training.
-      max_share: Most of the budget that discarded steps may take, in (0, 1). By default 0.25, or 0.45 when slow
-        hyperparameters are tuned.
+      max_share: Most of the budget that discarded steps may take, in (0, 1). By default 0.25 at a thousand steps, up
+        to 0.4 in shorter runs and less in longer ones, or 0.45 when slow hyperparameters are tuned.
       decay: Shape of the base schedule on the budget spent: ``"hold"`` (the rate is held for 60 % and then falls
         linearly to zero), ``"linear"``, ``"cosine"``, ``"none"``, or a function from the share of the budget that is
         spent to a factor.

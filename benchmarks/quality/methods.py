@@ -68,6 +68,8 @@ METHODS |= {
     "ours": _search(searches.ours, all_tuned=False),
     "ours_no_eval": _search(searches.ours, all_tuned=False, has_eval=False),
     "ours_all": _search(searches.ours, all_tuned=True),
+    "now": _search(searches.ours, all_tuned=False),
+    "now_all": _search(searches.ours, all_tuned=True),
 }
 METHODS |= {f"ours-{name}": _search(search, all_tuned=False) for name, search in ablations.ABLATIONS.items()}
 METHODS |= {f"ours_all-{name}": _search(search, all_tuned=True) for name, search in ablations.ABLATIONS.items()}
