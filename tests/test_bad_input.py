@@ -33,7 +33,7 @@ def test_a_log_scale_needs_positive_bounds():
     [
         ({"initial": {"momentum": 0.9}}, r"momentum.*it has learning_rate"),
         ({"initial": {"learning_rate": 10.0}}, r"10\.0 lies outside"),
-        ({"total_steps": 10}, r"at least 32.*got 10"),
+        ({"total_steps": 10}, r"at least 40.*got 10"),
         ({"total_steps": 0}, "between 1 and"),
         ({"mode": "best"}, "'min' or 'max'; got 'best'"),
         ({"decay": "exponential"}, "hold, linear, cosine, none, or a function"),

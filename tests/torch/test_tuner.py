@@ -201,7 +201,7 @@ def test_bad_input():
         tuner.attach(model.parameters(), optimizer)
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         tuner.attach(model, "adam")
-    with pytest.raises(ValueError, match="at least 32"):
+    with pytest.raises(ValueError, match="at least 40"):
         tuner.attach(model, optimizer, total_steps=10)
     with pytest.raises(ValueError, match="outside"):
         AutoTuneNet(SPACE, initial={"learning_rate": 7.0})
