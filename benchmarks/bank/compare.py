@@ -35,6 +35,7 @@ POLICIES: dict[str, policy.Knobs] = {
     "back at once": _with(confirm_share=0.0),
     "linear": _with(hold=0.0),
     "no validation": _with(validates=False),
+    "no validation longer score": _with(validates=False, scored=0.3),
     "third": _with(third_start=0.3),
     "third, no drift": _with(third_start=0.3, drift=0.0),
     "both sides again": _with(second_least=3),

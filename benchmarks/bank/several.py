@@ -25,7 +25,7 @@ from benchmarks.bank import split
 from benchmarks.bank.lab import Lab
 from benchmarks.bank.tasks import Task, make
 
-RESULTS = Path(__file__).with_name("several.json")
+RESULTS = {kind: Path(__file__).with_name(f"several_{kind}.json") for kind in ("gp", "random")}
 SPACES: dict[str, dict[str, Any]] = {
     "rate, b1": {"learning_rate": (1e-6, 1.0), "b1": atn.Float(0.0, 0.99, role="fast")},
     "rate, b1, b2": {
@@ -35,6 +35,7 @@ SPACES: dict[str, dict[str, Any]] = {
     },
     "rate, decay, noise": {"learning_rate": (1e-6, 1.0), "weight_decay": (1e-5, 10.0), "input_noise": (0.0, 1.0)},
 }
+OPTIMIZERS = ("adam", "adamw", "adam_clipped", "adam_grouped")
 FAMILIES = ("digits", "teacher", "moons", "friedman", "imbalanced", "shifted", "autoencoder", "convolution")
 
 
@@ -97,32 +98,32 @@ def run_one(task: Task, space: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def _load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def _load(kind: str) -> dict[str, Any]:
+    return json.loads(RESULTS[kind].read_text()) if RESULTS[kind].exists() else {}
 
 
 def run(part: str, kind: str, seeds: int = 2) -> None:
     if kind == "random":
         _propose_at_random()
     number, count = map(int, part.split("/"))
-    ids = [i for i in split.open_tasks() if make(i).family in FAMILIES and make(i).optimizer.startswith("adam")]
+    ids = [i for i in split.open_tasks() if make(i).family in FAMILIES and make(i).optimizer in OPTIMIZERS]
     for i in ids[number::count]:
         for name, space in SPACES.items():
             for seed in range(seeds):
-                cell = f"{i} | {name} | {kind} | {seed}"
-                if cell not in _load():
+                cell = f"{i} | {name} | {seed}"
+                if cell not in _load(kind):
                     found = run_one(make(i), space, seed)
-                    RESULTS.write_text(json.dumps({**_load(), cell: found}, indent=0))
+                    RESULTS[kind].write_text(json.dumps({**_load(kind), cell: found}, indent=0))
                     print(cell, found, flush=True)
 
 
 def report() -> None:
-    found = _load()
+    found, others = _load("gp"), _load("random")
     for name in SPACES:
         gaps = []
         for cell, row in found.items():
-            other = found.get(cell.replace("| gp |", "| random |"))
-            if f"| {name} | gp |" in cell and other:
+            other = others.get(cell)
+            if f"| {name} |" in cell and other:
                 pairs = [np.log(max(row[part], 1e-9) / max(other[part], 1e-9)) for part in ("val", "test")]
                 gaps.append(float(np.clip(np.mean(pairs), -0.7, 0.7)))
         if gaps:
