@@ -42,7 +42,7 @@ from .state import (
 )
 
 PRICE = 0.03
-"""Least expected improvement worth another fast fork, in units of the surrogate; see the bank's report."""
+"""Least expected improvement worth another fast fork, in units of the surrogate; chosen on the bank."""
 
 SLOW_PRICE = 0.01
 """The same for a slow fork."""
@@ -277,19 +277,20 @@ def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[T
     incumbent = space.snap(jnp.where(has_kept, won, safer))
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), OUTCOME_ROUND_FAILED)
-    # The winner is the state of the best reading from here on. A state that every fork spoiled is not shown the same
-    # data again.
+    # The winner is the state of the best reading from here on; without one the copy that is kept still is what it was.
+    # A state that every fork spoiled is not shown the same data again.
     is_read = has_kept & held.has_eval
+    stays_kept = ~has_kept & ts.validation.is_kept
     seen = ts.validation._replace(
         level=jnp.where(is_read, held.score[best], ts.validation.level),
-        best=jnp.where(is_read, held.score[best], jnp.inf),
+        best=jnp.where(is_read, held.score[best], jnp.where(stays_kept, ts.validation.best, jnp.inf)),
         hot=jnp.full_like(ts.validation.hot, jnp.inf),
         cools_from=jnp.full_like(ts.validation.cools_from, NEVER),
         read_at=ts.step,
         worse=jnp.zeros_like(ts.validation.worse),
         keeps=jnp.zeros((), bool),
         returns=jnp.zeros((), bool),
-        is_kept=is_read,
+        is_kept=is_read | stays_kept,
     )
     adopt = has_kept & ~is_current
     data_step = jnp.where(adopt, jnp.maximum(ts.slots.kept_data, ts.slots.saved_data), ts.data_step)

@@ -19,7 +19,7 @@ LINE_STEP_DECADES = 0.5
 
 DRIFT_DECADES = 0.25
 """How far below the winner of the first round the rates are set: what the first steps of a run reward is hotter than
-what the next ones do (median .5 decades hotter than what the whole run wants; see the bank's report)."""
+what the next ones do. Chosen on the bank."""
 
 SCORED_SHARE = 0.15
 """Last part of a fork whose training losses are its score where there is no validation metric."""

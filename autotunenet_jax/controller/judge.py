@@ -25,7 +25,7 @@ _RESOLUTION, _SLOW_RESOLUTION = 0.05, 1.0
 # A fork that lost more than this many times what the best one gained is as bad as any.
 _WORST = 4.0
 
-# Prior of the shape: see the bank's report for all of these.
+# Prior of the shape; the signal and the curvature of the rates were chosen on the bank.
 _RATE_LENGTHSCALE_DECADES, _OTHER_LENGTHSCALE, _LENGTHSCALE_SCALE = 0.6, 0.7, 0.4
 _SIGNAL, _NOISE, _PRIOR_SCALE = 0.25, 0.04, 0.6
 _TIME_LENGTHSCALE, _TIME_SCALE = 1.5, 0.4

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import autotunenet_jax as atn
 from autotunenet_jax.controller import decision, state
 from tests.controller.light import tuner
 
@@ -217,3 +218,16 @@ def test_a_short_run_only_reads_the_rate():
     assert events[0].directive.restore and events[0].after == Trained()
     length = int(tuner("rate", 100).plan.range_test[0])
     assert len(trained.steps) == 100 - length
+
+
+@pytest.mark.parametrize("has_winner", [False, True])
+def test_the_best_state_is_forgotten_only_when_a_fork_takes_its_place(has_winner):
+    tuned = atn.AutoTuneNet({"learning_rate": (1e-5, 1.0)}, 800)
+    ts = tuned.init(jax.random.key(0))
+    seen = ts.validation._replace(best=jnp.float32(0.25), is_kept=jnp.ones((), bool))
+    held = ts.round._replace(
+        kept=jnp.int32(0 if has_winner else -1), has_eval=jnp.bool_(has_winner), score=ts.round.score.at[0].set(0.5)
+    )
+    ts, directive = decision._end_round(tuned.space, ts._replace(validation=seen, round=held), jnp.ones((), bool))
+    assert bool(ts.validation.is_kept) and bool(directive.restore) is not has_winner
+    assert float(ts.validation.best) == (0.5 if has_winner else 0.25)

@@ -648,8 +648,11 @@ class Algorithm:
 
     def _end_round(self, is_current: bool, said: Said) -> None:
         before, is_fast = self.incumbent, self.plan.kind[self.row] == FAST
-        self.readings = Readings(read_at=self.step)
+        past, self.readings = self.readings, Readings(read_at=self.step)
         if self.winner is None:
+            if past.is_kept:
+                # Nothing has taken the place of the best state.
+                self.readings.best, self.readings.is_kept = past.best, True
             # The data goes on: what every fork failed on is not shown again.
             said.restore, said.outcome = True, names.OUTCOME_ROUND_FAILED
             if is_fast:
