@@ -12,6 +12,7 @@ from . import loss_monitor
 from .loss_monitor import Heard
 from .plan import MAX_FORKS, SLOW
 from .roles import Roles, roles_of
+from .schedule import COOL_SHARE
 from .state import FORK_FINISHED, Directive, Round, TunerState, nothing_to_do, position
 
 LINE_STEP_DECADES = 0.5
@@ -21,9 +22,6 @@ DRIFT_DECADES = 0.25
 """How far below the winner of the first round the rates are set: what the first steps of a run reward is hotter than
 what the next ones do. Chosen on the bank."""
 
-SCORED_SHARE = 0.15
-"""Last part of a fork whose training losses are its score where there is no validation metric."""
-
 PROPOSALS = 128
 """Points that compete for the next fork where more than the rates are searched."""
 
@@ -32,8 +30,8 @@ _REACH, _REACH_DECADES = 0.3, 0.75
 
 
 def scored_from(length: Array) -> Array:
-    """First step of a fork whose loss counts in its score."""
-    return length - jnp.maximum(jnp.round(SCORED_SHARE * length).astype(jnp.int32), 2)
+    """First step of a fork whose training loss counts in its score, where there is no metric: its cool-down's."""
+    return length - jnp.maximum(jnp.round(COOL_SHARE * length).astype(jnp.int32), 2)
 
 
 def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Array, ""]]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from . import validation_monitor
 from .loss_monitor import DIVERGED, HEALTHY, NON_FINITE, STALLED, Guard, Heard
 from .plan import NEVER
 from .roles import Roles
@@ -147,6 +148,7 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     Returns:
       The state, what the loop must do, and whether the next round is due.
     """
+    ts = validation_monitor.hear(roles, ts, heard)
     answer = _answer(guard, ts, heard)
     restores, slots, was_damaged = _restored(ts, heard, answer)
     incumbent = _incumbent(roles, ts, heard, answer, was_damaged)

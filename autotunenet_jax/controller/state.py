@@ -9,7 +9,7 @@ from .. import _kernels, _observations, _surrogate
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 4
+FORMAT = 5
 """Version of the state's layout."""
 
 TRAIN, SWEEP, FORK = range(3)
@@ -115,7 +115,7 @@ class RangeTest(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Sums over the scored part of the running fork."""
+    """Sums over the scored part of the running fork; of losses also over training since the last reading."""
 
     loss_sum: Float[Array, ""]
     loss_count: Float[Array, ""]
@@ -124,7 +124,7 @@ class Window(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """Readings of the validation metric outside rounds, to be minimised; scalars.
+    """Readings of the validation metric outside rounds, to be minimised; scalars. Without one, of the training loss.
 
     Attributes:
       level: The last metric seen, counted or not; NaN before the first.
@@ -134,6 +134,7 @@ class Validation(NamedTuple):
       worse: Readings in a row that were above ``hot``.
       cools_from: Budget step from which the rates fall, to see whether training is only too hot; `NEVER` otherwise.
       retreats: How often training went back to the state of the lowest.
+      has_fallen: Whether the rates fell by the training loss.
       keeps: Whether the next step's state, one step past the best one, is still to be kept.
       returns: Whether the kept state is still to be returned to.
       is_kept: Whether the kept state is that of the lowest reading.
@@ -146,6 +147,7 @@ class Validation(NamedTuple):
     worse: Int[Array, ""]
     cools_from: Int[Array, ""]
     retreats: Int[Array, ""]
+    has_fallen: Bool[Array, ""]
     keeps: Bool[Array, ""]
     returns: Bool[Array, ""]
     is_kept: Bool[Array, ""]
@@ -287,6 +289,7 @@ def no_validation() -> Validation:
         worse=zero,
         cools_from=jnp.full((), NEVER, jnp.int32),
         retreats=zero,
+        has_fallen=no,
         keeps=no,
         returns=no,
         is_kept=no,

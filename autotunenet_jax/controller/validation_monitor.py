@@ -1,6 +1,8 @@
-"""Validation overrules: where the held-out metric does not improve, training goes back to its best state, slower.
+"""Readings overrule: where the held-out metric does not improve, training goes back to its best state, slower.
 
-Early stopping, decay on a plateau and rewind in one. Only the order of readings counts, so any metric will do.
+Early stopping, decay on a plateau and rewind in one. Only the order of readings counts, so any metric will do. Where
+there is none the training loss takes its place: it cannot say which state is the better one, so that nothing is undone, and
+it may rise for reasons of its own, so that rates fall by it once.
 
 Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPlateau's of Keras and PyTorch.
 """
@@ -8,6 +10,7 @@ Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPla
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from .loss_monitor import Heard
 from .plan import NEVER
 from .roles import Roles
 from .state import FORK, TRAIN, TunerState
@@ -45,8 +48,51 @@ def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerStat
     )
     is_settled = (ts.phase == TRAIN) | (ts.step == 0)
     seen = ts.validation
-    level = jnp.where(is_settled & jnp.isfinite(metric), metric, seen.level)
-    return _read(roles, ts._replace(window=window, validation=seen._replace(level=level)), metric, ts.phase == TRAIN)
+    is_known = is_settled & jnp.isfinite(metric)
+    # From the first metric on, training losses are no readings any more.
+    is_first = is_known & jnp.isnan(seen.level)
+    seen = seen._replace(
+        level=jnp.where(is_known, metric, seen.level),
+        hot=jnp.where(is_first, jnp.inf, seen.hot),
+        worse=jnp.where(is_first, 0, seen.worse),
+    )
+    return _read(roles, ts._replace(window=window, validation=seen), metric, ts.phase == TRAIN)
+
+
+def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
+    """Takes a training loss in: where there is no metric, the mean between two readings is one.
+
+    Args:
+      roles: Of the space.
+      ts: State after the step, in ordinary training.
+      heard: The loss, and what the monitor makes of it.
+
+    Returns:
+      The state; its rates have fallen, once, where too many readings in a row were above the lowest.
+    """
+    seen, plan, window = ts.validation, ts.plan, ts.window
+    total = window.loss_sum + jnp.where(heard.is_finite, heard.value, 0.0)
+    count = window.loss_count + heard.is_finite
+    is_over = ts.step % plan.check_every == 0
+    counts = is_over & jnp.isnan(seen.level) & (plan.total > 0) & (count >= _SPACING * plan.check_every)
+    value = total / count
+    worse = jnp.where(value < seen.hot, 0, seen.worse + 1)
+    is_ending = plan.total - ts.step < ENDING_SHARE * plan.total
+    falls = counts & (worse >= PATIENCE) & ~is_ending & ~seen.has_fallen
+    hot = jnp.where(falls, jnp.inf, jnp.minimum(value, seen.hot))
+    # What an unhealthy stretch held is answered by the rollback.
+    begins = is_over | heard.unhealthy
+    return ts._replace(
+        incumbent=jnp.where(falls, roles.shifted(ts.incumbent, -BACK_DECADES), ts.incumbent),
+        window=window._replace(
+            loss_sum=jnp.where(begins, 0.0, total), loss_count=jnp.where(begins, 0.0, count)
+        ),
+        validation=seen._replace(
+            hot=jnp.where(counts, hot, seen.hot),
+            worse=jnp.where(counts, jnp.where(falls, 0, worse), seen.worse),
+            has_fallen=seen.has_fallen | falls,
+        ),
+    )
 
 
 def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> TunerState:

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from benchmarks.bank.lab import WORST, Lab, States
+from benchmarks.bank.lab import WORST, Lab, States, finite
 
 ERF = np.vectorize(math.erf)
 
@@ -42,8 +42,10 @@ class Knobs:
       back: How far the rate falls then.
       ending: Last part of the run in which it does not.
       judge: ``"gp"``, or ``"argmin"``: the best score wins and every round looks to both sides.
-      validates: Whether there is a validation metric; without one forks are scored by their last training losses.
-      scored: Last part of a fork whose training losses are that score.
+      validates: Whether there is a validation metric; without one forks are scored by the training losses of their
+        cool-down, and the mean training loss between readings is one.
+      rewinds: Whether forks of a round see the same batches.
+      falls: How often rates fall by readings of the training loss.
     """
 
     test_share: float = 0.03
@@ -75,7 +77,8 @@ class Knobs:
     confirm_share: float = 0.05
     judge: str = "gp"
     validates: bool = True
-    scored: float = 0.15
+    rewinds: bool = True
+    falls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +195,11 @@ class Run:
     def factor(self, spent: np.ndarray) -> np.ndarray:
         return np.clip((1.0 - spent / self.steps) / (1.0 - self.knobs.hold), 0.0, 1.0)
 
+    @property
+    def at(self) -> int:
+        """Index of the next batch."""
+        return self.data if self.knobs.rewinds else self.spent
+
     def metric(self, state: States) -> float:
         return float(self.lab.evaluate(state)[0, 0])
 
@@ -207,10 +215,10 @@ class Run:
         """The state at its end, and its score."""
         cool = np.clip((n - np.arange(n)) / max(round(self.knobs.cool * n), 1), 0.02, 1.0)
         rates = 10.0**x * self.factor(self.spent + np.arange(n)) * cool
-        state, losses = self.lab.run(self.state, self.data, rates[None], warms_up=False)
+        state, losses = self.lab.run(self.state, self.at, rates[None], warms_up=False)
         self.spent += n
         self.forks += 1
-        tail = losses[0, -max(round(self.knobs.scored * n), 2) :]
+        tail = losses[0, -max(round(self.knobs.cool * n), 2) :]
         if math.isnan(self.reference):
             self.reference = float(np.mean(losses[0, :2]))
         score = self.metric(state) if self.knobs.validates else float(np.mean(tail))
@@ -280,18 +288,20 @@ class Run:
         n = min(max(round(self.knobs.confirm_share * self.steps), self.knobs.least_fork), self.steps - self.spent)
         cool = np.clip((n - np.arange(n)) / n, 0.02, 1.0)
         self.state, _ = self.lab.run(
-            self.state, self.data, 10.0**x * (self.factor(self.spent + np.arange(n)) * cool)[None]
+            self.state, self.at, 10.0**x * (self.factor(self.spent + np.arange(n)) * cool)[None]
         )
         self.spent += n
         self.data += n
         return self.metric(self.state)
 
-    def train(self, x: float, n: int) -> None:
+    def train(self, x: float, n: int) -> float:
+        """The mean training loss."""
         n = min(n, self.steps - self.spent)
         rates = 10.0**x * self.factor(self.spent + np.arange(n))
-        self.state, _ = self.lab.run(self.state, self.data, rates[None])
+        self.state, losses = self.lab.run(self.state, self.at, rates[None])
         self.spent += n
         self.data += n
+        return float(np.mean(finite(losses)))
 
 
 def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.0) -> Result:
@@ -322,15 +332,18 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
                 best, kept = run.metric(run.state), run.state
                 hot = best if not knobs.confirm_share else math.inf
             continue
-        run.train(x, check)
-        if not knobs.validates:
-            continue
-        metric = run.metric(run.state)
-        if metric < best:
-            best, kept = metric, run.state
+        loss = run.train(x, check)
+        metric = run.metric(run.state) if knobs.validates else loss
         worse = 0 if metric < hot else worse + 1
         hot = min(hot, metric)
-        if worse >= knobs.patience and kept is not None and run.steps - run.spent >= knobs.ending * run.steps:
+        is_stuck = worse >= knobs.patience and run.steps - run.spent >= knobs.ending * run.steps
+        if not knobs.validates:
+            if is_stuck and run.went_back < knobs.falls:
+                worse, x, hot, run.went_back = 0, x - knobs.back, math.inf, run.went_back + 1
+            continue
+        if metric < best:
+            best, kept = metric, run.state
+        if is_stuck and kept is not None:
             worse = 0
             if knobs.confirm_share:
                 cooled = run.confirm(x)

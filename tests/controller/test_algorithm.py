@@ -73,7 +73,7 @@ def rows_of_twin(tuned, rows, seed):
             twin.observe_eval(metric)
         said = twin.update(loss)
         finished = [fork.x for fork in twin.forks if fork.status == state.FORK_FINISHED]
-        counted = [twin.step, twin.phase, twin.left, twin.discarded, twin.rollbacks, twin.retries, twin.retreats]
+        counted = [twin.step, twin.phase, twin.left, twin.discarded, twin.rollbacks, twin.retries, twin.retreats, twin.has_fallen]
         copies = [twin.saved.data, twin.saved.step, twin.kept.data, twin.kept.step]
         status = [twin.row, -1 if twin.winner is None else twin.winner, len(finished), twin.readings.worse]
         told_to = [int(value) for value in vars(said).values()]
@@ -86,7 +86,7 @@ def counted(rows):
     held = rows["round"]
     finished = np.sum(held.status == state.FORK_FINISHED, axis=1)
     columns = [rows[name] for name in ("step", "phase", "segment_left", "discarded", "rollbacks")]
-    columns += [rows["health"].retries, rows["validation"].retreats, *rows["slots"]]
+    columns += [rows["health"].retries, rows["validation"].retreats, rows["validation"].has_fallen, *rows["slots"]]
     return np.stack([*columns, held.index, held.kept, finished, rows["validation"].worse], axis=1)
 
 
@@ -112,15 +112,16 @@ def all_runs():
 
 def test_the_runs_of_the_twin_reach_every_outcome():
     """Otherwise the comparison above would say little."""
-    outcomes, verdicts, cooled, returned = set(), set(), 0, 0
+    outcomes, verdicts, cooled, returned, fell = set(), set(), 0, 0, 0
     for *_, (rows, ts) in all_runs():
         outcomes |= set(rows["directive"].outcome.tolist())
         verdicts |= set(rows["directive"].verdict.tolist())
         cooled += bool(np.any(rows["validation"].cools_from < NEVER))
         returned += int(ts.validation.retreats)
+        fell += int(ts.validation.has_fallen)
     assert outcomes == set(state.OUTCOMES)
     assert verdicts >= set(loss_monitor.MESSAGES) - {loss_monitor.STALLED}
-    assert cooled >= 5 and returned >= 5
+    assert cooled >= 5 and returned >= 5 and fell >= 5
 
 
 def test_values_never_leave_their_bounds():

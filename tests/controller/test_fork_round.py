@@ -128,7 +128,7 @@ def heard(ts, loss):
 
 def test_a_fork_is_scored_by_the_losses_of_its_last_part():
     ts, ends = fork_of(np.arange(40.0))
-    assert float(ts.window.loss_sum / ts.window.loss_count) == np.mean(np.arange(34.0, 40.0))
+    assert float(ts.window.loss_sum / ts.window.loss_count) == np.mean(np.arange(30.0, 40.0))
     # Before its last step the loop is asked for a metric.
     assert [at for at, (evaluate, _) in enumerate(ends) if evaluate] == [38]
     assert [at for at, (_, ended) in enumerate(ends) if ended] == [39]

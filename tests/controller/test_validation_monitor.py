@@ -152,3 +152,41 @@ def test_a_metric_inside_a_fork_is_its_score_only_in_its_last_step(settled):
     last = observe(ts._replace(segment_left=jnp.int32(1)), 0.5)
     assert float(last.window.eval_sum) == 0.5 and int(last.window.eval_count) == 1
     assert float(last.validation.best) == 1.0
+
+
+def unvalidated(losses, total=TOTAL):
+    """Without any metric; a healthy loss throughout."""
+    rows, _ = run(tuner("rate", total, max_share=0.05), told(losses, None))
+    assert not np.any(rows["directive"].outcome == state.OUTCOME_ROLLBACK)
+    return rows
+
+
+# Higher by a twentieth from the turn on: nothing that the loss monitor minds.
+HIGHER = np.where(STEPS < TURN, LOSSES, 1.05 * LOSSES[TURN - CHECK]).astype(np.float32)
+
+
+def test_without_a_metric_a_training_loss_that_falls_changes_nothing():
+    rows = unvalidated(LOSSES)
+    assert np.all(rows["incumbent"][CHECK:] == rows["incumbent"][-1])
+
+
+def test_without_a_metric_rates_fall_where_the_training_loss_does_not_and_nothing_is_undone():
+    rows = unvalidated(HIGHER)
+    assert not np.any(rows["directive"].adopt)
+    falls = np.flatnonzero(np.diff(rows["validation"].has_fallen)) + 1
+    # Two means of a twentieth of the budget each, above the lowest.
+    assert falls[0] == TURN + 2 * CHECK - 1
+    fallen = rows["incumbent"][falls[0] - 1] - rows["incumbent"][falls[0]]
+    np.testing.assert_allclose(fallen, BACK, atol=1e-6)
+
+
+def test_by_the_training_loss_rates_fall_once_however_long_it_rises():
+    rows = unvalidated(np.where(STEPS < 60, LOSSES, LOSSES[60] * (1.0 + STEPS / TOTAL)).astype(np.float32))
+    incumbents = rows["incumbent"][CHECK:]
+    np.testing.assert_allclose(incumbents[0] - incumbents[-1], BACK, atol=1e-6)
+
+
+def test_a_metric_takes_over_from_the_training_loss():
+    metrics = np.where(STEPS < TURN, np.inf, np.linspace(1.0, 0.5, TOTAL)).astype(np.float32)
+    rows, _ = run(tuned(), told(HIGHER, metrics))
+    assert not rows["validation"].has_fallen[-1] and len(went_back(rows)) == 0

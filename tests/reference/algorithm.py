@@ -231,6 +231,7 @@ class Algorithm:
         self.since_rollback = NEVER
         self.monitor, self.initial_loss, self.best_level = Monitor(), UNKNOWN, LARGE
         self.readings, self.metric_level, self.retreats = Readings(), UNKNOWN, 0
+        self.has_fallen = False
         self.saved, self.kept = Copy(), Copy()
         self.observations: list[Observation] = []
         self.row = 0
@@ -313,9 +314,11 @@ class Algorithm:
         metric = F(metric)
         if self.phase == FORK and self.left == 1:
             self.scored_metrics.append(metric)
-        if (self.phase == TRAIN or self.step == 0) and np.isfinite(metric):
-            self.metric_level = metric
         seen = self.readings
+        if (self.phase == TRAIN or self.step == 0) and np.isfinite(metric):
+            if not np.isfinite(self.metric_level):
+                seen.hot, seen.worse = LARGE, 0
+            self.metric_level = metric
         is_last = bool(self.plan.total) and self._remaining <= 1
         is_spaced = self.step - seen.read_at >= F(validation_monitor._SPACING) * F(self.plan.check_every)
         if self.phase == TRAIN and (is_last or is_spaced):
@@ -347,6 +350,24 @@ class Algorithm:
         if returns:
             seen.keeps = False
             self.retreats += 1
+
+    def _hear_training(self, loss: Any, is_finite: bool, failed: bool) -> None:
+        """Without a metric, the mean training loss between two readings is one."""
+        if is_finite:
+            self.scored.append(loss)
+        is_over = self.step % self.plan.check_every == 0
+        has_enough = len(self.scored) >= F(validation_monitor._SPACING) * F(self.plan.check_every)
+        if is_over and has_enough and self.plan.total and not np.isfinite(self.metric_level):
+            value, seen = F(sum(self.scored, ZERO)) / F(len(self.scored)), self.readings
+            seen.worse = 0 if value < seen.hot else seen.worse + 1
+            seen.hot = min(seen.hot, value)
+            is_ending = self._remaining < F(validation_monitor.ENDING_SHARE) * F(self.plan.total)
+            if seen.worse >= validation_monitor.PATIENCE and not is_ending and not self.has_fallen:
+                seen.hot, seen.worse = LARGE, 0
+                self.has_fallen = True
+                self.incumbent = self._shifted(self.incumbent, -validation_monitor.BACK_DECADES)
+        if is_over or failed:
+            self.scored = []
 
     # One step.
 
@@ -387,8 +408,10 @@ class Algorithm:
             if is_finite:
                 self._hear_fork(loss, at)
             said.evaluate = self.left == 1
-        elif failed:
-            self._unhealthy(loss, verdict, is_blue, said)
+        else:
+            self._hear_training(loss, is_finite, failed)
+            if failed:
+                self._unhealthy(loss, verdict, is_blue, said)
         if self.phase == TRAIN and self.readings.returns and self.readings.is_kept:
             # No round begins before the way back has been taken.
             self.left = max(self.left, 1)
@@ -412,7 +435,7 @@ class Algorithm:
         return said
 
     def _hear_fork(self, loss: Any, at: int) -> None:
-        if at >= self.length - max(round(fork_round.SCORED_SHARE * self.length), 2):
+        if at >= self.length - max(round(schedule.COOL_SHARE * self.length), 2):
             self.scored.append(loss)
         if len(self.forks) == 1 and at == 0:
             self.reference = loss
@@ -448,7 +471,7 @@ class Algorithm:
             # As high on the other snapshot, before any step from it: the data has changed.
             self._take_as_it_is(loss)
             self.relapses, self.readings, self.metric_level = 0, Readings(), UNKNOWN
-            self.retreats = 0
+            self.retreats = self.has_fallen = False
             said.outcome = names.OUTCOME_ACCEPTED
             return
         if is_finite and self.rollbacks >= self.guard.max_rollbacks:
