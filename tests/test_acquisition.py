@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from scipy import special
 
-from autotunenet_jax import _acquisition, _kernels, _observations, _sampling, _surrogate
+from autotunenet_jax.bayesopt import acquisition, kernels, quasi_random, surrogate, trials
 
 from .reference import gaussian_process as twin
 
 CAPACITY, DIMS = 16, 2
 # A unit in which the noise is large enough for float32 to know the posterior to three digits.
-CONFIG = _kernels.SurrogateConfig(dims=DIMS, has_time=True, has_groups=True, standardise=False, noise_loc=-2.0)
+CONFIG = kernels.SurrogateConfig(dims=DIMS, has_time=True, has_groups=True, standardise=False, noise_loc=-2.0)
 LOWER, UPPER = jnp.zeros(DIMS), jnp.ones(DIMS)
 
 
@@ -20,20 +20,20 @@ def identity(x):
 
 @jax.jit
 def fit(obs, prior_mean):
-    start = _kernels.initial_hyper(CONFIG)
-    return _surrogate.fit(CONFIG, obs, start=start, key=jax.random.key(0), prior_mean=prior_mean)
+    start = kernels.initial_hyper(CONFIG)
+    return surrogate.fit(CONFIG, obs, start=start, key=jax.random.key(0), prior_mean=prior_mean)
 
 
 @jax.jit
 def propose(post, key, lower, upper, reference, reference_mask):
-    return _acquisition.propose(
+    return acquisition.propose(
         CONFIG, post, key, lower=lower, upper=upper, snap=identity, reference=reference, reference_mask=reference_mask
     )
 
 
 @jax.jit
 def improvement(post, x, reference, reference_mask):
-    of, live, is_live = _acquisition.log_improvement(
+    of, live, is_live = acquisition.log_improvement(
         CONFIG, post, reference=reference, reference_mask=reference_mask, samples=8, compared=5
     )
     return of(x)[0], live, is_live
@@ -42,9 +42,9 @@ def improvement(post, x, reference, reference_mask):
 @jax.jit
 def build(x, y):
     def step(obs, trial):
-        return _observations.add(obs, trial[0], trial[1]), None
+        return trials.add(obs, trial[0], trial[1]), None
 
-    return jax.lax.scan(step, _observations.empty(CAPACITY, DIMS), (x, y))[0]
+    return jax.lax.scan(step, trials.empty(CAPACITY, DIMS), (x, y))[0]
 
 
 def bowl_history(size=12):
@@ -52,27 +52,27 @@ def bowl_history(size=12):
     return build(jnp.asarray(x), jnp.asarray(3.0 * np.sum((x - 0.4) ** 2, axis=1), jnp.float32))
 
 
-FLAT = _surrogate.flat_mean(CONFIG)
+FLAT = surrogate.flat_mean(CONFIG)
 
 
 def test_log_h_agrees_with_float64_over_hundreds_of_orders_of_magnitude():
     z = np.concatenate([-np.geomspace(1e-4, 1e6, 4000), np.geomspace(1e-4, 1e4, 500), [0.0]])
     expected = twin.log_expected_positive_part(np.float32(z).astype(np.float64))
     assert expected.min() < -60 * np.log(10.0)
-    got = jax.jit(_acquisition.log_h)(jnp.asarray(z, jnp.float32))
+    got = jax.jit(acquisition.log_h)(jnp.asarray(z, jnp.float32))
     assert np.all(np.abs(got - expected) <= 2e-6 * np.maximum(np.abs(expected), 1.0))
 
 
 def test_the_gradient_of_log_h_is_right_and_finite_everywhere():
     z = np.concatenate([-np.geomspace(1e-3, 1e3, 500), np.geomspace(1e-3, 1e3, 200), [0.0]])
-    gradient = np.asarray(jax.jit(jax.vmap(jax.grad(_acquisition.log_h)))(jnp.asarray(z, jnp.float32)))
+    gradient = np.asarray(jax.jit(jax.vmap(jax.grad(acquisition.log_h)))(jnp.asarray(z, jnp.float32)))
     z = np.float32(z).astype(np.float64)
     expected = np.exp(special.log_ndtr(z) - twin.log_expected_positive_part(z))
     np.testing.assert_allclose(gradient, expected, rtol=5e-5)
-    _, slope = jax.jit(_acquisition.log_h_and_slope)(jnp.asarray(z, jnp.float32))
+    _, slope = jax.jit(acquisition.log_h_and_slope)(jnp.asarray(z, jnp.float32))
     np.testing.assert_allclose(slope, expected, rtol=5e-5)
-    extreme = jax.vmap(jax.value_and_grad(_acquisition.log_h))(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
-    extreme += _acquisition.log_h_and_slope(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
+    extreme = jax.vmap(jax.value_and_grad(acquisition.log_h))(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
+    extreme += acquisition.log_h_and_slope(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
     assert all(np.all(np.isfinite(part)) for part in extreme)
 
 
@@ -80,21 +80,21 @@ def test_the_distribution_and_the_excess_of_a_unit_normal():
     z = np.linspace(-12.0, 12.0, 4801).astype(np.float32)
     exact = special.ndtr(z.astype(float))
     density = np.exp(-0.5 * z.astype(float) ** 2) / np.sqrt(2 * np.pi)
-    np.testing.assert_allclose(jax.jit(_acquisition.normal_cdf)(z), exact, rtol=5e-5)
+    np.testing.assert_allclose(jax.jit(acquisition.normal_cdf)(z), exact, rtol=5e-5)
     # Below six standard deviations the two terms of the formula cancel in float64.
     low = z > -6.0
-    excess = jax.jit(_acquisition.expected_excess)(z)
+    excess = jax.jit(acquisition.expected_excess)(z)
     np.testing.assert_allclose(excess[low], (density + z * exact)[low], rtol=1e-5)
     assert np.all(np.diff(excess) >= 0.0) and np.all(np.asarray(excess) >= 0.0)
     far = np.array([-1e30, -1e9, 1e9, 1e30], np.float32)
-    np.testing.assert_array_equal(_acquisition.normal_cdf(far), [0, 0, 1, 1])
-    np.testing.assert_array_equal(_acquisition.expected_excess(far), [0, 0, 1e9, far[-1]])
+    np.testing.assert_array_equal(acquisition.normal_cdf(far), [0, 0, 1, 1])
+    np.testing.assert_array_equal(acquisition.expected_excess(far), [0, 0, 1e9, far[-1]])
 
 
 def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
     obs = bowl_history()
     post = fit(obs, FLAT)
-    of, *_ = _acquisition.log_improvement(CONFIG, post, reference=obs.x, reference_mask=_observations.mask(obs))
+    of, *_ = acquisition.log_improvement(CONFIG, post, reference=obs.x, reference_mask=trials.mask(obs))
     x = jnp.concatenate([obs.x, jnp.asarray(np.random.default_rng(2).uniform(size=(50, DIMS)), jnp.float32)])
     value, gradient = jax.jit(of)(x)
     assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient))
@@ -103,10 +103,10 @@ def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
 @pytest.mark.parametrize("confidence", [None, 1.0])
 def test_the_gradient_of_the_improvement_is_that_of_its_value(confidence):
     obs = bowl_history()
-    post = fit(obs, _surrogate.PriorMean(jnp.array([0.7, 0.2]), jnp.array([3.0, 1.0])))
-    mask = _observations.mask(obs)
+    post = fit(obs, surrogate.PriorMean(jnp.array([0.7, 0.2]), jnp.array([3.0, 1.0])))
+    mask = trials.mask(obs)
     for reference_mask in (mask, jnp.zeros_like(mask)):
-        of, *_ = _acquisition.log_improvement(
+        of, *_ = acquisition.log_improvement(
             CONFIG, post, reference=obs.x, reference_mask=reference_mask, time=0.5, confidence=confidence
         )
         x = jnp.asarray(np.random.default_rng(2).uniform(size=(20, DIMS)), jnp.float32)
@@ -121,10 +121,10 @@ def test_log_improvement_agrees_with_the_twin():
     obs = bowl_history()
     post = fit(obs, FLAT)
     x = jnp.asarray(np.random.default_rng(5).uniform(size=(20, DIMS)), jnp.float32)
-    got, live, is_live = improvement(post, x, obs.x, _observations.mask(obs))
+    got, live, is_live = improvement(post, x, obs.x, trials.mask(obs))
     assert bool(jnp.all(is_live))
 
-    target = _surrogate.targets(
+    target = surrogate.targets(
         obs, group=obs.group, level=jnp.zeros(CAPACITY), standardise=False, is_centred_apart=True,
         outlier=CONFIG.outlier, failure_margin=CONFIG.failure_margin,
     )  # fmt: skip
@@ -138,10 +138,10 @@ def test_log_improvement_agrees_with_the_twin():
         "floor": CONFIG.noise_floor,
         "time": np.zeros(used),
     }
-    theta = np.asarray(_kernels.flatten(post.hyper), np.float64)
+    theta = np.asarray(kernels.flatten(post.hyper), np.float64)
     residual = np.asarray(target.residual, np.float64)[:used]
-    normal = _sampling.normal_table(8, 5).astype(np.float64)
-    jitter = _acquisition._REFERENCE_JITTER * np.exp(2.0 * theta[DIMS])
+    normal = quasi_random.normal_table(8, 5).astype(np.float64)
+    jitter = acquisition._REFERENCE_JITTER * np.exp(2.0 * theta[DIMS])
     for point, value in zip(np.asarray(x, np.float64), np.asarray(got), strict=True):
         points = np.concatenate([np.asarray(live, np.float64), point[None]])
         mean, covariance = twin.posterior(theta, points, residual, time_new=np.zeros(6), **model)
@@ -160,12 +160,12 @@ def test_the_confidence_bound_is_that_of_the_posterior(is_pending):
     x = jnp.asarray(np.random.default_rng(5).uniform(size=(10, DIMS)), jnp.float32)
     place = jnp.array([[0.3, 0.9]], jnp.float32)
     reference = jnp.concatenate([obs.x, place])
-    used = jnp.concatenate([_observations.mask(obs), jnp.array([is_pending])])
-    of, *_ = _acquisition.log_improvement(
+    used = jnp.concatenate([trials.mask(obs), jnp.array([is_pending])])
+    of, *_ = acquisition.log_improvement(
         CONFIG, post, reference=reference, reference_mask=used, pending=jnp.arange(CAPACITY + 1) == CAPACITY,
         time=0.5, confidence=2.0,
     )  # fmt: skip
-    mean, covariance = _surrogate.predict(CONFIG, post, jnp.concatenate([x, place]), time=0.5)
+    mean, covariance = surrogate.predict(CONFIG, post, jnp.concatenate([x, place]), time=0.5)
     variance = jnp.diagonal(covariance)[:-1]
     if is_pending:
         variance -= jnp.square(covariance[-1, :-1]) / covariance[-1, -1]
@@ -183,9 +183,9 @@ def test_references_that_do_not_count_change_nothing():
     elsewhere, _, _ = improvement(post, x, jnp.where(keep[:, None], obs.x, 0.9), keep)
     np.testing.assert_allclose(masked, elsewhere, rtol=1e-5)
     # Three references that count, among five compared, are worth as much as three alone.
-    alone = jax.jit(lambda post, x: _acquisition.log_improvement(
+    alone = jax.jit(lambda post, x: acquisition.log_improvement(
         CONFIG, post, reference=obs.x[:3], reference_mask=keep[:3], samples=2048)[0](x)[0])(post, x)  # fmt: skip
-    many = jax.jit(lambda post, x: _acquisition.log_improvement(
+    many = jax.jit(lambda post, x: acquisition.log_improvement(
         CONFIG, post, reference=obs.x, reference_mask=keep, samples=2048)[0](x)[0])(post, x)  # fmt: skip
     likely = np.asarray(alone) > -8.0
     np.testing.assert_allclose(np.asarray(many)[likely], np.asarray(alone)[likely], atol=0.15)
@@ -194,24 +194,24 @@ def test_references_that_do_not_count_change_nothing():
 def test_the_proposal_is_no_worse_than_a_dense_grid():
     obs = bowl_history()
     post = fit(obs, FLAT)
-    mask = _observations.mask(obs)
+    mask = trials.mask(obs)
     best = propose(post, jax.random.key(1), LOWER, UPPER, obs.x, mask)
     grid = jnp.stack(jnp.meshgrid(*[jnp.linspace(0, 1, 41)] * 2), axis=-1).reshape(-1, DIMS)
-    of = jax.jit(lambda post, x: _acquisition.log_improvement(
+    of = jax.jit(lambda post, x: acquisition.log_improvement(
         CONFIG, post, reference=obs.x, reference_mask=mask)[0](x)[0])  # fmt: skip
     assert float(of(post, best[None])[0]) > float(of(post, grid).max()) - 0.02
 
 
 def test_without_observations_the_prior_mean_decides():
     centre = jnp.array([0.7, 0.2])
-    post = fit(_observations.empty(CAPACITY, DIMS), _surrogate.PriorMean(centre, jnp.array([30.0, 30.0])))
+    post = fit(trials.empty(CAPACITY, DIMS), surrogate.PriorMean(centre, jnp.array([30.0, 30.0])))
     nothing = jnp.zeros(CAPACITY, bool)
     got = propose(post, jax.random.key(0), LOWER, UPPER, jnp.zeros((CAPACITY, DIMS)), nothing)
     np.testing.assert_allclose(got, centre, atol=0.01)
 
 
 def test_without_any_knowledge_chance_decides():
-    post = fit(_observations.empty(CAPACITY, DIMS), FLAT)
+    post = fit(trials.empty(CAPACITY, DIMS), FLAT)
     nothing = jnp.zeros(CAPACITY, bool)
     points = {
         tuple(propose(post, jax.random.key(seed), LOWER, UPPER, jnp.zeros((CAPACITY, DIMS)), nothing).tolist())
@@ -226,7 +226,7 @@ def test_proposals_stay_in_the_box_and_held_coordinates_stay_put(seed):
     post = fit(obs, FLAT)
     lower = jnp.asarray(np.random.default_rng(seed).uniform(0, 0.9, DIMS), jnp.float32)
     upper = jnp.array([lower[0], lower[1] + 0.1])
-    got = propose(post, jax.random.key(seed), lower, upper, obs.x, _observations.mask(obs))
+    got = propose(post, jax.random.key(seed), lower, upper, obs.x, trials.mask(obs))
     assert float(got[0]) == float(lower[0])
     assert float(lower[1]) <= float(got[1]) <= float(upper[1])
 
@@ -234,16 +234,18 @@ def test_proposals_stay_in_the_box_and_held_coordinates_stay_put(seed):
 def test_a_held_point_is_not_proposed_again():
     obs = bowl_history()
     post = fit(obs, FLAT)
-    first = propose(post, jax.random.key(1), LOWER, UPPER, obs.x, _observations.mask(obs))
+    first = propose(post, jax.random.key(1), LOWER, UPPER, obs.x, trials.mask(obs))
     reference = obs.x.at[-1].set(first)
-    second = propose(post, jax.random.key(1), LOWER, UPPER, reference, _observations.mask(obs).at[-1].set(True))
+    second = propose(post, jax.random.key(1), LOWER, UPPER, reference, trials.mask(obs).at[-1].set(True))
     assert float(jnp.abs(first - second).max()) > 0.02
 
 
 def test_turned_tables_fill_the_cube_evenly():
-    points = np.asarray(_sampling.turned(_sampling.spread_table(256, 2), _sampling.uniforms(jax.random.key(3), 2)))
+    points = np.asarray(
+        quasi_random.turned(quasi_random.spread_table(256, 2), quasi_random.uniforms(jax.random.key(3), 2))
+    )
     assert points.min() >= 0.0 and points.max() < 1.0
     counts, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins=4, range=[[0, 1], [0, 1]])
     assert counts.min() >= 12 and counts.max() <= 20
-    draws = np.concatenate([_sampling.uniforms(jax.random.key(seed), 8) for seed in range(200)])
+    draws = np.concatenate([quasi_random.uniforms(jax.random.key(seed), 8) for seed in range(200)])
     assert abs(draws.mean() - 0.5) < 0.03 and abs(draws.std() - 12**-0.5) < 0.02

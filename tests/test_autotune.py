@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _hyperparams, _tuned_trees
+from autotunenet_jax.space import injection
+from autotunenet_jax.wrapper import trees
 
 SPACE = {"learning_rate": (1e-4, 1.0)}
 PARAMS = {"w": jnp.arange(3.0), "b": jnp.zeros(2)}
@@ -155,7 +156,7 @@ def test_paths():
         {"w": "a", "b": "b"},
     )  # fmt: skip
     state = both.init(PARAMS)
-    found = _hyperparams.places(state)
+    found = injection.places(state)
     assert [place.path for place in found] == [("a", "1"), ("b", "1")]
     assert set(atn.hyperparams(state)) == {"a/learning_rate", "b/learning_rate"}
     for name in ("b/learning_rate", "b/1/learning_rate"):
@@ -172,19 +173,19 @@ def test_the_way_back(dtype):
     key = jax.random.key(0)
     here = {"w": jax.random.normal(key, (1000,)).astype(dtype)}
     target = {"w": (here["w"] * jax.random.uniform(jax.random.key(1), (1000,), minval=0.6, maxval=1.9)).astype(dtype)}
-    update = _tuned_trees.way(here, target, here)
+    update = trees.way(here, target, here)
     # Within a factor of two the difference is exact, and so is the sum.
-    np.testing.assert_array_equal(_tuned_trees.moved(here, update)["w"], target["w"])
+    np.testing.assert_array_equal(trees.moved(here, update)["w"], target["w"])
     far = {"w": jnp.array([1e4, -3e38, 0.0], dtype)}
     near = {"w": jnp.array([0.5, 3e38, 1e-6], dtype)}
-    first = _tuned_trees.moved(far, _tuned_trees.way(far, near, far))
+    first = trees.moved(far, trees.way(far, near, far))
     assert bool(jnp.all(jnp.isfinite(first["w"])))
     eps = float(jnp.finfo(dtype).eps)
     assert abs(float(first["w"][0]) - 0.5) <= 1e4 * eps
-    second = _tuned_trees.moved(first, _tuned_trees.way(first, near, first))
+    second = trees.moved(first, trees.way(first, near, first))
     np.testing.assert_allclose(second["w"].astype(jnp.float32), near["w"].astype(jnp.float32), rtol=2 * eps)
-    assert not bool(_tuned_trees.has_arrived(far, near))
-    assert bool(_tuned_trees.has_arrived(second, near))
+    assert not bool(trees.has_arrived(far, near))
+    assert bool(trees.has_arrived(second, near))
 
 
 @pytest.mark.parametrize(("bad", "usable"), [(jnp.nan, False), (jnp.inf, False), (1e30, False), (1e10, True)])
@@ -194,10 +195,10 @@ def test_usable_gradients(bad, usable):
             spoiled = jnp.ones(shape, dtype).at[(-1,) * len(shape)].set(bad)
             # An entry of the other sign beside it must not hide it.
             for grads in ({"w": spoiled, "whole": jnp.arange(3), "none": jnp.zeros((0, 3))}, [spoiled, -spoiled]):
-                assert bool(_tuned_trees.is_usable(grads)) is usable
+                assert bool(trees.is_usable(grads)) is usable
     row = jnp.array([bad, -bad, 1.0, 1.0, bad, -bad])
     for opposed in (jnp.ones((4, 6)).at[2].set(row), jnp.ones((6, 4)).at[:, 1].set(row), row, jnp.tile(row, 40)):
-        assert bool(_tuned_trees.is_usable(opposed)) is usable
+        assert bool(trees.is_usable(opposed)) is usable
 
 
 def test_dropout():

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from autotunenet_jax._batches import BatchSource, EndOfDataError
+from autotunenet_jax.session.batches import BatchSource, EndOfDataError
 
 
 class Loader:

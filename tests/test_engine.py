@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from autotunenet_jax import BayesianOptimizer, Choice, Float, Int, _observations, _surrogate
+from autotunenet_jax import BayesianOptimizer, Choice, Float, Int
+from autotunenet_jax.bayesopt import surrogate, trials
 
 CAPACITY = 16
 SPACE = {"rate": Float(1e-5, 1e-1, log=True), "layers": Int(1, 8), "kind": Choice(["a", "b", "c"])}
@@ -37,8 +38,8 @@ def record_mixed(state, unit, scores, used):
 @jax.jit
 def posterior_variance(state):
     config, obs = MIXED.config, state.observations
-    post = _surrogate.fit(config, obs, start=state.hyper, key=jax.random.key(1))
-    return jnp.diagonal(_surrogate.predict(config, post, obs.x)[1])
+    post = surrogate.fit(config, obs, start=state.hyper, key=jax.random.key(1))
+    return jnp.diagonal(surrogate.predict(config, post, obs.x)[1])
 
 
 def start(seed=0):
@@ -178,7 +179,7 @@ def test_beyond_capacity_the_best_is_kept():
     state = record_mixed(state, unit, 10.0 + jnp.arange(CAPACITY, dtype=jnp.float32), CAPACITY)
     obs = state.observations
     assert float(obs.y.min()) == 0.0
-    assert bool(jnp.all(_observations.mask(obs)))
+    assert bool(jnp.all(trials.mask(obs)))
     best = MIXED.best(state)
     np.testing.assert_allclose(best["rate"], MIXED.space.decode(MIXED.space.snap(unit))["rate"][0], rtol=1e-4)
 

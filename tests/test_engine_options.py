@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autotunenet_jax import BayesianOptimizer, _surrogate
+from autotunenet_jax import BayesianOptimizer
+from autotunenet_jax.bayesopt import surrogate
 from benchmarks import _engine_sweep
 
 LINE = {"x": (0.0, 1.0)}
@@ -29,8 +30,8 @@ def test_a_score_with_a_large_known_variance_counts_less():
     @jax.jit
     def low_end(state):
         config = optimizer.config
-        posterior = _surrogate.fit(config, state.observations, start=state.hyper, key=state.key)
-        return _surrogate.predict(config, posterior, jnp.array([[0.15]]))[0][0]
+        posterior = surrogate.fit(config, state.observations, start=state.hyper, key=state.key)
+        return surrogate.predict(config, posterior, jnp.array([[0.15]]))[0][0]
 
     # Two answers to every question: as good as each other, or one of them doubtful.
     assert 0.3 < float(low_end(told(optimizer, x, y))) < 0.5

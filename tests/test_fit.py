@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _checks, _loop, _progress, _recorder, _run, faults
+from autotunenet_jax import faults
 from autotunenet_jax.controller import loss_monitor
 from autotunenet_jax.controller import state as states
+from autotunenet_jax.loop import checks, run
+from autotunenet_jax.loop import fit as fit_module
+from autotunenet_jax.loop.progress import Progress
+from autotunenet_jax.session.recorder import Recorder
 from tests import problem
 
 
@@ -135,9 +139,7 @@ def test_after_the_last_rollback_of_the_budget_hyperparameters_are_held_and_the_
 
 
 def test_the_users_history_says_why_and_when_no_rollback_is_left():
-    recorder = _recorder.Recorder(
-        atn.History(("r",)), atn.SearchSpace({"r": (1e-3, 1.0)}), _progress.Progress(1, is_on=False), ()
-    )
+    recorder = Recorder(atn.History(("r",)), atn.SearchSpace({"r": (1e-3, 1.0)}), Progress(1, is_on=False), ())
     none, rollback, accepted = states.OUTCOME_NONE, states.OUTCOME_ROLLBACK, states.OUTCOME_ACCEPTED
     for step, (verdict, outcome, rewound) in enumerate(
         [
@@ -163,7 +165,7 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
     """What is restored is what was saved, what is adopted is what was kept, and all forks start from one state."""
     seen = {"restored": 0, "adopted": 0, "rolled back": 0}
     starts = []
-    train_one, decide = _run.Run.train_one, _run.Run.decide
+    train_one, decide = run.Run.train_one, run.Run.decide
 
     def host(copies):
         return jax.tree.map(
@@ -202,8 +204,8 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
             seen["adopted"] += 1
             assert problem.same(after.state, before.kept)
 
-    monkeypatch.setattr(_run.Run, "train_one", watched_train_one)
-    monkeypatch.setattr(_run.Run, "decide", watched_decide)
+    monkeypatch.setattr(run.Run, "train_one", watched_train_one)
+    monkeypatch.setattr(run.Run, "decide", watched_decide)
     fit({100: "poison"}, key=jax.random.key(3))
     fit({100: "nan"}, tuner=problem.tuner(1e-1))
     assert seen["restored"] >= 4 and seen["rolled back"] == 2
@@ -312,12 +314,12 @@ def test_steps_ends_a_planned_run_early():
 def test_a_run_too_short_for_forks_takes_what_its_range_test_says(monkeypatch):
     sources = []
 
-    class Watched(_loop.BatchSource):
+    class Watched(fit_module.BatchSource):
         def __init__(self, batches):
             super().__init__(batches)
             sources.append(self)
 
-    monkeypatch.setattr(_loop, "BatchSource", Watched)
+    monkeypatch.setattr(fit_module, "BatchSource", Watched)
     result = fit(batches=[batches_with({})(i, None) for i in range(96)], tuner=problem.tuner(total_steps=96))
     assert result.history.rounds == []
     assert [event["kind"] for event in result.history.events] == ["rate"]
@@ -360,11 +362,11 @@ def test_a_state_with_plain_numbers_is_traced_once():
 )
 def test_a_hyperparameter_that_only_the_data_needs_is_no_mistake(reader):
     """However the batches read it."""
-    reads = _loop._Reads({"learning_rate": jnp.float32(0.1), "noise": jnp.float32(0.5)})
+    reads = fit_module._Reads({"learning_rate": jnp.float32(0.1), "noise": jnp.float32(0.5)})
     assert reads.names == set()
     assert float(reader(reads)) == 0.5
     assert "noise" in reads.names
-    _checks.check_train_step(lambda state, batch, hp: (state, hp["learning_rate"]), {}, None, dict(reads), reads.names)
+    checks.check_train_step(lambda state, batch, hp: (state, hp["learning_rate"]), {}, None, dict(reads), reads.names)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_an_unused_name_lists_what_the_optimizer_has():
 
 
 def test_the_progress_line(capsys, monkeypatch):
-    monkeypatch.setattr(_loop, "_SHOW_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(fit_module, "_SHOW_EVERY_SECONDS", 0.0)
     result = fit(progress=True, steps=90)
     shown = capsys.readouterr().out
     assert "round 1" in shown and "learning_rate" in shown

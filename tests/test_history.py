@@ -11,17 +11,20 @@ import pytest
 from hypothesis import strategies as st
 
 import autotunenet_jax as atn
-from autotunenet_jax import _history, _progress, _recorder, faults
+from autotunenet_jax import faults
 from autotunenet_jax.controller import loss_monitor
 from autotunenet_jax.controller import state as states
+from autotunenet_jax.history import history as history_module
+from autotunenet_jax.loop.progress import Progress
+from autotunenet_jax.session import recorder as recorder_module
 from tests import problem
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-4, 1.0), "layers": atn.Int(1, 9)})
 
 
 def recorder(callbacks=()):
-    progress = _progress.Progress(10, is_on=False)
-    return _recorder.Recorder(atn.History(SPACE.names), SPACE, progress, callbacks)
+    progress = Progress(10, is_on=False)
+    return recorder_module.Recorder(atn.History(SPACE.names), SPACE, progress, callbacks)
 
 
 def log(target, step, *, loss=1.0, rate=None, layers=1, rewound=-1, data_step=None, phase=states.TRAIN):
@@ -156,7 +159,7 @@ def test_schedules_are_the_kept_values_in_order(spans):
 
 
 def test_whole_numbers_are_not_interpolated(monkeypatch):
-    monkeypatch.setattr(_history, "_MAX_RECORDS", 16)
+    monkeypatch.setattr(history_module, "_MAX_RECORDS", 16)
     target = recorder()
     for step in range(1, 101):
         log(target, step, layers=1 if step <= 50 else 9)
@@ -172,8 +175,8 @@ def test_whole_numbers_are_not_interpolated(monkeypatch):
 @pytest.mark.parametrize("phase", [states.TRAIN, states.FORK])
 def test_a_history_is_bounded_and_even_however_long_the_run(monkeypatch, phase):
     """Long forks too: they must not crowd out what comes after them."""
-    monkeypatch.setattr(_history, "_MAX_RECORDS", 64)
-    monkeypatch.setattr(_recorder, "_PENDING_LIMIT", 4)
+    monkeypatch.setattr(history_module, "_MAX_RECORDS", 64)
+    monkeypatch.setattr(recorder_module, "_PENDING_LIMIT", 4)
     target = recorder()
     for step in range(1, 5001):
         log(target, step, phase=phase)
@@ -186,7 +189,7 @@ def test_a_history_is_bounded_and_even_however_long_the_run(monkeypatch, phase):
 
 
 def test_no_rollback_is_missed_between_two_records(monkeypatch):
-    monkeypatch.setattr(_history, "_MAX_RECORDS", 16)
+    monkeypatch.setattr(history_module, "_MAX_RECORDS", 16)
     target = recorder()
     for step in range(1, 1001):
         log(target, step, rewound=step - 3 if step % 101 == 0 else -1)

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from autotunenet_jax import _observations
+from autotunenet_jax.bayesopt import trials
 
-add = jax.jit(_observations.add, static_argnames="keep_best")
+add = jax.jit(trials.add, static_argnames="keep_best")
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "keep_best"))
 def _filled(scores, length, *, capacity, keep_best):
     def step(obs, trial):
         index, score = trial
-        more = _observations.add(obs, jnp.array([0.5]), score, time=index, keep_best=keep_best)
+        more = trials.add(obs, jnp.array([0.5]), score, time=index, keep_best=keep_best)
         return jax.tree.map(lambda new, old: jnp.where(index < length, new, old), more, obs), None
 
-    return jax.lax.scan(step, _observations.empty(capacity, 1), (jnp.arange(40), scores))[0]
+    return jax.lax.scan(step, trials.empty(capacity, 1), (jnp.arange(40), scores))[0]
 
 
 def filled(scores, *, capacity, keep_best=0.25):
@@ -28,8 +28,8 @@ def filled(scores, *, capacity, keep_best=0.25):
 
 
 def test_trials_fill_the_slots_in_order():
-    obs = add(_observations.empty(4, 2), jnp.array([0.1, 0.9]), 3.0, noise=0.5, time=2.0, group=7)
-    assert _observations.mask(obs).tolist() == [True, False, False, False]
+    obs = add(trials.empty(4, 2), jnp.array([0.1, 0.9]), 3.0, noise=0.5, time=2.0, group=7)
+    assert trials.mask(obs).tolist() == [True, False, False, False]
     np.testing.assert_allclose(obs.x[0], [0.1, 0.9])
     assert (float(obs.y[0]), float(obs.noise[0]), float(obs.time[0]), int(obs.group[0])) == (3.0, 0.5, 2.0, 7)
     assert not obs.failed[0]
@@ -42,7 +42,7 @@ def test_a_score_that_is_no_number_is_a_failure_and_is_never_stored(score):
 
 
 def test_bad_inputs_are_made_harmless():
-    obs = add(_observations.empty(2, 3), jnp.array([np.nan, -1.0, 2.0]), 1e38, noise=-1.0, time=np.nan)
+    obs = add(trials.empty(2, 3), jnp.array([np.nan, -1.0, 2.0]), 1e38, noise=-1.0, time=np.nan)
     assert obs.x[0].tolist() == [0.5, 0.0, 1.0]
     assert float(obs.noise[0]) == 0.0 and float(obs.time[0]) == 0.0
     assert np.isfinite(np.square(np.float32(obs.y[0])))
@@ -69,7 +69,7 @@ def test_failures_are_forgotten_before_good_trials():
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40))
 def test_the_best_trial_and_the_newest_are_never_forgotten(scores):
     obs = filled(scores, capacity=8)
-    kept = obs.y[np.asarray(_observations.mask(obs))]
+    kept = obs.y[np.asarray(trials.mask(obs))]
     assert len(kept) == min(len(scores), 8)
     assert float(kept.min()) == min(scores)
     assert float(kept[-1]) == np.float32(scores[-1])
@@ -79,4 +79,4 @@ def test_the_best_trial_and_the_newest_are_never_forgotten(scores):
 @pytest.mark.parametrize("size", [(0, 1), (1, 0)])
 def test_sizes_below_one_are_refused(size):
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        _observations.empty(*size)
+        trials.empty(*size)

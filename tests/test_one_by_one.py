@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import autotunenet_jax as atn
-from autotunenet_jax._one_by_one import one_by_one
+from autotunenet_jax.compiler.sequential_batching import one_by_one
 
 
 @one_by_one(static_argnums=(1,))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autotunenet_jax._single_kernel import once, single_kernel
+from autotunenet_jax.compiler.single_kernel import once, single_kernel
 
 
 def scores(options, key, state, loss):

@@ -86,10 +86,10 @@ def test_a_disk_that_is_full(tmp_path):
 def test_a_disk_that_fills_up_while_a_snapshot_is_written(tmp_path, monkeypatch):
     if not can_mount(tmp_path):
         pytest.skip("needs the right to mount a small file system")
-    from autotunenet_jax import _snapshots
+    from autotunenet_jax.checkpoint import store as module
 
     # The check for free space passes, as it does when somebody else fills the disk a moment later.
-    monkeypatch.setattr(_snapshots, "_SPARE_BYTES", -(2**30))
+    monkeypatch.setattr(module, "_SPARE_BYTES", -(2**30))
     big = {"w": np.random.default_rng(0).normal(size=500_000)}
     with faults.small_disk(tmp_path, size_bytes=2 * 2**20), atn.Snapshots(tmp_path / "store") as store:
         assert save_all(store, [1]) == []
@@ -178,14 +178,14 @@ def test_warnings_point_at_the_line_that_saved(tmp_path):
 
 
 def test_no_host_memory_for_the_copy(tmp_path, monkeypatch):
-    from autotunenet_jax import _snapshots
+    from autotunenet_jax.checkpoint import store as module
 
     def fail(*_):
         raise MemoryError("no memory")
 
     with atn.Snapshots(tmp_path) as store:
         with monkeypatch.context() as patch, pytest.warns(atn.SnapshotWarning, match="no memory"):
-            patch.setattr(_snapshots, "copy_to_host", fail)
+            patch.setattr(module, "copy_to_host", fail)
             store.save(1, state_at(1))
         store.save(2, state_at(2))
         assert store.latest() == 2

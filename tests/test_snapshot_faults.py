@@ -147,14 +147,14 @@ def test_a_reader_passes_over_but_touches_nothing(folder):
 
 
 def test_arrays_written_wrong_are_noticed_though_the_files_are_whole(folder, monkeypatch):
-    from autotunenet_jax import _snapshot_arrays
+    from autotunenet_jax.checkpoint import orbax_io
 
-    write = _snapshot_arrays._write_arrays
+    write = orbax_io._write_arrays
 
     def write_wrong(path, arrays):
         write(path, {**arrays, "000001": arrays["000001"] + 1})
 
-    monkeypatch.setattr(_snapshot_arrays, "_write_arrays", write_wrong)
+    monkeypatch.setattr(orbax_io, "_write_arrays", write_wrong)
     with atn.Snapshots(folder) as store:
         store.save(40, state_at(40))
     step, messages = restore(folder)

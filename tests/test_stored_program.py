@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autotunenet_jax import _stored_program
-from autotunenet_jax._single_kernel import once, single_kernel
-from autotunenet_jax._stored_program import stored_program
+from autotunenet_jax.compiler import stored_program as programs
+from autotunenet_jax.compiler.single_kernel import once, single_kernel
+from autotunenet_jax.compiler.stored_program import stored_program
 
 TRACES = []
 
@@ -38,7 +38,7 @@ def run(power=2, x=(1.0, 2.0, 3.0)):
 
 
 def another_process():
-    _stored_program._stored.cache_clear()
+    programs._stored.cache_clear()
     TRACES.clear()
 
 
@@ -78,7 +78,7 @@ def test_what_is_different_is_stored_apart(folder, monkeypatch):
         run(2)
     assert len(files(folder)) == 3
     another_process()
-    monkeypatch.setattr(_stored_program, "_origin", lambda: b"code of another version")
+    monkeypatch.setattr(programs, "_origin", lambda: b"code of another version")
     run(2)
     assert TRACES and len(files(folder)) == 4
 
@@ -86,18 +86,18 @@ def test_what_is_different_is_stored_apart(folder, monkeypatch):
 def test_all_code_of_the_package_tells_programs_apart(monkeypatch):
     read, original = [], pathlib.Path.read_bytes
     monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: (read.append(path), original(path))[1])
-    _stored_program._origin.__wrapped__()
-    package = pathlib.Path(_stored_program.__file__).parent
+    programs._origin.__wrapped__()
+    package = pathlib.Path(programs.__file__).parents[1]
     assert package / "controller" / "decision.py" in read
     assert set(read) == set(package.rglob("*.py"))
 
 
 def test_it_says_whether_any_program_is_stored(folder):
-    assert not _stored_program.has_programs()
+    assert not programs.has_programs()
     run()
-    assert _stored_program.has_programs()
+    assert programs.has_programs()
     jax.config.update("jax_compilation_cache_dir", None)
-    assert not _stored_program.has_programs()
+    assert not programs.has_programs()
 
 
 def test_without_a_cache_nothing_is_written(folder):
@@ -138,7 +138,7 @@ def test_what_cannot_be_exported_is_traced(folder, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("a custom call without guarantees")
 
-    monkeypatch.setattr(_stored_program.export, "export", refuse)
+    monkeypatch.setattr(programs.export, "export", refuse)
     assert_right(run())
     assert not files(folder)
 
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_no_remains(folder, monkeypatch):
 
 def test_nothing_is_stored_at_a_url(folder):
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
-    assert _stored_program._folder() is None
+    assert programs._folder() is None
 
 
 def test_a_folder_that_cannot_be_written(folder):

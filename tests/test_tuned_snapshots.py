@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _packed, _tuned_snapshots
-from autotunenet_jax._tuned_snapshots import Snapshot, SnapshotTrees, SnapshotVectors, snapshots_of
+from autotunenet_jax.compiler import packing
+from autotunenet_jax.wrapper import copies
+from autotunenet_jax.wrapper.copies import Snapshot, SnapshotTrees, SnapshotVectors, snapshots_of
 
 
 def snapshot(seed, *, shape=(3, 4)):
@@ -74,11 +75,11 @@ def test_a_population_has_snapshots_of_its_own(kept):
 @pytest.fixture
 def limited(monkeypatch):
     def limit(longest):
-        monkeypatch.setattr(_packed, "_LONGEST", longest)
-        _packed.pack.clear_cache()
+        monkeypatch.setattr(packing, "_LONGEST", longest)
+        packing.pack.clear_cache()
 
     yield limit
-    _packed.pack.clear_cache()
+    packing.pack.clear_cache()
 
 
 def test_long_vectors_are_parted(limited):
@@ -121,7 +122,7 @@ def test_a_step_carries_few_arrays_more_however_many_parameters_there_are():
 
 
 def test_on_several_devices_they_stay_trees(monkeypatch):
-    monkeypatch.setattr(_tuned_snapshots.jax, "device_count", lambda: 2)
+    monkeypatch.setattr(copies.jax, "device_count", lambda: 2)
     state = wrapped("keep-winner").init(layers(2))
     assert isinstance(state.snapshots, SnapshotTrees)
     assert_same(state.saved.params, layers(2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _run
+from autotunenet_jax.loop import run
 from tests import problem
 
 
@@ -138,14 +138,14 @@ def test_nothing_waits_for_the_device_between_decisions(monkeypatch):
             waits.append(self.phase)
             return bool(self.array)
 
-    original = _run.Run.train_one
+    original = run.Run.train_one
 
     def train_one(self):
         phase = self.phase
         due, wants = original(self)
         return Watched(due, phase), Watched(wants, phase)
 
-    monkeypatch.setattr(_run.Run, "train_one", train_one)
+    monkeypatch.setattr(run.Run, "train_one", train_one)
     atn.fit(problem.train_step, problem.new_state(), problem.batches, tuner=problem.tuner(), progress=False)
     assert len(waits) > 0
     assert waits.count(0) <= 2  # TRAIN: none but at the end of a stretch

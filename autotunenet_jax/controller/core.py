@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._float32 import in_float32
-from .._one_by_one import one_by_one
-from .._space import SearchSpace
-from .._stored_program import named, stored_program
+from ..compiler.precision import in_float32
+from ..compiler.sequential_batching import one_by_one
+from ..compiler.stored_program import named, stored_program
+from ..space.search_space import SearchSpace
 from . import decision, schedule, update, validation_monitor
 from .loss_monitor import Guard
 from .roles import roles_of
