@@ -233,7 +233,7 @@ print(hashlib.sha256(step.lower(params, state).as_text().encode()).hexdigest())
 
 
 def test_a_second_run_of_a_script_does_not_trace_its_decisions(tmp_path):
-    root = pathlib.Path(__file__).resolve().parent.parent
+    root = pathlib.Path(__file__).resolve().parents[2]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
     runs = [
         subprocess.run(
