@@ -58,9 +58,16 @@ def train(folder=None):
 
         def reporting(run):
             nonlocal began_at
-            began_at = run.step if began_at is None else began_at
-            if run.step > began_at:
-                print("at", run.step, atn.PHASES[run.phase], int(store.is_saving), began_at, flush=True)
+            began_at = run.controller.step if began_at is None else began_at
+            if run.controller.step > began_at:
+                print(
+                    "at",
+                    run.controller.step,
+                    atn.PHASES[run.controller.phase],
+                    int(store.is_saving),
+                    began_at,
+                    flush=True,
+                )
                 time.sleep(_PAUSE_S)
             return train_one(run)
 

@@ -1,11 +1,10 @@
-"""Carrying out a directive inside a compiled step: two copies of the training state, and the copies between them."""
+"""Carrying out a directive inside a compiled step, on the training state and the two copies of it."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..checkpoint.memory_copies import copy_tree
 from ..controller.state import OUTCOME_ROLLBACK, Directive
 
 
@@ -17,13 +16,7 @@ class Copies(NamedTuple):
     kept: Any
 
 
-def start(state: Any) -> Copies:
-    """A training state with both copies made of it; nothing is shared with the argument. Leaves become JAX arrays."""
-    arrays = jax.tree.map(jnp.asarray, state)
-    return Copies(copy_tree(arrays), copy_tree(arrays), copy_tree(arrays))
-
-
-def obey(directive: Directive, copies: Copies) -> Copies:
+def carry_out(directive: Directive, copies: Copies) -> Copies:
     """Carries a directive out, in the order that `Directive` gives. Jit-able; donate ``copies``.
 
     Cost: nothing where the directive asks for nothing, one pass over the state for each copy.

@@ -173,26 +173,26 @@ def fit(
                 _train(run, total, interval, stop, shown, store)
             except EndOfDataError:
                 is_interrupted = True
-                recorder.note(run.step, "data", "The batches ran out before the budget did.")
+                recorder.note(run.controller.step, "data", "The batches ran out before the budget did.")
             finally:
                 # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
                 if store is not None and run.is_alive():
-                    store.save(run.step, run.snapshot(), metric=run.last_eval, wait=True)
+                    _save(run, store, wait=True)
     finally:
         shown.close()
         if opened is not None:
             opened.close()
-    run.settle()
     run.end()
-    recorder.finish(run.step, int(run.ts.rollbacks))
+    session, ts = run.session, run.controller.state
+    recorder.finish(run.controller.step, int(ts.rollbacks))
     return FitResult(
-        state=run.copies.state,
+        state=run.host.state,
         history=recorder.history,
-        hyperparams=tuner.space.to_python(tuner.space.decode(run.ts.incumbent)),
-        tuner_state=run.ts,
-        eval=run.last_eval,
-        best_state=run.copies.state if run.best is None else run.best.to_device(),
-        best_eval=run.best_eval,
+        hyperparams=tuner.space.to_python(tuner.space.decode(ts.incumbent)),
+        tuner_state=ts,
+        eval=session.last_eval,
+        best_state=run.host.state if session.best is None else session.best.to_device(),
+        best_eval=session.best_eval,
         is_interrupted=is_interrupted or stop.is_requested,
     )
 
@@ -206,17 +206,22 @@ def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, sto
         now = time.monotonic()
         if shown.is_on and now - shown_at > _SHOW_EVERY_SECONDS:
             shown_at = now
-            run.recorder.show(run.step)
+            run.recorder.show(run.controller.step)
 
-    if run.step == 0:
-        run.evaluate(is_settled=True)
-    while run.step < total and not stop.is_requested:
-        until_eval = interval - run.step % interval if run.phase == TRAIN else total
-        run.train_stretch(min(until_eval, total - run.step, _STEPS_PER_STRETCH), stop, on_step=show)
-        if run.phase == TRAIN and run.step % interval == 0 and run.step < total:
-            run.evaluate(is_settled=True)
+    controller, session = run.controller, run.session
+    if controller.step == 0:
+        session.evaluate()
+    while controller.step < total and not stop.is_requested:
+        until_eval = interval - controller.step % interval if controller.phase == TRAIN else total
+        run.train_stretch(min(until_eval, total - controller.step, _STEPS_PER_STRETCH), stop, on_step=show)
+        if controller.phase == TRAIN and controller.step % interval == 0 and controller.step < total:
+            session.evaluate()
         if store is not None and store.is_due():
-            store.save(run.step, run.snapshot(), metric=run.last_eval)
+            _save(run, store)
+
+
+def _save(run: Run, store: Snapshots, *, wait: bool = False) -> None:
+    store.save(run.controller.step, run.snapshot(), metric=run.session.last_eval, wait=wait)
 
 
 class _Reads(dict):

@@ -47,14 +47,20 @@ def bits(tree):
 
 
 def account(history, hyperparams, state):
-    """A run as plain data: what was decided, when and why, every record by its digest, and where the run ended."""
-    everything = json.dumps(history.to_dict(), sort_keys=True, default=str)
+    """A run as plain data: what was decided and when, every step and metric by their digest, and where the run ended.
+
+    Which messages go with it is none of its business, and neither is whether one state's metric is noted twice.
+    """
+    rounds = [
+        {name: row[name] for name in ("start", "end", "kind", "scored_by", "best", "outcome", "chosen")}
+        for row in history.rounds
+    ]
+    evals = {row["step"]: row["value"] for row in history.evals}
+    kinds = ("rollback", "retry", "shift", "rate", "resume")
+    everything = json.dumps([history.records, history.rounds, sorted(evals.items())], sort_keys=True, default=str)
     return {
-        "rounds": [
-            {name: row[name] for name in ("start", "end", "kind", "scored_by", "best", "outcome", "chosen")}
-            for row in history.rounds
-        ],
-        "events": [[row["step"], row["kind"]] for row in history.events],
+        "rounds": rounds,
+        "events": sorted([row["step"], row["kind"]] for row in history.events if row["kind"] in kinds),
         "records": hashlib.sha256(everything.encode()).hexdigest()[:16],
         "hyperparams": hyperparams,
         "state": state,

@@ -15,8 +15,10 @@ from autotunenet_jax.controller import loss_monitor
 from autotunenet_jax.controller import state as states
 from autotunenet_jax.loop import checks, run
 from autotunenet_jax.loop import fit as fit_module
+from autotunenet_jax.loop.device_copies import Copies
 from autotunenet_jax.loop.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
+from autotunenet_jax.session.session import Session
 from tests import problem
 
 
@@ -165,7 +167,7 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
     """What is restored is what was saved, what is adopted is what was kept, and all forks start from one state."""
     seen = {"restored": 0, "adopted": 0, "rolled back": 0}
     starts = []
-    train_one, decide = run.Run.train_one, run.Run.decide
+    train_one, decide = run.Run.train_one, Session.decide
 
     def host(copies):
         return jax.tree.map(
@@ -178,12 +180,14 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
         )
 
     def watched_train_one(run):
-        before, rollbacks = host(run.copies), int(run.ts.rollbacks)
-        if run.phase == states.FORK and int(run.ts.segment_left) == int(run.ts.segment_length):
+        before, rollbacks = host(run.copies), int(run.controller.state.rollbacks)
+        if run.controller.phase == states.FORK and int(run.controller.state.segment_left) == int(
+            run.controller.state.segment_length
+        ):
             starts.append(before.state)
         out = train_one(run)
         after = host(run.copies)
-        if int(run.ts.rollbacks) > rollbacks:
+        if int(run.controller.state.rollbacks) > rollbacks:
             seen["rolled back"] += 1
             key = after.state.pop("key")
             sources = [{**copy} for copy in (before.saved, before.kept)]
@@ -193,19 +197,22 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
             assert problem.same(after[1:], before[1:])
         return out
 
-    def watched_decide(run):
-        before, kept, phase = host(run.copies), int(run.ts.round.kept), run.phase
-        decide(run)
-        after = host(run.copies)
-        if phase != states.TRAIN and run.phase == states.FORK and int(run.ts.segment_left):
+    def watched_decide(session):
+        controller, copies = session.controller, lambda: Copies(session.host.state, session.saved, session.kept)
+        before, kept, phase = host(copies()), int(controller.state.round.kept), controller.phase
+        decision = decide(session)
+        after = host(copies())
+        if phase != states.TRAIN and controller.phase == states.FORK and int(controller.state.segment_left):
             seen["restored"] += 1
             assert problem.same(after.state, before.saved)
-        if phase == states.FORK and run.phase == states.TRAIN and problem.same(before.kept, after.kept) and kept >= 0:
+        adopts = phase == states.FORK and controller.phase == states.TRAIN and kept >= 0
+        if adopts and problem.same(before.kept, after.kept):
             seen["adopted"] += 1
             assert problem.same(after.state, before.kept)
+        return decision
 
     monkeypatch.setattr(run.Run, "train_one", watched_train_one)
-    monkeypatch.setattr(run.Run, "decide", watched_decide)
+    monkeypatch.setattr(Session, "decide", watched_decide)
     fit({100: "poison"}, key=jax.random.key(3))
     fit({100: "nan"}, tuner=problem.tuner(1e-1))
     assert seen["restored"] >= 4 and seen["rolled back"] == 2

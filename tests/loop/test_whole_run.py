@@ -141,7 +141,7 @@ def test_nothing_waits_for_the_device_between_decisions(monkeypatch):
     original = run.Run.train_one
 
     def train_one(self):
-        phase = self.phase
+        phase = self.controller.phase
         due, wants = original(self)
         return Watched(due, phase), Watched(wants, phase)
 

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import os
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import torch
 
 import autotunenet_jax as atn
 
-from . import _reduce
+from . import distributed
 
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
@@ -116,7 +117,17 @@ def restore_together(store: atn.Snapshots) -> tuple[int, Any] | None:
     """
     found = restore(store)
     while True:
-        steps = [int(step) for (step,) in _reduce.gather(-1 if found is None else found[0])]
+        steps = [int(step) for (step,) in distributed.gather(-1 if found is None else found[0])]
         if len(set(steps)) == 1:
             return found
         found = restore(store, at_most=min(steps))
+
+
+def open_store(snapshots: Any, tuner: Any) -> tuple[atn.Snapshots | None, bool]:
+    """The folder of snapshots, one per process, and whether it was opened here."""
+    if snapshots is None or isinstance(snapshots, atn.Snapshots):
+        return snapshots, False
+    folder = os.fspath(snapshots)
+    if distributed.is_distributed():
+        folder = os.path.join(folder, f"rank{distributed.rank()}")
+    return atn.Snapshots(folder, mode=tuner.mode, space=tuner.space), True

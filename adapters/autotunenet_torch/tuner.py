@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import autotunenet_jax as atn
+from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Session
 
-from . import _given, _reduce, _schedulers, _targets
-from ._engine import Engine
-from ._live import LiveTraining
-from ._run import Run
-from ._snapshot import TrainingState
+from . import arguments, checkpoint, distributed, lr_schedulers
+from .host import Stream, TorchHost
+from .notices import Notices
+from .targets import find
+from .training_state import TrainingState
 
 
 class AutoTuneNet:
@@ -105,9 +106,10 @@ class AutoTuneNet:
         self._seed, self._snapshot_device = seed, snapshot_device
         # Every argument is checked now, not at attach. The core has an order of its own for the names.
         self.space = self._core(total_steps, self._initial, has_scheduler=False).space
-        self._run: Run | None = None
-        # What a loop adds to each copy of the training state.
-        self._extra: Callable[[], Any] = lambda: None
+        self._session: Session | None = None
+        # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
+        self._stream: Stream | None = None
+        self._keeps_best = False
 
     def __repr__(self) -> str:
         return f"AutoTuneNet({self.space!r}, total_steps={self.total_steps}, mode={self.mode!r})"
@@ -167,18 +169,18 @@ class AutoTuneNet:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        optimizer = _given.bare_optimizer(optimizer)
-        schedulers = _schedulers.as_list(scheduler)
+        optimizer = arguments.bare_optimizer(optimizer)
+        schedulers = lr_schedulers.as_list(scheduler)
         total_steps = self.total_steps if total_steps is None else total_steps
         state = TrainingState(
-            model, optimizer, schedulers=schedulers, scaler=_given.live_scaler(scaler), device=self._snapshot_device
+            model, optimizer, schedulers=schedulers, scaler=arguments.live_scaler(scaler), device=self._snapshot_device
         )
-        _given.check_belongs(model, optimizer)
+        arguments.check_belongs(model, optimizer)
         setters = {**(targets or {}), **self._setters}
         functions = [name for name, setter in setters.items() if not hasattr(setter, "write")]
-        _given.check_bounds(self.space, functions)
+        arguments.check_bounds(self.space, functions)
         found = {
-            name: _targets.find(
+            name: find(
                 name,
                 model,
                 optimizer,
@@ -189,20 +191,19 @@ class AutoTuneNet:
             )
             for name in self.space.names
         }
-        if self._run is not None:
-            self._run.live.warm_up.release()
-        live = LiveTraining(state, found, self._extra, steps=total_steps)
-        core = self._core(total_steps, live.starts(self._initial, self.space), has_scheduler=bool(schedulers))
+        if self._session is not None:
+            self._host.warm_up.release()
+        stream, keeps_best = self._stream, self._keeps_best
+        self._host = TorchHost(state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best)
+        starts = self._host.starts(self._initial, self.space)
+        core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
-        recorder = atn.Recorder(
-            atn.History(self.space.names),
-            self.space,
-            progress or atn.Progress(core.total_steps or 1, is_on=False),
-            callbacks,
-        )
-        self._run = Run(Engine(core, seed=self._seed), live, recorder, validate=validate)
-        if validate is not None:
-            self._run.validate(validate())
+        shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
+        recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks)
+        self._session = Session(self._host, PackedController(core, seed=self._seed), recorder)
+        self._notices = Notices(self._session)
+        if self._session.evaluate():
+            self._session.write()
 
     # Training.
 
@@ -222,19 +223,22 @@ class AutoTuneNet:
         Cost:
           About 0.1 ms on the host; more at decisions, a few dozen in a run. Reading a loss on a GPU waits for it.
         """
-        self._attached().advance(_reduce.to_float(loss, name="loss"))
+        session = self._attached()
+        own = distributed.to_float(loss, name="loss")
+        report = session.report(distributed.mean(own), recorded=own)
+        self._notices.after(report)
 
-    def _attached(self) -> Run:
-        if self._run is None:
+    def _attached(self) -> Session:
+        if self._session is None:
             raise RuntimeError("the tuner is not attached yet: call attach(model, optimizer, ...) before training.")
-        return self._run
+        return self._session
 
     # Validation.
 
     @property
     def wants_validation(self) -> bool:
         """Whether the tuner would like `validate` to be called with the metric of the present state, before `step`."""
-        return self._attached().wants_validation
+        return self._attached().wants_eval
 
     def validate(self, value: Any) -> None:
         """Takes in a validation metric of the present state, in the direction of ``mode``.
@@ -247,33 +251,47 @@ class AutoTuneNet:
         Args:
           value: Scalar tensor or number.
         """
-        self._attached().validate(value)
+        session = self._attached()
+        session.observe(distributed.mean(distributed.to_float(value, name="value")))
+        if session.is_settled:
+            session.end_at_best()
+        else:
+            # Rates are lowered at once when training has stopped generalising.
+            session.write()
+
+    def _note_metric(self, value: Any) -> None:
+        """Records another metric of the present state, which is not compared with the first."""
+        session = self._attached()
+        metric = distributed.mean(distributed.to_float(value, name="value"))
+        is_settled = session.controller.phase == TRAIN
+        session.recorder.add_eval(session.controller.step, metric, is_settled=is_settled)
 
     # What is in force, and what happened.
 
     @property
     def hyperparams(self) -> dict[str, Any]:
         """Values in force for the next step, by name; for a rate with schedule, cool-down and scheduler applied."""
-        return self._attached().live.shaped()
+        self._attached()
+        return self._host.shaped()
 
     @property
     def best_hyperparams(self) -> dict[str, Any]:
         """The tuned values themselves, before decay, fork and cool-down."""
-        engine = self._attached().engine
-        return self.space.to_python(self.space.decode(engine.state.incumbent))
+        incumbent = self._attached().controller.state.incumbent
+        return self.space.to_python(self.space.decode(incumbent))
 
     def finish(self) -> None:
         """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic."""
-        run = self._attached()
-        if not run.is_settled:
-            run.settle()
+        session = self._attached()
+        if not session.is_settled:
+            session.settle()
 
     @property
     def history(self) -> atn.History:
         """What happened so far; see `autotunenet_jax.History`."""
-        run = self._attached()
-        run.recorder.finish(run.engine.step, int(run.engine.state.rollbacks))
-        return run.recorder.history
+        session = self._attached()
+        session.recorder.finish(session.controller.step, int(session.controller.state.rollbacks))
+        return session.recorder.history
 
     # Saving and loading.
 
@@ -284,7 +302,7 @@ class AutoTuneNet:
         forks, and outside rounds the one of the best validation metric, if there is one. For others a loaded tuner
         takes the training state it finds.
         """
-        return self._attached().state_dict()
+        return checkpoint.state_dict(self._attached(), self._host)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` gave. Load model, optimizer and scheduler first, then attach, then this.
@@ -292,4 +310,4 @@ class AutoTuneNet:
         Raises:
           ValueError: It is of another version, search space, budget or policy.
         """
-        self._attached().load_state_dict(state)
+        checkpoint.load_state_dict(self._attached(), self._host, state)

@@ -11,13 +11,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 import autotunenet_jax as atn
+from autotunenet_jax.hosting import TRAIN, Session, Stop
 
-from . import _durable, _parts, _reduce, _rng
-from ._data import ReplayBuffer, map_tensors, rows
-from ._engine import TRAIN
-from ._snapshot import clone
-from ._stop import Stop
-from ._tuner import AutoTuneNet
+from . import arguments, checkpoint, distributed, objective, random_state, serialization
+from .data import ReplayBuffer, map_tensors, rows
+from .targets import AttributeTarget, KeywordTarget
+from .tuner import AutoTuneNet
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
@@ -62,8 +61,6 @@ class Trainer:
       callbacks: Called with the record of each round as it ends.
 
     Attributes:
-      best_state: The model's ``state_dict`` at its best validation, on the CPU; None before one.
-      best_value: The metric there.
       is_interrupted: Whether the last run was ended early by Ctrl-C.
 
     Raises:
@@ -108,16 +105,25 @@ class Trainer:
         self.clip_norm, self.accumulate, self.precision = clip_norm, accumulate, precision
         self.monitor, self.eval_every, self.restore_best = monitor, eval_every, restore_best
         self._make_optimizer, self._optimizer_options = optimizer, dict(optimizer_options or {})
-        self._make_scheduler, self._forward = scheduler, forward or _parts.split
+        self._make_scheduler, self._forward = scheduler, forward or objective.split
         self._metrics = None if metrics is None else dict(metrics)
         self._progress, self._callbacks = progress, tuple(callbacks)
         self._loss_options: dict[str, Any] = {}
         self._batch_size: int | None = None
         self.model: Any = None
         self._tuner: Any = None
-        self.best_state: dict[str, Any] | None = None
-        self.best_value: float | None = None
+        self._session: Session | None = None
         self.is_interrupted = False
+
+    @property
+    def best_state(self) -> dict[str, Any] | None:
+        """The model's ``state_dict`` at its best validation, on the CPU; None before one."""
+        return None if self._session is None else self._session.best
+
+    @property
+    def best_value(self) -> float | None:
+        """The metric there."""
+        return None if self._session is None else self._session.best_eval
 
     # Training.
 
@@ -154,24 +160,24 @@ class Trainer:
             raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        total = _parts.budget(
+        total = arguments.budget(
             train_loader, steps=self.steps, epochs=self.epochs, accumulate=self.accumulate, planned=tuner._planned_steps
         )
-        _parts.check_slow(tuner.space, has_validation=val_loader is not None)
+        arguments.check_slow(tuner.space, has_validation=val_loader is not None)
         self.model = model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
-        self.best_state = self.best_value = None
+        self._session = None
         self._prepare_lazy(train_loader)
         self.optimizer = self._optimizer(tuner)
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         source = ReplayBuffer(train_loader)
-        shown = atn.Progress(total, is_on=self._progress and _reduce.rank() == 0)
-        store, is_owned = _parts.open_store(snapshots, tuner)
+        shown = atn.Progress(total, is_on=self._progress and distributed.rank() == 0)
+        store, is_owned = serialization.open_store(snapshots, tuner)
         interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         try:
             self.model.train()
-            tuner._extra = lambda: source.cursor
+            tuner._stream, tuner._keeps_best = source, True
             tuner.attach(
                 self.model,
                 self.optimizer,
@@ -184,66 +190,63 @@ class Trainer:
                 callbacks=self._callbacks,
                 progress=shown,
             )
-            tuner._attached().notices.has_told_slow = True  # said above
-            self._resume(store if resume else None, source)
+            self._session = session = tuner._attached()
+            if resume and store is not None:
+                self._resume(session, store, source)
             with Stop() as stop:
-                self.is_interrupted = self._run(total, source, store, interval, shown, stop)
+                self.is_interrupted = self._run(session, total, source, store, interval, shown, stop)
         finally:
+            tuner._stream, tuner._keeps_best = None, False
             shown.close()
             if is_owned and store is not None:
                 store.close()
         tuner.finish()
-        if val_loader is not None and not self.is_interrupted:
-            tuner.validate(self._measure(is_last=True))
+        if not self.is_interrupted and session.evaluate():
+            session.end_at_best()
         if self.restore_best and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         return tuner.history
 
     def _run(
-        self, total: int, source: ReplayBuffer, store: atn.Snapshots | None, interval: int, shown: Any, stop: Stop
+        self,
+        session: Session,
+        total: int,
+        source: ReplayBuffer,
+        store: atn.Snapshots | None,
+        interval: int,
+        shown: atn.Progress,
+        stop: Stop,
     ) -> bool:
         """Trains to the end of the budget, or until asked to stop; returns whether it was."""
-        tuner = self._tuner
-        run = tuner._attached()
-        engine = run.engine
-        if engine.phase != TRAIN:
-            source.hold()
+        controller = session.controller
         shown_at, is_stopping = time.monotonic(), False
-        while engine.step < total and not is_stopping:
-            was_training = engine.phase == TRAIN
+        while controller.step < total and not is_stopping:
             loss = self.train_step(source)
-            said, cursor = run.advance(loss)
-            if cursor is not None:
-                source.cursor = tuple(cursor)
-            if was_training and said.phase != TRAIN:
-                source.hold()
-            elif not was_training and said.phase == TRAIN:
-                source.release()
-            is_training = said.phase == TRAIN
-            is_regular = is_training and said.step % interval == 0 and said.step < total
-            if is_regular and self._val_loader is not None and run.eval_step != said.step:
-                tuner.validate(self._measure())
-            is_stopping, is_due = self._agree(said.step, stop, store)
-            if store is not None and is_due and is_training and not is_stopping and said.step < total:
-                self._save(store, source)
+            session.report(distributed.mean(loss), recorded=loss)
+            step, is_training = controller.step, controller.phase == TRAIN
+            if is_training and step % interval == 0 and step < total and session.evaluate():
+                session.write()
+            is_stopping, is_due = self._agree(step, stop, store)
+            if store is not None and is_due and is_training and not is_stopping and step < total:
+                self._save(session, store, source)
             if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
                 shown_at = time.monotonic()
                 shown.show(
-                    step=said.step,
-                    phase=atn.PHASES[said.phase],
+                    step=step,
+                    phase=atn.PHASES[controller.phase],
                     loss=loss,
-                    hyperparams=tuner.hyperparams,
-                    discarded=run.recorder.discarded,
+                    hyperparams=self._tuner.hyperparams,
+                    discarded=session.recorder.discarded,
                 )
-        if store is not None and engine.phase == TRAIN:
-            self._save(store, source)
+        if store is not None and controller.phase == TRAIN:
+            self._save(session, store, source)
         return is_stopping
 
     def _agree(self, step: int, stop: Stop, store: atn.Snapshots | None) -> tuple[bool, bool]:
         """Whether to stop and whether to save, the same on all processes, whose clocks and signals differ."""
-        if _reduce.is_distributed() and step % _AGREE_EVERY:
+        if distributed.is_distributed() and step % _AGREE_EVERY:
             return False, False
-        said = _reduce.gather(stop.is_requested, store is not None and store.is_due())
+        said = distributed.gather(stop.is_requested, store is not None and store.is_due())
         return any(stops for stops, _ in said), all(dues for _, dues in said)
 
     def train_step(self, source: ReplayBuffer) -> float:
@@ -267,7 +270,7 @@ class Trainer:
         return float(total) / self.accumulate
 
     def _loss(self, outputs: Any, targets: Any) -> torch.Tensor:
-        loss = _parts.scalar(self.loss_fn(outputs, targets, **self._loss_options))
+        loss = objective.scalar(self.loss_fn(outputs, targets, **self._loss_options))
         if not loss.requires_grad:
             raise ValueError(
                 "the loss has no gradient: it does not depend on a parameter with requires_grad, or was detached on "
@@ -288,14 +291,14 @@ class Trainer:
         was_training, sums, count = self.model.training, {}, 0
         is_smoothed = self._tuner is not None and "label_smoothing" in self._tuner.space
         self.model.eval()
-        unsmoothed = _parts.unsmoothed(self.loss_fn, self._loss_options, is_tuned=is_smoothed)
-        with _rng.untouched(), torch.no_grad(), unsmoothed as options:
+        unsmoothed = objective.unsmoothed(self.loss_fn, self._loss_options, is_tuned=is_smoothed)
+        with random_state.untouched(), torch.no_grad(), unsmoothed as options:
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
                     outputs, targets = self._forward(self.model, batch)
-                    values = {"loss": _parts.scalar(self.loss_fn(outputs, targets, **options))}
-                for name, metric in _parts.metrics_for(self._metrics, outputs, targets).items():
+                    values = {"loss": objective.scalar(self.loss_fn(outputs, targets, **options))}
+                for name, metric in objective.metrics_for(self._metrics, outputs, targets).items():
                     values[name] = metric(outputs, targets)
                 size = rows(targets)
                 count += size
@@ -312,7 +315,7 @@ class Trainer:
             raise RuntimeError("there is no model yet: call fit first.")
         was_training, outputs = self.model.training, []
         self.model.eval()
-        with _rng.untouched(), torch.no_grad():
+        with random_state.untouched(), torch.no_grad():
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
@@ -322,22 +325,14 @@ class Trainer:
         self.model.train(was_training)
         return torch.cat(outputs) if outputs and isinstance(outputs[0], torch.Tensor) else outputs
 
-    def _measure(self, *, is_last: bool = False) -> float:
-        """Validates and keeps the best state; returns the monitored metric."""
-        engine = self._tuner._attached().engine
+    def _measure(self) -> float:
+        """Validates; returns the monitored metric."""
         values = self.validate()
         first = next((name for name in values if name != "loss"), "loss")
         name = self.monitor or ("loss" if self._tuner.mode == "min" else first)
         if name not in values:
             raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
-        value = _reduce.mean(values[name])
-        is_settled = is_last or engine.phase == TRAIN or engine.step == 0
-        sign = 1.0 if self._tuner.mode == "min" else -1.0
-        is_better = self.best_value is None or sign * value < sign * self.best_value
-        if is_settled and value == value and is_better:
-            self.best_value = value
-            self.best_state = clone(self.model.state_dict(), "cpu")
-        return value
+        return values[name]
 
     # Preparation.
 
@@ -359,11 +354,11 @@ class Trainer:
         if "batch_size" in self._tuner.space:
             size = getattr(loader, "batch_size", None) or rows(next(iter(loader)))
         targets: dict[str, Any] = {
-            "batch_size": _parts.Field(self, "_batch_size", size),
-            "clip_norm": _parts.Field(self, "clip_norm", self.clip_norm),
+            "batch_size": AttributeTarget(self, "_batch_size", start=size),
+            "clip_norm": AttributeTarget(self, "clip_norm"),
         }
-        if _parts.takes(self.loss_fn, "label_smoothing"):
-            targets["label_smoothing"] = _parts.Entry(self._loss_options, "label_smoothing")
+        if objective.takes(self.loss_fn, "label_smoothing"):
+            targets["label_smoothing"] = KeywordTarget(self._loss_options, "label_smoothing")
         return targets
 
     def _prepare_lazy(self, loader: Iterable[Any]) -> None:
@@ -381,23 +376,16 @@ class Trainer:
 
     # Durable snapshots.
 
-    def _save(self, store: atn.Snapshots, source: ReplayBuffer) -> None:
-        run = self._tuner._attached()
-        tree = {
-            **run.snapshot(),
-            "source": source.state(),
-            "best": {"value": self.best_value, "state": self.best_state},
-        }
-        _durable.save(store, run.engine.step, tree, metric=run.last_eval)
+    def _save(self, session: Session, store: atn.Snapshots, source: ReplayBuffer) -> None:
+        tree = {**checkpoint.snapshot(session, self._tuner._host), "source": source.state()}
+        serialization.save(store, session.controller.step, tree, metric=session.last_eval)
 
-    def _resume(self, store: atn.Snapshots | None, source: ReplayBuffer) -> None:
-        found = None if store is None else _durable.restore_together(store)
+    def _resume(self, session: Session, store: atn.Snapshots, source: ReplayBuffer) -> None:
+        found = serialization.restore_together(store)
         if found is None:
             return
         step, tree = found
         source.load(tree["source"])
         # Last, since it puts the random generators back.
-        run = self._tuner._attached()
-        run.resume(tree)
-        self.best_value, self.best_state = tree["best"]["value"], tree["best"]["state"]
-        run.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")
+        checkpoint.resume(session, self._tuner._host, tree)
+        session.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")

@@ -1,7 +1,8 @@
-"""What users hand over, looked at or unwrapped."""
+"""What users hand over, checked or unwrapped before training."""
 
 import math
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -90,3 +91,53 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
     return optimizer
+
+
+def budget(
+    loader: Iterable[Any], *, steps: int | None, epochs: int | None, accumulate: int, planned: int | None
+) -> int:
+    """Optimizer steps of the whole run: those asked for, or in so many passes over a loader.
+
+    Raises:
+      ValueError: The loader's length is unknown, and the tuner's own ``total_steps`` too.
+    """
+    total = steps
+    if total is None:
+        try:
+            total = (epochs or 1) * len(loader) // accumulate  # type: ignore[arg-type]
+        except TypeError:
+            total = planned
+    if total is None:
+        raise ValueError(
+            "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) or "
+            "AutoTuneNet(total_steps=...): the number of optimizer steps of the whole run."
+        )
+    if planned is not None and planned != total:
+        warnings.warn(
+            f"the tuner was given total_steps={planned}, and this training takes {total} optimizer steps: it is "
+            f"planned for {total}. Leave total_steps out beside a Trainer, or give Trainer(steps={planned}).",
+            stacklevel=3,
+        )
+    return total
+
+
+def check_slow(space: atn.SearchSpace, *, has_validation: bool) -> None:
+    """Says before training when slow hyperparameters cannot be tuned.
+
+    Raises:
+      ValueError: Nothing else is tuned.
+    """
+    slow = slow_names(space)
+    if has_validation or not slow:
+        return
+    names = ", ".join(slow)
+    if len(slow) == len(space.names):
+        raise ValueError(
+            f"{names} can be tuned on validation data only, and nothing else is in param_space. Give fit a val_loader: "
+            "the training loss would always ask for less regularisation."
+        )
+    warnings.warn(
+        f"{names} stay at their initial values: without a val_loader there is nothing to tune them by, since the "
+        "training loss always asks for less regularisation. Give fit a val_loader to tune them.",
+        stacklevel=3,
+    )

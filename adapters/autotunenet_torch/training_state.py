@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 import autotunenet_jax as atn
 
-from . import _rng
+from . import random_state
 
 
 def clone(value: Any, device: Any = None) -> Any:
@@ -156,7 +156,7 @@ class TrainingState:
                 ],
                 "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
                 "scaler": clone(self.scaler.state_dict()) if self.scaler is not None else {},
-                "rng": _rng.capture(),
+                "rng": random_state.capture(),
             }
 
     def copy_back(self, saved: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ class TrainingState:
                 scheduler.load_state_dict(clone(state))
             if self.scaler is not None:
                 self.scaler.load_state_dict(clone(saved["scaler"]))
-            _rng.restore(saved["rng"])
+            random_state.restore(saved["rng"])
 
     def check(self, saved: dict[str, Any]) -> None:
         """Whether a copy, perhaps of another process, is of a model like this one.

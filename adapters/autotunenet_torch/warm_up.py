@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from . import _schedulers
-from ._snapshot import clone, write_back
+from . import lr_schedulers
+from .training_state import clone, write_back
 
 # A warm-up is looked for over so many steps, and its end behind so many that change nothing.
 _LONGEST, _LONGEST_STAIR = 20_000, 1000
@@ -29,7 +29,7 @@ class WarmUp:
       steps: Steps of the run; None for an open-ended one.
 
     Attributes:
-      end: Place of the schedulers, see `_schedulers.place`, up to which rates only rise.
+      end: Place of the schedulers, see `lr_schedulers.place`, up to which rates only rise.
       in_round: Whether a round is being held.
     """
 
@@ -62,10 +62,10 @@ class WarmUp:
 
     def raised(self) -> dict[int, float]:
         """The rates that the next step is taken with, of those groups whose scheduler says less."""
-        if not self.in_round or _schedulers.place(self._schedulers) >= self.end:
+        if not self.in_round or lr_schedulers.place(self._schedulers) >= self.end:
             return {}
         groups = self._optimizer.param_groups
-        peaks = _schedulers.peak_rates(self._schedulers, groups)
+        peaks = lr_schedulers.peak_rates(self._schedulers, groups)
         return {index: peaks[index] for index in self._indices if float(groups[index]["lr"]) < peaks[index]}
 
     def _raise(self) -> None:
@@ -73,11 +73,11 @@ class WarmUp:
         groups = self._optimizer.param_groups
         for index, rate in self.raised().items():
             self._shaped[index] = float(groups[index]["lr"])
-            _schedulers.write_number(groups[index], "lr", rate)
+            lr_schedulers.write_number(groups[index], "lr", rate)
 
     def _lower(self) -> None:
         for index, rate in self._shaped.items():
-            _schedulers.write_number(self._optimizer.param_groups[index], "lr", rate)
+            lr_schedulers.write_number(self._optimizer.param_groups[index], "lr", rate)
         self._shaped = {}
 
 
@@ -88,11 +88,11 @@ def _end(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]], steps: int
 
     Cost: that of their own ``step`` for the length of the warm-up.
     """
-    movable = [item for item, at in zip(schedulers, _schedulers.places(schedulers), strict=True) if at is not None]
+    movable = [item for item, at in zip(schedulers, lr_schedulers.places(schedulers), strict=True) if at is not None]
     states = [clone(item.state_dict()) for item in movable]
     numbers = [clone({name: value for name, value in group.items() if name != "params"}) for group in groups]
-    full = sum(_schedulers.peak_rates(schedulers, groups))
-    end, highest, flat = _schedulers.place(schedulers), _height(groups), 0
+    full = sum(lr_schedulers.peak_rates(schedulers, groups))
+    end, highest, flat = lr_schedulers.place(schedulers), _height(groups), 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of schedulers stepped before the optimizer
@@ -104,7 +104,7 @@ def _end(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]], steps: int
                     break
                 flat, steps = flat + 1, steps - 1
                 if height > highest * _RISE:
-                    end, highest, flat = _schedulers.place(schedulers), height, 0
+                    end, highest, flat = lr_schedulers.place(schedulers), height, 0
     except Exception:
         # A user's function may not reach so far, where it is asked once an epoch: what was seen counts.
         pass

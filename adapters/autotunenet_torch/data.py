@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import _rng
+from . import random_state
 
 Cursor = tuple[int, int]
 """A position in the stream of batches: the batch's number, and the first row not yet used of it."""
@@ -136,7 +136,7 @@ class ReplayBuffer:
         batch = self._fetch() if self._iterator is not None else None
         if batch is None:
             self._begin_pass()
-            with _rng.untouched(seed=hash((self._seed, self._epoch)) % 2**62):
+            with random_state.untouched(seed=hash((self._seed, self._epoch)) % 2**62):
                 self._iterator = iter(self._loader)
                 batch = next(self._iterator, None)
             if batch is None:
@@ -156,7 +156,7 @@ class ReplayBuffer:
         assert self._iterator is not None
         if self._is_held and not self._is_threaded:
             # Random augmentation happens here: it must not move the generators that dropout draws from.
-            with _rng.untouched(seed=hash((self._seed, self._epoch, self._read)) % 2**62):
+            with random_state.untouched(seed=hash((self._seed, self._epoch, self._read)) % 2**62):
                 return next(self._iterator, None)
         return next(self._iterator, None)
 

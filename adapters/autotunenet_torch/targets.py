@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import BatchSampler
 
-from . import _schedulers
-from ._dropout import DropoutTarget
+from . import lr_schedulers
+from .dropout import DropoutTarget
 
 _RATES = ("learning_rate", "lr")
 _BETAS = {"beta1": 0, "b1": 0, "beta2": 1, "b2": 1}
@@ -60,7 +60,7 @@ class GroupTarget:
     def write(self, value: float) -> None:
         for group, share in zip(self._groups(), self._shares, strict=True):
             if self._position is None:
-                _schedulers.write_number(group, self._key, value * share)
+                lr_schedulers.write_number(group, self._key, value * share)
             else:
                 pair = list(group[self._key])
                 if isinstance(pair[self._position], torch.Tensor):
@@ -85,7 +85,7 @@ class RateTarget:
 
     def __init__(self, optimizer: torch.optim.Optimizer, indices: list[int], schedulers: list[Any]):
         self._optimizer, self.indices, self._schedulers = optimizer, frozenset(indices), schedulers
-        peaks = _schedulers.peak_rates(schedulers, optimizer.param_groups)
+        peaks = lr_schedulers.peak_rates(schedulers, optimizer.param_groups)
         self.applied = max(peaks[index] for index in indices)
         self._start = self.applied
 
@@ -105,21 +105,46 @@ class RateTarget:
         value = max(value, 1e-12 * self._start)
         factor = value / self.applied
         factors = [factor if index in self.indices else 1.0 for index in range(len(groups))]
-        _schedulers.scale(self._schedulers, groups, factors)
+        lr_schedulers.scale(self._schedulers, groups, factors)
         self.applied = value
 
 
 class AttributeTarget:
-    """An attribute of an object, such as a loss module's label smoothing."""
+    """An attribute of an object, such as a loss module's label smoothing.
 
-    def __init__(self, owner: Any, name: str):
-        self._owner, self._name = owner, name
+    Args:
+      owner: The object.
+      name: The attribute's.
+      start: What it counts as before it is set, in place of the attribute itself.
+    """
+
+    def __init__(self, owner: Any, name: str, *, start: Any = None):
+        self._owner, self._name, self._start = owner, name, start
 
     def read(self) -> Any:
-        return getattr(self._owner, self._name)
+        value = getattr(self._owner, self._name)
+        return self._start if value is None else value
 
     def write(self, value: Any) -> None:
         setattr(self._owner, self._name, value)
+
+
+class KeywordTarget:
+    """A keyword argument, such as a loss function's label smoothing.
+
+    Args:
+      options: The arguments, by name.
+      name: Which.
+    """
+
+    def __init__(self, options: dict[str, Any], name: str):
+        self._options, self._name = options, name
+
+    def read(self) -> None:
+        return None
+
+    def write(self, value: Any) -> None:
+        self._options[self._name] = value
 
 
 class SetterTarget:
@@ -272,7 +297,7 @@ def _find(
     if leaf in _BETAS and groups and all(len(group.get("betas", ())) == 2 for group in groups):
         return GroupTarget(optimizer, "betas", indices, position=_BETAS[leaf])
     if groups and all(leaf in _numbers(group) for group in groups):
-        if leaf == "momentum" and _schedulers.cycles_momentum(schedulers):
+        if leaf == "momentum" and lr_schedulers.cycles_momentum(schedulers):
             raise ValueError(
                 "momentum cannot be tuned beside a scheduler that cycles it: give the scheduler cycle_momentum=False, "
                 "or leave momentum out of param_space."
