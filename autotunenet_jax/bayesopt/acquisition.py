@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,76 @@ def normal_cdf(z: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(z > 0.0, 1.0 - tail, tail)
 
 
+class _References(NamedTuple):
+    """The references that are compared, pending ones and then the best first."""
+
+    x: Float[Array, "c d"]
+    is_live: Bool[Array, "c"]
+    """Which of them count."""
+    is_given: Bool[Array, "c"]
+    """Which of them are conditioned on."""
+    mean: Float[Array, "c"]
+    white: Float[Array, "c n"]
+    """Their prior covariances with the observations, whitened."""
+    prior: Float[Array, "c c"]
+
+
+def _compare(
+    config: SurrogateConfig,
+    posterior: Posterior,
+    reference: Float[Array, "r d"],
+    mask: Bool[Array, "r"],
+    pending: Bool[Array, "r"] | None,
+    *,
+    lags: Float[Array, "m"],
+    compared: int,
+    confidence: float | None,
+) -> _References:
+    """The references with the lowest mean; masked ones sort last."""
+    n, known = posterior.used.size, posterior.used.astype(jnp.float32)
+    places = jnp.concatenate([posterior.x, reference])
+    prior, _ = covariance(config, posterior, reference, places, lag=lags[None, :])
+    white = (prior[:, :n] * known) @ posterior.whitener.T
+    mean = level(posterior, reference) + white @ posterior.white
+    order = jnp.where(mask, -mean, -jnp.inf)
+    order = order if pending is None else jnp.where(pending & mask, jnp.inf, order)
+    order, index = jax.lax.top_k(order, compared)
+    is_live = order > -jnp.inf
+    # Products with rows of the identity, which cost the compiler less than gathering.
+    chosen = (index[:, None] == np.arange(reference.shape[0])).astype(jnp.float32)
+    is_given = is_live
+    if confidence is not None:
+        is_given &= False if pending is None else pending[index]
+    live, prior = chosen @ reference, chosen @ prior[:, n:] @ chosen.T
+    # What is not given must not be conditioned on.
+    white, mean = jnp.where(is_given[:, None], chosen @ white, 0.0), jnp.where(is_live, chosen @ mean, 0.0)
+    return _References(live, is_live, is_given, mean, white, prior)
+
+
+def _factorise(held: _References, unit: Float[Array, ""]) -> tuple[Float[Array, "c c"], Float[Array, "c c"]]:
+    """Factor and whitening of the references' covariance, given the observations; masked ones are rows of the identity.
+
+    Conditioning on the function at the references extends the observations' whitening by this block.
+    """
+    is_given, identity = held.is_given, np.eye(held.is_given.size, dtype=np.float32)
+    joint = held.prior - held.white @ held.white.T
+    joint = jnp.where(is_given[:, None] & is_given[None, :], joint, 0.0)
+    joint += identity * jnp.where(is_given, _REFERENCE_JITTER * unit, 1.0)
+    factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
+    # Without a factor in float32 the references are known to rounding, and each is taken on its own.
+    apart = jnp.sqrt(jnp.maximum(joint, _REFERENCE_JITTER * unit)) * identity
+    factor = jnp.where(jnp.all(jnp.isfinite(factor)), factor, apart)
+    return factor, jax.lax.linalg.triangular_solve(factor, jnp.asarray(identity), left_side=True, lower=True)
+
+
+def _extended(
+    whitener: Float[Array, "n n"], white: Float[Array, "c n"], extension: Float[Array, "c c"]
+) -> Float[Array, "n+c n+c"]:
+    """The whitening of the observations and the references together."""
+    rows = jnp.concatenate([-(extension @ white) @ whitener, extension], axis=1)
+    return jnp.concatenate([jnp.pad(whitener, ((0, 0), (0, extension.shape[0]))), rows])
+
+
 def log_improvement(
     config: SurrogateConfig,
     posterior: Posterior,
@@ -121,53 +192,24 @@ def log_improvement(
       al. (2023) inside the average and common random numbers across points.
     """
     compared = min(compared, reference.shape[0])
-    time = jnp.asarray(time, jnp.float32)
-
-    # The references with the lowest mean; masked ones sort last.
     n, known = posterior.used.size, posterior.used.astype(jnp.float32)
-    places = jnp.concatenate([posterior.x, reference])
+    time = jnp.asarray(time, jnp.float32)
     lags = jnp.concatenate([time - posterior.time, np.zeros(reference.shape[0], np.float32)])
-    prior, _ = covariance(config, posterior, reference, places, lag=lags[None, :])
-    white = (prior[:, :n] * known) @ posterior.whitener.T
-    mean = level(posterior, reference) + white @ posterior.white
-    order = jnp.where(reference_mask, -mean, -jnp.inf)
-    order = order if pending is None else jnp.where(pending & reference_mask, jnp.inf, order)
-    order, index = jax.lax.top_k(order, compared)
-    is_live = order > -jnp.inf
-    # Products with rows of the identity, which cost the compiler less than gathering.
-    chosen = (index[:, None] == np.arange(reference.shape[0])).astype(jnp.float32)
-    live, prior = chosen @ reference, chosen @ prior[:, n:] @ chosen.T
-    is_given = is_live
-    if confidence is not None:
-        is_given &= False if pending is None else pending[index]
-    # What is not given must not be conditioned on.
-    white, mean = jnp.where(is_given[:, None], chosen @ white, 0.0), jnp.where(is_live, chosen @ mean, 0.0)
-
-    # Conditioning on f at those references extends the whitening by one block; masked ones are rows of the identity.
+    held = _compare(
+        config, posterior, reference, reference_mask, pending, lags=lags, compared=compared, confidence=confidence
+    )
+    live, is_live, is_given = held.x, held.is_live, held.is_given
     unit = prior_variance(config, posterior)
-    identity = np.eye(compared, dtype=np.float32)
-    joint = prior - white @ white.T
-    joint = jnp.where(is_given[:, None] & is_given[None, :], joint, 0.0)
-    joint += identity * jnp.where(is_given, _REFERENCE_JITTER * unit, 1.0)
-    factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
-    # Without a factor in float32 the references are known to rounding, and each is taken on its own.
-    apart = jnp.sqrt(jnp.maximum(joint, _REFERENCE_JITTER * unit)) * identity
-    factor = jnp.where(jnp.all(jnp.isfinite(factor)), factor, apart)
-    extension = jax.lax.linalg.triangular_solve(factor, jnp.asarray(identity), left_side=True, lower=True)
+    factor, extension = _factorise(held, unit)
     normal = normal_table(samples, compared).T
-    best = jnp.min(jnp.where(is_live[:, None], mean[:, None] + factor @ normal, jnp.inf), axis=0)
+    best = jnp.min(jnp.where(is_live[:, None], held.mean[:, None] + factor @ normal, jnp.inf), axis=0)
     has_reference = is_live[0]
     best = jnp.where(has_reference, best, 0.0)
 
     everything = jnp.concatenate([posterior.x, live])
     is_known = jnp.concatenate([known, is_given.astype(jnp.float32)])
     lags = lags[: n + compared]
-    whitener = jnp.concatenate(
-        [
-            jnp.pad(posterior.whitener, ((0, 0), (0, compared))),
-            jnp.concatenate([-(extension @ white) @ posterior.whitener, extension], axis=1),
-        ]
-    )
+    whitener = _extended(posterior.whitener, held.white, extension)
     # From the whitened prior covariances to one joint sample of f per column, or to the mean alone.
     columns = 1 if confidence is not None else samples
     readout = jnp.concatenate(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..compiler.precision import in_float32
-from ..compiler.sequential_batching import one_by_one
+from ..compiler.sequential_vmap import sequential_vmap
 from ..compiler.stored_program import stored_program
 from ..space.search_space import SearchSpace
 from .acquisition import propose
@@ -179,7 +179,7 @@ class BayesianOptimizer:
             raise ValueError(f"count must be at least 1; got {count!r}.")
         return self._suggest(count, state, time)
 
-    @one_by_one(static_argnums=(0, 1))
+    @sequential_vmap(static_argnums=(0, 1))
     @stored_program(like=_like_suggested, static_argnums=(0, 1))
     def _suggest(self, count: int | None, state: EngineState, time: Any) -> tuple[dict[str, Array], EngineState]:
         size = 1 if count is None else count

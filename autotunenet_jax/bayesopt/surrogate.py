@@ -54,11 +54,6 @@ class Posterior(NamedTuple):
     """Log evidence plus log prior of the hyperparameters, in nats, up to a constant."""
 
 
-def flat_mean(config: SurrogateConfig) -> PriorMean:
-    """The prior mean that knows nothing."""
-    return PriorMean(jnp.full(config.dims, 0.5, jnp.float32), jnp.zeros(config.dims, jnp.float32))
-
-
 def bowl(mean: PriorMean, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
     """The prior mean at some points."""
     quadratic = 0.5 * jnp.square(x - mean.center) @ mean.curvature

@@ -1,4 +1,8 @@
-"""Trees of many arrays in a few vectors: a compiled function pays for each array it takes and returns."""
+"""Trees of many arrays in a few vectors: a compiled function pays for each array it takes and returns.
+
+Measured on jax 0.10.2, CPU: @PACK@. Switched off by
+``AUTOTUNENET_COMPILER_OFF=packing``; a state packed either way goes on only as it was packed.
+"""
 
 import dataclasses
 import functools
@@ -7,9 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from .single_kernel import unknown
+from .switches import is_on
 
 # What vectors hold. Typed keys keep their shape, and so does what has fewer than eight bits or needs care of its own.
 PLAIN = frozenset({"bool", "float16", "bfloat16", "float32", "float64", "complex64", "complex128"}) | frozenset(
@@ -38,7 +45,8 @@ class Layout:
 
     Attributes:
       structure: The tree's.
-      places: Of each leaf the vector, or none, the first of its positions there, and its shape.
+      places: Of each leaf the vector, or none, the first of its positions there (or its number among those that are not
+        packed), and its shape.
     """
 
     structure: Any
@@ -50,11 +58,11 @@ def layout(tree: Any) -> Layout:
     leaves, structure = jax.tree.flatten(tree)
     sizes: dict[str, int] = {}
     numbers: dict[str, int] = {}
-    places = []
+    places, is_packing = [], is_on("packing")
     for leaf in leaves:
         name, size = leaf.dtype.name, math.prod(leaf.shape)
-        if name not in PLAIN or size > _LONGEST:
-            places.append((None, 0, tuple(leaf.shape)))
+        if name not in PLAIN or size > _LONGEST or not is_packing:
+            places.append((None, sum(place[0] is None for place in places), tuple(leaf.shape)))
             continue
         number = numbers.setdefault(name, 0)
         if sizes.get(f"{name}.{number}", 0) + size > _LONGEST:
@@ -143,3 +151,13 @@ def unpack(packed: Packed, layout: Layout) -> Any:
 def positions(layout: Layout) -> Any:
     """The tree with, in the place of each leaf, its vector and its first position there."""
     return jax.tree.unflatten(layout.structure, [place[:2] for place in layout.places])
+
+
+def read_number(packed: Packed, position: tuple[str | None, int]) -> Any:
+    """The number at a position, on the host; None while the device still works on it, and under transformations."""
+    name, begin = position
+    array: Any = packed.apart[begin] if name is None else packed.vectors[name]
+    is_batched = np.ndim(array) > (0 if name is None else 1)
+    if isinstance(array, Tracer) or is_batched or (hasattr(array, "is_ready") and not array.is_ready()):
+        return None
+    return np.asarray(array).reshape(-1)[0 if name is None else begin]

@@ -1,4 +1,7 @@
-"""Everything in 32 bits, no more and no fewer, whatever the program around it computes in."""
+"""Everything in 32 bits, no more and no fewer, whatever the program around it computes in.
+
+No trick, and so without a switch: results depend on it.
+"""
 
 import functools
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import Array
 
 from .precision import in_float32
+from .switches import is_on
 
 # What makes XLA on CPU leave a call as it is and compile its body as one kernel.
 _ONE_KERNEL: dict[str, Any] = {"inlineable": "false", "xla_cpu_small_call": "true"}
@@ -124,7 +125,7 @@ def _is_known_version() -> bool:
 
 
 def _is_supported() -> bool:
-    return jax.default_backend() == "cpu" and _is_known_version()
+    return is_on("single_kernel") and jax.default_backend() == "cpu" and _is_known_version()
 
 
 @functools.lru_cache(maxsize=256)

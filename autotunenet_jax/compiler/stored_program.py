@@ -21,6 +21,7 @@ from jax import export
 from jax.custom_batching import custom_vmap
 
 from .._version import __version__
+from .switches import is_on
 
 # Within the folder of JAX's cache.
 _FOLDER = "autotunenet_jax"
@@ -95,9 +96,9 @@ def _folder() -> str | None:
     """Where programs are kept, if anywhere."""
     config: Any = jax.config
     folder = config.jax_compilation_cache_dir
-    is_on = config.jax_enable_compilation_cache and folder and "://" not in folder
+    has_cache = is_on("stored_program") and config.jax_enable_compilation_cache and folder and "://" not in folder
     # A program is made for one platform. Where there is none but the CPU it will not be asked for on another.
-    return folder if is_on and jax.default_backend() == "cpu" else None
+    return folder if has_cache and jax.default_backend() == "cpu" else None
 
 
 def _options() -> tuple[Any, ...]:

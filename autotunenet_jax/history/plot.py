@@ -39,6 +39,29 @@ def _is_log(values: np.ndarray) -> bool:
     return bool(finite.size) and bool((finite > 0).all()) and finite.max() / finite.min() > 30
 
 
+def _draw_column(axis: Any, history: "History", pieces: list[list[dict[str, Any]]], column: str) -> None:
+    """The loss or one hyperparameter, with the rounds and rollbacks behind it."""
+    for held in history.rounds:
+        axis.axvspan(held["start"], held["end"], color=_ROUND, lw=0, zorder=0)
+    for piece in pieces:
+        steps = np.array([row["step"] for row in piece], float)
+        values = np.array([row[column] for row in piece], float)
+        is_kept = piece[0]["is_kept"]
+        color = _KEPT if is_kept else _DISCARDED
+        if column == "loss":
+            axis.plot(steps, values, color=color, lw=0.5, alpha=0.3, zorder=1)
+            values = _smooth(values, 0.9 if piece[0]["phase"] == "train" else 0.6)
+        axis.plot(steps, values, color=color, lw=1.4 if is_kept else 1.0, zorder=3 if is_kept else 2)
+    if _is_log(np.array([row[column] for row in history.records], float)):
+        axis.set_yscale("log")
+    axis.set_ylabel(column.replace("_", " "))
+    axis.grid(True, which="major", color="0.9", lw=0.6, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    for event in history.events:
+        if event.get("kind") == "rollback":
+            axis.axvline(event["step"], color="crimson", lw=0.8, ls=":", zorder=2)
+
+
 def plot_history(history: "History", path: Any = None) -> "matplotlib.figure.Figure":
     """Draws a history; see `History.plot`."""
     try:
@@ -56,27 +79,7 @@ def plot_history(history: "History", path: Any = None) -> "matplotlib.figure.Fig
     pieces = _pieces(history.records)
 
     for axis, column in zip(axes, ["loss", *names], strict=True):
-        for start, end in ((r["start"], r["end"]) for r in history.rounds):
-            axis.axvspan(start, end, color=_ROUND, lw=0, zorder=0)
-        everything = np.array([row[column] for row in history.records], float)
-        for piece in pieces:
-            steps = np.array([row["step"] for row in piece], float)
-            values = np.array([row[column] for row in piece], float)
-            is_kept = piece[0]["is_kept"]
-            color = _KEPT if is_kept else _DISCARDED
-            if column == "loss":
-                axis.plot(steps, values, color=color, lw=0.5, alpha=0.3, zorder=1)
-                values = _smooth(values, 0.9 if piece[0]["phase"] == "train" else 0.6)
-            axis.plot(steps, values, color=color, lw=1.4 if is_kept else 1.0, zorder=3 if is_kept else 2)
-        if _is_log(everything):
-            axis.set_yscale("log")
-        axis.set_ylabel(column.replace("_", " "))
-        axis.grid(True, which="major", color="0.9", lw=0.6, zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
-        for event in history.events:
-            if event.get("kind") == "rollback":
-                axis.axvline(event["step"], color="crimson", lw=0.8, ls=":", zorder=2)
-
+        _draw_column(axis, history, pieces, column)
     for number, held in enumerate(history.rounds, start=1):
         label = f"round {number} ({held['kind']}, {len(held['forks'])} forks)"
         axes[0].annotate(label, ((held["start"] + held["end"]) / 2, 1.02), xycoords=("data", "axes fraction"),

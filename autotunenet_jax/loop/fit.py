@@ -149,13 +149,8 @@ def fit(
         check_eval_step(eval_step, state)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
 
-    if eval_step is None and "slow" in tuner.space.roles:
-        slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
-        warnings.warn(
-            f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the values in force "
-            "stay as they start. Pass eval_step, or leave them out of the search space.",
-            stacklevel=2,
-        )
+    if eval_step is None:
+        _warn_of_slow(tuner)
     opened: Snapshots | None = None
     if snapshots is not None and not isinstance(snapshots, Snapshots):
         opened = snapshots = Snapshots(snapshots, mode=tuner.mode, space=tuner.space)
@@ -183,18 +178,32 @@ def fit(
         if opened is not None:
             opened.close()
     run.end()
-    session, ts = run.session, run.controller.state
-    recorder.finish(run.controller.step, int(ts.rollbacks))
+    return _result(run, is_interrupted=is_interrupted or stop.is_requested)
+
+
+def _result(run: Run, *, is_interrupted: bool) -> FitResult:
+    session, ts, space = run.session, run.controller.state, run.controller.tuner.space
+    run.recorder.finish(run.controller.step, int(ts.rollbacks))
     return FitResult(
         state=run.host.state,
-        history=recorder.history,
-        hyperparams=tuner.space.to_python(tuner.space.decode(ts.incumbent)),
+        history=run.recorder.history,
+        hyperparams=space.to_python(space.decode(ts.incumbent)),
         tuner_state=ts,
         eval=session.last_eval,
         best_state=run.host.state if session.best is None else session.best.to_device(),
         best_eval=session.best_eval,
-        is_interrupted=is_interrupted or stop.is_requested,
+        is_interrupted=is_interrupted,
     )
+
+
+def _warn_of_slow(tuner: AutoTuneNet) -> None:
+    slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
+    if slow:
+        warnings.warn(
+            f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the values in force "
+            "stay as they start. Pass eval_step, or leave them out of the search space.",
+            stacklevel=3,
+        )
 
 
 def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, store: Snapshots | None) -> None:

@@ -60,20 +60,16 @@ class Controller(Protocol):
         """Values in force for the next step."""
         ...
 
+    def tick(self, loss: float) -> Tick:
+        """Takes the loss of one step in; `Session.report` alone asks for it."""
+        ...
+
     def decide(self) -> Decision:
         """Takes the decision that is due."""
         ...
 
     def observe_eval(self, metric: float) -> None:
         """Takes a validation metric in, in the direction of the tuner's mode."""
-        ...
-
-
-class TickingController(Controller, Protocol):
-    """A controller that is told each loss on the host."""
-
-    def tick(self, loss: float) -> Tick:
-        """Takes the loss of one step in."""
         ...
 
 

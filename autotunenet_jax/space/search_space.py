@@ -135,11 +135,6 @@ class SearchSpace:
         """bool[d]: dimensions whose options have no order."""
         return np.array([isinstance(p, Choice) and not p.is_numeric for _, p in self.params])
 
-    @property
-    def is_discrete(self) -> np.ndarray:
-        """bool[d]: dimensions with finitely many values."""
-        return np.array([not isinstance(p, Float) for _, p in self.params])
-
     def decode(self, u: FloatArray[Array, "*batch d"]) -> dict[str, Array]:
         """Maps unit-cube points to physical values, always inside the bounds.
 

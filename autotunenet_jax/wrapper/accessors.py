@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from ..compiler import packing
@@ -85,14 +83,10 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
 def warn_if_silent(state: AutotuneState) -> None:
     """Says to the caller's caller, on the host, that the tuner hears nothing; never waits for the device."""
     places: Any = packing.positions(state.settings.layout)
-    (vector, step), (_, lag) = places.tuner.step, places.lag
-    counters: Any = state.packed.vectors[vector]
-    if not state.settings.is_on or isinstance(counters, Tracer) or np.ndim(counters) > 1:
+    if not state.settings.is_on:
         return
-    if hasattr(counters, "is_ready") and not counters.is_ready():
-        return
-    counters = np.asarray(counters)
-    if counters[step] == 0 and counters[lag] >= _SILENT_STEPS:
+    step, lag = (packing.read_number(state.packed, place) for place in (places.tuner.step, places.lag))
+    if step == 0 and lag is not None and lag >= _SILENT_STEPS:
         warnings.warn(_SILENT, UserWarning, stacklevel=3)
 
 

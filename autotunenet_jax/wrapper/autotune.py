@@ -21,7 +21,7 @@ from .accessors import warn_if_silent
 from .copies import HeldSnapshots, Snapshot, snapshots_of
 from .loss import settled, take_loss
 from .start import build, starting_values
-from .state import MEMORIES, AutotuneState, Course, Memory, Order, Settings, in_force, no_order, where, write_in_force
+from .state import MEMORIES, AutotuneState, Course, Memory, Order, Settings, in_force, no_order, write_in_force
 
 # A transformation after this one may shorten updates, as clipping does: a way back then takes several of them. One
 # that stops them for good must not stop training with them.
@@ -205,33 +205,19 @@ def _update(
     if value is None:
         warn_if_silent(state)
     settings = state.settings
-
-    def step(params: Any, gradients: Any, inner: Any, value: Any) -> tuple[Any, Any]:
-        optimise = optax.with_extra_args_support(optimizer).update
-        told = extra_args if value is None else {**extra_args, "value": value}
-        new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), new, gradients), trees.cast_like(stepped, inner)
-
+    step = functools.partial(_step, optimizer, seen, extra_args)
     if not settings.is_on:
         new, inner = step(params, updates, state.inner, value)
         return new, state._replace(inner=inner, packed=_passed(settings, state.packed))
 
-    opened = _open(settings, value is None, state.packed)
-    left = opened.left
-    away = _is_away(state, opened, params)
-    usable = trees.is_usable(updates)
-    if value is not None:
-        usable &= jnp.isfinite(value)
-    packed, directive = state.packed, None
-    if value is not None:
-        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=usable, is_away=away)
-    closed = _close(settings, state.packed, packed, directive, opened, usable, away)
+    opened, closed = _read_loss(state, updates, params, value)
     order, is_back, is_taken = closed.order, closed.is_back, closed.is_taken
 
     def usual(params: Any, gradients: Any, inner: Any, is_taken: Array) -> tuple[Any, Any]:
         """The optimizer's own update, zero where it is not to be made or a parameter would overflow."""
         heard = None if value is None else jnp.where(is_taken, value, _HOPELESS)
-        new, stepped = step(params, where(is_taken, gradients, 0), inner, heard)
+        usable = optax.tree.where(is_taken, gradients, optax.tree.zeros_like(gradients))
+        new, stepped = step(params, usable, inner, heard)
         after = new if params is None else trees.moved(params, new)
         return jax.tree.map(lambda u, a: jnp.where(is_taken & jnp.isfinite(a), u, 0), new, after), stepped
 
@@ -242,7 +228,7 @@ def _update(
     if snapshots is not None:
 
         def obey(given: Any, inner: Any, snapshots: HeldSnapshots) -> Any:
-            inner, snapshots = trees.with_left(left, opened.home, params, inner, snapshots)
+            inner, snapshots = trees.with_left(opened.left, opened.home, params, inner, snapshots)
             inner = write_in_force(inner, opened.values)
 
             def stepped(params: Any, given: Any, inner: Any) -> Snapshot:
@@ -251,13 +237,37 @@ def _update(
 
             snapshots = snapshots.written((order.save, order.keep), stepped, params, given, inner)
             target = snapshots.read_at(jnp.maximum(closed.home - 1, 0)).params
-            return where(is_back, trees.way(params, target, given), given), inner, snapshots
+            return optax.tree.where(is_back, trees.way(params, target, given), given), inner, snapshots
 
         given, inner, snapshots = when(closed.is_asked, obey, given, inner, snapshots)
 
     new, inner = usual(params, given, inner, closed.is_usual)
     state = state._replace(snapshots=state.snapshots if snapshots is None else snapshots)
-    return where(is_back, given, new), state._replace(packed=closed.packed, inner=inner)
+    return optax.tree.where(is_back, given, new), state._replace(packed=closed.packed, inner=inner)
+
+
+def _step(
+    optimizer: Any, seen: Callable[[Any], Any], extra_args: dict[str, Any], params: Any, gradients: Any, inner: Any,
+    value: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The inner optimizer's update and state, in the types that they had."""
+    optimise = optax.with_extra_args_support(optimizer).update
+    told = extra_args if value is None else {**extra_args, "value": value}
+    new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
+    return jax.tree.map(lambda u, g: u.astype(g.dtype), new, gradients), trees.cast_like(stepped, inner)
+
+
+def _read_loss(state: AutotuneState, gradients: Any, params: Any, value: Any) -> tuple["_Opened", "_Closed"]:
+    """What the update begins with, and what the controller makes of its loss."""
+    settings = state.settings
+    opened = _open(settings, value is None, state.packed)
+    away = _is_away(state, opened, params)
+    usable = trees.is_usable(gradients)
+    packed, directive = state.packed, None
+    if value is not None:
+        usable &= jnp.isfinite(value)
+        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=usable, is_away=away)
+    return opened, _close(settings, state.packed, packed, directive, opened, usable, away)
 
 
 class _Opened(NamedTuple):
@@ -373,7 +383,7 @@ def _is_away(state: AutotuneState, opened: _Opened, params: Any) -> Array:
     def is_far() -> Array:
         # What `observe` asked to be copied is here, and not in its slot yet.
         is_here = jnp.where(opened.home == 2, left.keep, left.save)
-        target = where(is_here, params, snapshots.read_at(jnp.maximum(opened.home - 1, 0)).params)
+        target = optax.tree.where(is_here, params, snapshots.read_at(jnp.maximum(opened.home - 1, 0)).params)
         return ~trees.has_arrived(params, target)
 
     return jax.lax.cond(opened.is_returning, is_far, _off)

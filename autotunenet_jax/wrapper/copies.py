@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Int
 
 from ..compiler import packing
@@ -32,17 +33,14 @@ class SnapshotTrees(NamedTuple):
         """What is in a slot that is not known until the program runs."""
         found = self.slots[0]
         for number, other in enumerate(self.slots[1:], 1):
-            found = jax.tree.map(lambda a, b, number=number: jnp.where(slot == number, b, a), found, other)
+            found = optax.tree.where(slot == number, other, found)
         return found
 
     def written(self, flags: Sequence[Array], make: Callable[..., Snapshot], *operands: Any) -> "SnapshotTrees":
         """A new snapshot in the slots that are flagged, made of the operands."""
         new = make(*operands)
-        slots = (
-            jax.tree.map(lambda a, b, flag=flag: jnp.where(flag, a, b), new, old)
-            for flag, old in zip(flags, self.slots, strict=False)
-        )
-        return SnapshotTrees(tuple(slots))
+        slots = zip(flags, self.slots, strict=False)
+        return SnapshotTrees(tuple(optax.tree.where(flag, new, old) for flag, old in slots))
 
 
 class SnapshotVectors(NamedTuple):

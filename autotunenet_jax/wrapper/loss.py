@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool
 
 from ..compiler import packing
@@ -11,7 +12,7 @@ from ..compiler.stored_program import named, stored_program
 from ..controller import when
 from ..controller.state import FORK, Directive
 from . import drifting
-from .state import Course, Memory, Order, Settings, advanced, no_order, where
+from .state import Course, Memory, Order, Settings, advanced, no_order
 
 
 class _Heard(NamedTuple):
@@ -70,7 +71,7 @@ def _hear(
     if drift is not None:
         drift, loss = drifting.feed(drift, ts, loss)
     after, directive, is_due = settings.core.tick(ts, loss)
-    after = where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
+    after = optax.tree.where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
     copies = ("save", "restore", "keep", "adopt")
     directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
     return _Heard(packing.pack(course._replace(tuner=after, drift=drift)), directive, is_due & is_heard)

@@ -115,13 +115,6 @@ class AutotuneState(NamedTuple):
         return self.held.read(1) if self.settings.memory == "keep-winner" and self.held is not None else None
 
 
-def where(condition: Array, new: Any, old: Any) -> Any:
-    """``jnp.where`` over a tree; ``old`` may be a number."""
-    if isinstance(old, int):
-        return jax.tree.map(lambda a: jnp.where(condition, a, jnp.asarray(old, a.dtype)), new)
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
 def no_order() -> Order:
     """Nothing to copy; four arrays of their own, so that each can be donated."""
     return Order(*(jnp.zeros((), bool) for _ in range(4)))

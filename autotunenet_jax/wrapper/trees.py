@@ -4,11 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool
 
 from ..space import injection
 from .copies import HeldSnapshots, Snapshot, strong
-from .state import AutotuneState, Order, where
+from .state import AutotuneState, Order
 
 # Gradients are multiplied by this and must not overflow: beyond 3e18 their squares do, and the mean of squares that
 # optimizers keep would never recover.
@@ -140,7 +141,7 @@ def with_left(
     now = without_values(inner)
     snapshots = snapshots.written((order.save, order.keep), Snapshot, params, now)
     past = snapshots.read_at(jnp.maximum(home - 1, 0)).inner
-    return with_values(where(home > 0, past, now), inner), snapshots
+    return with_values(optax.tree.where(home > 0, past, now), inner), snapshots
 
 
 def found_next(state: AutotuneState) -> Any:

@@ -52,7 +52,7 @@ def bowl_history(size=12):
     return build(jnp.asarray(x), jnp.asarray(3.0 * np.sum((x - 0.4) ** 2, axis=1), jnp.float32))
 
 
-FLAT = surrogate.flat_mean(CONFIG)
+FLAT = surrogate.PriorMean(jnp.full(CONFIG.dims, 0.5, jnp.float32), jnp.zeros(CONFIG.dims, jnp.float32))
 
 
 def test_log_h_agrees_with_float64_over_hundreds_of_orders_of_magnitude():

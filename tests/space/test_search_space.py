@@ -60,9 +60,9 @@ def test_round_trip_of_a_whole_setting():
 
 def test_jit_and_vmap_agree_with_one_by_one():
     u = SPACE.sample(jax.random.key(0), (5,))
-    one_by_one = [SPACE.decode(point) for point in u]
+    sequential_vmap = [SPACE.decode(point) for point in u]
     for name, values in jax.jit(jax.vmap(SPACE.decode))(u).items():
-        expected = jnp.stack([hp[name] for hp in one_by_one])
+        expected = jnp.stack([hp[name] for hp in sequential_vmap])
         assert values.dtype == expected.dtype
         # Compiled arithmetic may fuse a multiplication with an addition.
         np.testing.assert_allclose(values, expected, rtol=1e-6)
@@ -116,7 +116,6 @@ def test_reads_like_a_mapping():
     assert len(SPACE) == SPACE.dims == 6
     assert "dropout" in SPACE
     assert "weight_decay" not in SPACE
-    np.testing.assert_array_equal(SPACE.is_discrete, [False, False, True, True, True, True])
     np.testing.assert_array_equal(SPACE.is_categorical, [False] * 5 + [True])
 
 

@@ -173,11 +173,11 @@ def test_two_decays_do_not_multiply():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
     tuner.attach(model, optimizer, lrs.ConstantLR(optimizer, factor=0.5, total_iters=1000))
-    assert tuner._session.controller.core.shape.form == "none"
+    assert tuner._session.controller.tuner.core.shape.form == "none"
     assert tuner.hyperparams["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner.attach(model, optimizer)
-    assert tuner._session.controller.core.shape.form == "hold"
+    assert tuner._session.controller.tuner.core.shape.form == "hold"
 
 
 def tuned_beside(warm_up, total=400):

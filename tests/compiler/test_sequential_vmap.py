@@ -7,10 +7,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import autotunenet_jax as atn
-from autotunenet_jax.compiler.sequential_batching import one_by_one
+from autotunenet_jax.compiler.sequential_vmap import sequential_vmap
 
 
-@one_by_one(static_argnums=(1,))
+@sequential_vmap(static_argnums=(1,))
 def weighted(x, power, rest):
     matrix = jnp.eye(3) * (1.0 + x @ x) + rest["shift"]
     return {"root": jnp.linalg.cholesky(matrix)[0, 0] ** power, "count": rest["count"] + 1}
