@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import autotunenet_jax as atn
-from autotunenet_jax import _kernels, _surrogate
+from autotunenet_jax.bayesopt import kernels, surrogate
 
 KINDS = ("plain", "clustered", "duplicated", "constant", "outlier", "failed", "huge", "tiny")
 SPACE = {"rate": atn.Float(1e-5, 1e-1, log=True), "layers": atn.Int(1, 8), "kind": atn.Choice(["a", "b", "c"])}
@@ -54,15 +54,15 @@ def run(count, *, capacity=16, seed=0):
         values = jnp.stack([jnp.asarray(point[name], jnp.float32) for name in SPACE])
         low, high = jnp.array([1e-5, 1.0, 0.0]), jnp.array([1e-1, 8.0, 2.0])
         obs = state.observations
-        posterior = _surrogate.fit(optimizer.config, obs, start=state.hyper, key=key)
+        posterior = surrogate.fit(optimizer.config, obs, start=state.hyper, key=key)
         query = jnp.concatenate([obs.x, optimizer.space.encode(point)[None]])
-        mean, covariance = _surrogate.predict(optimizer.config, posterior, query)
+        mean, covariance = surrogate.predict(optimizer.config, posterior, query)
         # In units of the prior's variance, of which float32 resolves seven digits.
         variance = jnp.diagonal(covariance) / jnp.square(posterior.scale)
         return {
             "suggestions that are not finite": ~jnp.all(jnp.isfinite(values)),
             "suggestions outside the bounds": ~jnp.all((values >= low) & (values <= high)),
-            "fits that are not finite": ~jnp.all(jnp.isfinite(_kernels.flatten(after.hyper))),
+            "fits that are not finite": ~jnp.all(jnp.isfinite(kernels.flatten(after.hyper))),
             "means that are not finite": ~jnp.all(jnp.isfinite(mean)),
             "variances that are negative or not finite": ~jnp.all(jnp.isfinite(variance) & (variance >= 0.0)),
         }

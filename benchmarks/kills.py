@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 import autotunenet_jax as atn
-from autotunenet_jax import _run, _state
+from autotunenet_jax.loop import run
 from benchmarks.quality import workloads
 
 STEPS = 400
@@ -54,17 +54,24 @@ def train(folder=None):
 
     with atn.Snapshots(folder, space=tuner.space, interval_s=0.05, overhead=0.9) as store:
         began_at = None
-        train_one = _run.Run.train_one
+        train_one = run.Run.train_one
 
         def reporting(run):
             nonlocal began_at
-            began_at = run.step if began_at is None else began_at
-            if run.step > began_at:
-                print("at", run.step, _state.PHASES[run.phase], int(store.is_saving), began_at, flush=True)
+            began_at = run.controller.step if began_at is None else began_at
+            if run.controller.step > began_at:
+                print(
+                    "at",
+                    run.controller.step,
+                    atn.PHASES[run.controller.phase],
+                    int(store.is_saving),
+                    began_at,
+                    flush=True,
+                )
                 time.sleep(_PAUSE_S)
             return train_one(run)
 
-        _run.Run.train_one = reporting
+        run.Run.train_one = reporting
         result = atn.fit(task.train_step, task.init(0), task.stream(0), snapshots=store, resume=True, **options)
     return digest(result)
 

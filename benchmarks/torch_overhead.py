@@ -24,16 +24,16 @@ def per_step(steps):
     tuner.attach(model, optimizer)
     level, trained, decisions = 1.0, [], []
     while len(trained) < steps:
-        was_training = tuner._run.engine.phase == 0
+        was_training = tuner._session.controller.phase == 0
         level *= 0.9999
         loss = level + 1e-3 * torch.rand(())
-        rounds = len(tuner._run.recorder.history.rounds), tuner._run.engine.phase
+        rounds = len(tuner._session.recorder.history.rounds), tuner._session.controller.phase
         start = time.perf_counter(), time.process_time()
         tuner.step(loss)
         took = time.perf_counter() - start[0], time.process_time() - start[1]
         if was_training:
             trained.append(took)
-        elif rounds != (len(tuner._run.recorder.history.rounds), tuner._run.engine.phase):
+        elif rounds != (len(tuner._session.recorder.history.rounds), tuner._session.controller.phase):
             decisions.append(took)
     return np.array(trained), np.array(decisions)
 

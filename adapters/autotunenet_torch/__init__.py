@@ -4,7 +4,7 @@ The engine is a JAX program that runs on the CPU beside the training. Importing 
 environment variable ``JAX_PLATFORMS`` says otherwise or JAX has been imported before.
 """
 
-from . import _platform as _platform  # isort: skip  (it must act before anything imports JAX)
-from ._snapshot import TrainingState as TrainingState
-from ._trainer import Trainer as Trainer
-from ._tuner import AutoTuneNet as AutoTuneNet
+from . import jax_platform as jax_platform  # isort: skip  (it must act before anything imports JAX)
+from .trainer import Trainer as Trainer
+from .training_state import TrainingState as TrainingState
+from .tuner import AutoTuneNet as AutoTuneNet

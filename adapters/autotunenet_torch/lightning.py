@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from ._tuner import AutoTuneNet
+from .tuner import AutoTuneNet
 
 
 class AutoTuneCallback(pl.Callback):
@@ -94,7 +94,7 @@ class AutoTuneCallback(pl.Callback):
         if self._validate is None:
             self.tuner.validate(value)
         else:
-            self.tuner._attached().note_metric(value)
+            self.tuner._note_metric(value)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends inside a round of forks with the best state so far."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._tuner import AutoTuneNet
+from .tuner import AutoTuneNet
 
 _FILE = "autotune.pt"
 

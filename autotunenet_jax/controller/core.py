@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._float32 import in_float32
-from .._one_by_one import one_by_one
-from .._space import SearchSpace
-from .._stored_program import named, stored_program
+from ..compiler.precision import in_float32
+from ..compiler.sequential_vmap import sequential_vmap
+from ..compiler.stored_program import named, stored_program
+from ..space.search_space import SearchSpace
 from . import decision, schedule, update, validation_monitor
 from .loss_monitor import Guard
 from .roles import roles_of
@@ -57,7 +57,7 @@ class Core:
         return update.tick(self.guard, self.space, ts, jnp.asarray(loss, jnp.float32))
 
     @in_float32
-    @one_by_one(static_argnums=(0,))
+    @sequential_vmap(static_argnums=(0,))
     @stored_program(like=lambda self, ts: (ts, named(Directive), ts.round), static_argnums=(0,))
     def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
         """The decision; also the round as it was decided on."""

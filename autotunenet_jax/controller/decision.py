@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .. import _observations
-from .._single_kernel import single_kernel
-from .._space import SearchSpace
+from ..bayesopt import trials
+from ..compiler.single_kernel import single_kernel
+from ..space.search_space import SearchSpace
 from . import fork_round, judge, range_test
 from .plan import FAST, MAX_FORKS, NEVER
 from .roles import roles_of
@@ -97,7 +97,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
         steps=jnp.where(is_fork, position(ts), held.steps),
         status=jnp.where(is_fork, jnp.where(succeeded, FORK_FINISHED, FORK_FAILED), held.status),
     )
-    added = _observations.add(
+    added = trials.add(
         ts.knowledge.observations,
         ts.trial,
         jnp.where(succeeded, score - reference, 0.0),

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from .._space import Choice, SearchSpace
-from .._space import Float as FloatParameter
+from ..space.search_space import Choice, SearchSpace
+from ..space.search_space import Float as FloatParameter
 from . import judge
 from .plan import Plan
 from .state import (

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from .._sampling import spread_table, turned
-from .._space import SearchSpace
+from ..bayesopt.quasi_random import spread_table, turned
+from ..space.search_space import SearchSpace
 from . import loss_monitor
 from .loss_monitor import Heard
 from .plan import MAX_FORKS, SLOW

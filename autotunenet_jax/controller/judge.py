@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .. import _acquisition, _kernels, _observations, _surrogate
-from .._single_kernel import single_kernel
-from .._space import SearchSpace
-from .._targets import group_median
+from ..bayesopt import acquisition, kernels, surrogate, trials
+from ..bayesopt.scores import group_median
+from ..compiler.single_kernel import single_kernel
+from ..space.search_space import SearchSpace
 from .plan import SLOW
 from .roles import Roles, roles_of
 from .state import Knowledge, TunerState
@@ -34,11 +34,11 @@ _RATE_CURVATURE = 0.15
 _SLOW_CENTRE, _SLOW_CURVATURE = 0.5, 0.6
 
 
-def config_of(space: SearchSpace) -> _kernels.SurrogateConfig:
+def config_of(space: SearchSpace) -> kernels.SurrogateConfig:
     """What the surrogate models."""
     roles = roles_of(space)
     lengthscales = np.where(roles.is_rate, _RATE_LENGTHSCALE_DECADES / roles.decades, _OTHER_LENGTHSCALE)
-    return _kernels.SurrogateConfig(
+    return kernels.SurrogateConfig(
         dims=space.dims,
         is_categorical=tuple(bool(flag) for flag in space.is_categorical),
         has_time=True,
@@ -56,10 +56,10 @@ def config_of(space: SearchSpace) -> _kernels.SurrogateConfig:
     )
 
 
-def prior_about(roles: Roles, u: Float[Array, "d"]) -> _surrogate.PriorMean:
+def prior_about(roles: Roles, u: Float[Array, "d"]) -> surrogate.PriorMean:
     """What is believed before a round that begins at ``u``."""
     curvature = np.where(roles.is_rate, _RATE_CURVATURE * roles.decades**2, 0.0)
-    return _surrogate.PriorMean(
+    return surrogate.PriorMean(
         center=jnp.where(roles.is_slow, _SLOW_CENTRE, u),
         curvature=jnp.asarray(np.where(roles.is_slow, _SLOW_CURVATURE, curvature), jnp.float32),
     )
@@ -68,8 +68,8 @@ def prior_about(roles: Roles, u: Float[Array, "d"]) -> _surrogate.PriorMean:
 def no_knowledge(space: SearchSpace, capacity: int, u: Float[Array, "d"]) -> Knowledge:
     """Before the first fork of a run that starts at ``u``."""
     return Knowledge(
-        observations=_observations.empty(capacity, space.dims),
-        hyper=_kernels.initial_hyper(config_of(space)),
+        observations=trials.empty(capacity, space.dims),
+        hyper=kernels.initial_hyper(config_of(space)),
         prior=prior_about(roles_of(space), u),
     )
 
@@ -79,14 +79,14 @@ def time_of(data_step: Array) -> Float[Array, ""]:
     return jnp.log1p(data_step / 10.0)
 
 
-def shortfalls(obs: _observations.Observations, *, resolution: Float[Array, "n"] | float) -> _observations.Observations:
+def shortfalls(obs: trials.Observations, *, resolution: Float[Array, "n"] | float) -> trials.Observations:
     """Scores as logarithms of how far they are from the best of their round, in shares of what the best one gained.
 
     Raw scores are differences to the round's reference, so the best one, negated, is the gain over the state they all
     started from, or the spread of the round where that is larger. 0 is the best fork, 1 one that gained
     nothing. Adding a constant to the loss changes nothing, nor does scaling it.
     """
-    usable = _observations.mask(obs) & ~obs.failed
+    usable = trials.mask(obs) & ~obs.failed
     same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
     best = jnp.argmin(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
     lowest = jnp.where(same.any(axis=1), obs.y[best], 0.0)
@@ -111,11 +111,11 @@ class Judgement(NamedTuple):
 
     mean: Float[Array, "m"]
     covariance: Float[Array, "m m"]
-    hyper: _kernels.Hyper
+    hyper: kernels.Hyper
 
 
 @single_kernel(static_argnums=(0,))
-def _evidence(space: SearchSpace, ts: TunerState) -> _observations.Observations:
+def _evidence(space: SearchSpace, ts: TunerState) -> trials.Observations:
     obs = ts.knowledge.observations
     is_slow = ts.plan.kind[jnp.clip(obs.group, 0, ts.plan.kind.size - 1)] == SLOW
     return shortfalls(obs, resolution=jnp.where(is_slow, _SLOW_RESOLUTION, _RESOLUTION))
@@ -127,17 +127,17 @@ def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGK
     Cost: one surrogate fit and one posterior; O(capacity^3 + m capacity^2), whatever the length of the run.
     """
     config = config_of(space)
-    posterior = _surrogate.fit(
+    posterior = surrogate.fit(
         config, _evidence(space, ts), start=ts.knowledge.hyper, key=key, prior_mean=ts.knowledge.prior
     )
-    mean, covariance = _surrogate.predict(config, posterior, x, time=time_of(ts.data_step))
+    mean, covariance = surrogate.predict(config, posterior, x, time=time_of(ts.data_step))
     return Judgement(mean, covariance, posterior.hyper)
 
 
 def probability_better(judged: Judgement, challenger: Array, holder: Array) -> Float[Array, ""]:
     """Probability that one point is better than another."""
     gain, deviation = _gain(judged, holder, challenger)
-    return _acquisition.normal_cdf(gain / deviation)
+    return acquisition.normal_cdf(gain / deviation)
 
 
 def expected_improvement(judged: Judgement, best: Array) -> Float[Array, "m"]:
@@ -146,7 +146,7 @@ def expected_improvement(judged: Judgement, best: Array) -> Float[Array, "m"]:
     Source: Jones, Schonlau and Welch (1998), eq. 15, with the best point's own uncertainty left in.
     """
     gain, deviation = _gain(judged, best, slice(None))
-    return deviation * _acquisition.expected_excess(gain / deviation)
+    return deviation * acquisition.expected_excess(gain / deviation)
 
 
 def _gain(judged: Judgement, best: Array, points: Array | slice) -> tuple[Array, Array]:

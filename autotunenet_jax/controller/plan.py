@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Int
 
-from .._space import SearchSpace
+from ..space.search_space import SearchSpace
 
 FAST, SLOW = 0, 1
 KINDS = ("fast", "slow")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._space import Choice, SearchSpace
-from .._space import Float as FloatParameter
-from .._space import Int as IntParameter
+from ..space.search_space import Choice, SearchSpace
+from ..space.search_space import Float as FloatParameter
+from ..space.search_space import Int as IntParameter
 
 
 class Roles(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._space import SearchSpace
+from ..space.search_space import SearchSpace
 from .roles import roles_of
 from .state import FORK, SWEEP, TunerState, position
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from .. import _kernels, _observations, _surrogate
+from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
@@ -193,9 +193,9 @@ class Slots(NamedTuple):
 class Knowledge(NamedTuple):
     """What the surrogate has learnt: every fork's score, its hyperparameters, and its prior mean."""
 
-    observations: _observations.Observations
-    hyper: _kernels.Hyper
-    prior: _surrogate.PriorMean
+    observations: trials.Observations
+    hyper: kernels.Hyper
+    prior: surrogate.PriorMean
 
 
 class TunerState(NamedTuple):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from .._float32 import in_float32
-from .._space import SearchSpace
+from ..compiler.precision import in_float32
+from ..space.search_space import SearchSpace
 from . import plan as planning
 from . import schedule as shapes
 from .core import Core

@@ -6,8 +6,8 @@ Everything here is O(1) in the length of the run and free of linear algebra; the
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._single_kernel import single_kernel
-from .._space import SearchSpace
+from ..compiler.single_kernel import single_kernel
+from ..space.search_space import SearchSpace
 from . import fork_round, loss_monitor, range_test, rollback
 from .plan import NEVER
 from .roles import roles_of

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import autotunenet_jax as atn
-from autotunenet_jax import _stored_program
+from autotunenet_jax.compiler import stored_program
 from autotunenet_jax.controller import judge
 from autotunenet_jax.controller.plan import MAX_FORKS
 from benchmarks.bank import split
@@ -51,7 +51,7 @@ def _propose_at_random() -> None:
 
     judge.expected_improvement = shuffled
     # Programs of this must not be taken for those of the surrogate.
-    _stored_program._folder = lambda: None
+    stored_program._folder = lambda: None
 
 
 def _optimizer(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, weight_decay: Any = 0.0) -> Any:

@@ -49,16 +49,16 @@ def _one_intercept() -> Any:
 
 def _fresh_surrogate() -> Any:
     """Each round forgets what the ones before it observed."""
-    from autotunenet_jax import _observations
+    from autotunenet_jax.bayesopt import trials
 
-    original = _observations.add
+    original = trials.add
 
     def add(obs, x, y, *, group=0, **options):
         newest = obs.group[jnp.clip(obs.count - 1, 0, obs.y.shape[0] - 1)]
         is_new = newest != jnp.asarray(group)
         return original(obs._replace(count=jnp.where(is_new, 0, obs.count)), x, y, group=group, **options)
 
-    return mock.patch.object(_observations, "add", add)
+    return mock.patch.object(trials, "add", add)
 
 
 def _fresh_data(task: Workload) -> Workload:

@@ -180,7 +180,7 @@ def _library() -> str:
     import autotunenet_jax as atn
 
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(atn.__file__).parent.glob("*.py")):
+    for path in sorted(pathlib.Path(atn.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -16,7 +16,8 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _observations, _stored_program, _surrogate
+from autotunenet_jax.bayesopt import surrogate, trials
+from autotunenet_jax.compiler import stored_program
 
 TOTAL = 160
 
@@ -34,7 +35,7 @@ def light_fit(config, observations, *, start, key, prior_mean):
 def light_predict(config, posterior, x, *, time):
     del config, time
     obs = posterior.observations
-    usable = _observations.mask(obs) & ~obs.failed
+    usable = trials.mask(obs) & ~obs.failed
     near = jnp.exp(-jnp.sum((x[:, None] - obs.x[None]) ** 2, -1) / 0.01) * usable
     mean = (near @ obs.y + 0.5e-3) / (jnp.sum(near, -1) + 1e-3)
     return mean, 0.01 * jnp.eye(len(x))
@@ -42,11 +43,11 @@ def light_predict(config, posterior, x, *, time):
 
 def lighten(set_attribute=setattr):
     """Puts the light surrogate in; its programs are stored under names of their own."""
-    set_attribute(_surrogate, "fit", light_fit)
-    set_attribute(_surrogate, "predict", light_predict)
-    origin = _stored_program._origin() + pathlib.Path(__file__).read_bytes()
-    set_attribute(_stored_program, "_origin", lambda: origin)
-    _stored_program._stored.cache_clear()
+    set_attribute(surrogate, "fit", light_fit)
+    set_attribute(surrogate, "predict", light_predict)
+    origin = stored_program._origin() + pathlib.Path(__file__).read_bytes()
+    set_attribute(stored_program, "_origin", lambda: origin)
+    stored_program._stored.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def light_surrogate(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    _stored_program._stored.cache_clear()
+    stored_program._stored.cache_clear()
 
 
 def data(count=256):

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _packed, _tuned_trees
+from autotunenet_jax.compiler import packing
+from autotunenet_jax.wrapper import trees
 
 
 def assert_finite(tree):
@@ -73,7 +74,7 @@ def test_batch_size_inside_it_changes_between_batches_only(toy):
     )
     step, carry, seen, emitted = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), set(), 0
     for key in toy.draws(200):
-        accumulated = int(_tuned_trees.found_next(carry[1]).inner_state.mini_step)
+        accumulated = int(trees.found_next(carry[1]).inner_state.mini_step)
         in_force = int(atn.hyperparams(carry[1])["accumulation"])
         carry, _ = step(carry, key)
         inner = carry[1].inner
@@ -272,7 +273,7 @@ def test_the_warning_comes_once_and_not_without_reason(toy):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for lag in (19, 30, 31):
-            later = opt_state._replace(packed=_packed.pack(opt_state.course._replace(lag=jnp.int32(lag))))
+            later = opt_state._replace(packed=packing.pack(opt_state.course._replace(lag=jnp.int32(lag))))
             atn.hyperparams(jax.block_until_ready(later))
             atn.hyperparams(atn.observe(opt_state, jnp.float32(1.0)))
         # A loop that is not compiled hears it from the update.

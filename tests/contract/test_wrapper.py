@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _packed
-from autotunenet_jax._tuned_snapshots import snapshots_of
+from autotunenet_jax.compiler import packing
+from autotunenet_jax.wrapper.copies import snapshots_of
 
 MEMORIES = ("keep-winner", "rewind", "drift")
 
@@ -139,7 +139,7 @@ def test_every_way_back_brings_parameters_and_moments(toy, asked, slot):
     )
     order = state.course.order._replace(**{asked: jnp.ones((), bool)})
     target = {"saved": saved, "kept": kept}[slot]
-    packed = _packed.pack(state.course._replace(order=order))
+    packed = packing.pack(state.course._replace(order=order))
     carry = (params, state._replace(packed=packed, snapshots=snapshots_of([saved, kept])), i)
     carry, _ = step(carry, toy.draws(1)[0])
     assert_same(carry[0], target.params, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _observations, _sampling, _stored_program, _surrogate
+from autotunenet_jax.bayesopt import quasi_random, surrogate, trials
+from autotunenet_jax.compiler import stored_program
 from autotunenet_jax.controller import fork_round
 from tests.reference.algorithm import Algorithm
 
@@ -37,7 +38,7 @@ def fit(config, observations, *, start, key, prior_mean):
 def predict(config, posterior, x, *, time):
     """A local average of the scores, and a covariance that falls with the distance."""
     obs = posterior.observations
-    usable = _observations.mask(obs) & ~obs.failed
+    usable = trials.mask(obs) & ~obs.failed
     return _average(jnp, x, obs.x, obs.y, jnp.abs(time - obs.time), usable)
 
 
@@ -64,10 +65,10 @@ def _square(a, b):
 def patch():
     """Puts the light surrogate in the place of the Gaussian process, for as long as the context lasts."""
     context = pytest.MonkeyPatch()
-    context.setattr(_surrogate, "fit", fit)
-    context.setattr(_surrogate, "predict", predict)
+    context.setattr(surrogate, "fit", fit)
+    context.setattr(surrogate, "predict", predict)
     # Programs of these must not be taken for those of the package.
-    context.setattr(_stored_program, "_folder", lambda: None)
+    context.setattr(stored_program, "_folder", lambda: None)
     return context
 
 
@@ -136,7 +137,7 @@ def run(tuned, given, *, key=0):
 
 def twin_of(tuned, *, key=0):
     """The plain twin of a tuner, with its points."""
-    table = _sampling.spread_table(fork_round.PROPOSALS, tuned.space.dims)
+    table = quasi_random.spread_table(fork_round.PROPOSALS, tuned.space.dims)
     current = [jax.random.key(key)]
 
     def spread():

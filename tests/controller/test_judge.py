@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax import _observations
+from autotunenet_jax.bayesopt import trials
 from autotunenet_jax.controller import judge
 from tests.reference.algorithm import shortfall
 
@@ -18,7 +18,7 @@ CAPACITY = 32
 
 def record(scores, *, group=0, failed=(), x=None, into=None):
     """What is known of some forks, in the order of their scores."""
-    obs = _observations.empty(CAPACITY, 1) if into is None else into
+    obs = trials.empty(CAPACITY, 1) if into is None else into
     for number, score in enumerate(scores):
         where = 0.2 + 0.1 * number if x is None else x[number]
         obs = _add(obs, jnp.float32([where]), jnp.float32(score), jnp.int32(group), jnp.bool_(number in failed))
@@ -27,7 +27,7 @@ def record(scores, *, group=0, failed=(), x=None, into=None):
 
 @jax.jit
 def _add(obs, x, y, group, failed):
-    return _observations.add(obs, x, y, time=1.0, group=group, failed=failed)
+    return trials.add(obs, x, y, time=1.0, group=group, failed=failed)
 
 
 def told(obs, **options):

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
-from autotunenet_torch import _durable, _reduce  # noqa: E402
+from autotunenet_torch import distributed, serialization  # noqa: E402
 
 WORKER = pathlib.Path(__file__).with_name("ddp_worker.py")
 
@@ -49,9 +49,9 @@ def test_two_processes_decide_alike(tmp_path):
 def test_resume_from_the_latest_step_that_all_have(tmp_path, monkeypatch, steps, expected):
     """``steps``: what this process has and what the other one has; the other has nothing between."""
     others = iter([steps[1], 10, 10])
-    monkeypatch.setattr(_reduce, "gather", lambda mine: [(mine,), (min(mine, next(others)),)])
+    monkeypatch.setattr(distributed, "gather", lambda mine: [(mine,), (min(mine, next(others)),)])
     with atn.Snapshots(tmp_path / "run") as store:
         for step in (10, 20):
-            _durable.save(store, step, {"step": step}, wait=True)
-        found = _durable.restore_together(store)
+            serialization.save(store, step, {"step": step}, wait=True)
+        found = serialization.restore_together(store)
     assert (found and found[1]["step"]) == expected

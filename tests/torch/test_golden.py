@@ -65,7 +65,7 @@ def test_same_decisions_as_the_core(seed):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.1))
     tuner = AutoTuneNet(SPACE, total_steps=STEPS, initial=INITIAL, max_share=0.5, seed=seed)
     tuner.attach(model, torch.optim.SGD(model.parameters(), lr=1e-3))
-    run, curve, seen = tuner._run, Curve(seed), []
+    run, curve, seen = tuner._session, Curve(seed), []
     ts = observe_eval(core.init(jax.random.key(seed)), 2.0)
     tuner.validate(2.0)
     for step in range(STEPS):
@@ -74,7 +74,7 @@ def test_same_decisions_as_the_core(seed):
         before = int(ts.phase)
         loss = curve.loss(step, values["learning_rate"], before)
         ts, want = update(ts, loss)
-        said, _ = run.advance(float(loss))
+        said = run.report(float(loss))
         want = jax.device_get(want)
         assert [int(x) for x in want] == [int(x) for x in said.directive], step
         seen.append((before, want))
@@ -84,7 +84,7 @@ def test_same_decisions_as_the_core(seed):
             tuner.validate(metric)
             ts = observe_eval(ts, metric)
         if step % 50 == 0 or step == STEPS - 1:
-            assert bits(ts) == bits(run.engine.state), step
+            assert bits(ts) == bits(run.controller.state), step
     assert {before for before, _ in seen} == {0, 1, 2}
     history = tuner.history
     kinds = [row["kind"] for row in history.rounds]

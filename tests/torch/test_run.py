@@ -37,14 +37,14 @@ def spoil(model):
 
 
 def train_to(phase, model, optimizer, tuner):
-    while tuner._run.engine.phase != phase:
+    while tuner._session.controller.phase != phase:
         train_one(model, optimizer, tuner)
 
 
 def test_ended_inside_a_sweep_it_is_back_where_the_sweep_began(bits):
     model, optimizer, tuner = make()
     begin = bits(model.state_dict())
-    assert tuner._run.engine.phase == 1
+    assert tuner._session.controller.phase == 1
     for _ in range(4):
         train_one(model, optimizer, tuner)
     assert bits(model.state_dict()) != begin
@@ -57,10 +57,10 @@ def test_ended_inside_a_sweep_it_is_back_where_the_sweep_began(bits):
 
 def test_ended_inside_a_fork_the_history_says_which_steps_are_left():
     model, optimizer, tuner = make()
-    while not (tuner._run.engine.phase == 2 and int(tuner._run.engine.state.round.kept) >= 0):
+    while not (tuner._session.controller.phase == 2 and int(tuner._session.controller.state.round.kept) >= 0):
         train_one(model, optimizer, tuner)
     train_one(model, optimizer, tuner)
-    kept = tuner._run.live.kept
+    kept = tuner._session.kept
     tuner.finish()
     assert torch.equal(model[0].weight, kept["training"]["model"]["0.weight"])
     assert tuner.hyperparams["learning_rate"] == kept["values"]["learning_rate"] == optimizer.param_groups[0]["lr"]
@@ -84,7 +84,7 @@ def test_goes_back_to_the_best_state_when_validation_rises(bits):
     model, optimizer, tuner = make(400)
     train_to(0, model, optimizer, tuner)
     returned, lowered, level = None, None, 1.0
-    for count in range(400 - tuner._run.engine.step):
+    for count in range(400 - tuner._session.controller.step):
         x = torch.randn(16, 6)
         loss = torch.nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
         optimizer.zero_grad()
@@ -92,7 +92,7 @@ def test_goes_back_to_the_best_state_when_validation_rises(bits):
         optimizer.step()
         level *= 0.995
         before = tuner.best_hyperparams["learning_rate"]
-        kept = tuner._run.live.kept
+        kept = tuner._session.kept
         tuner.step(level)
         if count > 60 and tuner.best_hyperparams["learning_rate"] < 0.9 * before:
             pytest.fail("a rate is lowered by the metric, not by the loss")
@@ -117,13 +117,13 @@ def test_a_run_whose_last_metric_is_bad_ends_in_the_best_state(bits):
     model, optimizer, tuner = make(400)
     train_to(0, model, optimizer, tuner)
     level = 1.0
-    for count in range(400 - tuner._run.engine.step):
+    for count in range(400 - tuner._session.controller.step):
         train_one(model, optimizer, tuner, told=level)
         level *= 0.995
         if count % 40 == 0:
             tuner.validate(level)
     tuner.finish()
-    kept = tuner._run.live.kept
+    kept = tuner._session.kept
     best = bits({name: kept["training"]["model"][name] for name in model.state_dict()})
     assert bits(model.state_dict()) != best
     tuner.validate(3.0)
@@ -139,15 +139,15 @@ def test_a_checkpoint_keeps_the_best_state_and_the_totals(bits):
         train_one(model, optimizer, tuner)
         if count % 10 == 0:
             tuner.validate(1.0 - 0.01 * count if count < 40 else 2.0)
-    run = tuner._run
-    assert bool(run.engine.state.validation.is_kept)
+    run = tuner._session
+    assert bool(run.controller.state.validation.is_kept)
     file = io.BytesIO()
     torch.save(tuner.state_dict(), file)
     file.seek(0)
     _, _, other = make(400)
     other.load_state_dict(torch.load(file, weights_only=True))
-    kept = bits(run.live.kept["training"]["model"])
-    assert bits(other._run.live.kept["training"]["model"]) == kept != bits(model.state_dict())
+    kept = bits(run.kept["training"]["model"])
+    assert bits(other._session.kept["training"]["model"]) == kept != bits(model.state_dict())
     assert other.history.summary == tuner.history.summary
     assert other.history.summary["discarded_steps"] > 0
-    assert other._run.last_eval == 2.0
+    assert other._session.last_eval == 2.0

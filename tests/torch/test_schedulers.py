@@ -9,7 +9,8 @@ torch = pytest.importorskip("torch")
 
 from torch.optim import lr_scheduler as lrs  # noqa: E402
 
-from autotunenet_torch import AutoTuneNet, TrainingState, _schedulers, _targets, _warm_up  # noqa: E402
+from autotunenet_torch import AutoTuneNet, TrainingState, lr_schedulers, targets  # noqa: E402
+from autotunenet_torch.warm_up import WarmUp  # noqa: E402
 
 MAKE = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: min(1.0, step / 4)),
@@ -75,8 +76,8 @@ def test_tuned_rate_is_in_force(name, side):
     """Rate at each step = tuned value x the scheduler's own shape, on either side of the scheduler's step."""
     optimizer = make_optimizer()
     scheduler = MAKE[name](optimizer)
-    schedulers = _schedulers.as_list(scheduler)
-    target = _targets.RateTarget(optimizer, [0, 1], schedulers)
+    schedulers = lr_schedulers.as_list(scheduler)
+    target = targets.RateTarget(optimizer, [0, 1], schedulers)
     seen, expected = [], []
     for step, (value, shape) in enumerate(zip(VALUES, shape_of(MAKE[name]), strict=True)):
         if step == 0 or side == "after":
@@ -100,7 +101,7 @@ def test_restore_then_apply(name):
     optimizer = make_optimizer()
     model = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
     scheduler = MAKE[name](optimizer)
-    target = _targets.RateTarget(optimizer, [0, 1], _schedulers.as_list(scheduler))
+    target = targets.RateTarget(optimizer, [0, 1], lr_schedulers.as_list(scheduler))
     state = TrainingState(model, optimizer, schedulers=[scheduler])
     target.write(0.1)
     for _ in range(3):
@@ -143,7 +144,7 @@ def test_ends_with_the_budget(name, side):
         if side == "before":
             scheduler.step()
     assert tuner.history.summary["discarded_steps"] > 0
-    height = tuner._run.live.targets["learning_rate"].applied
+    height = tuner._host.targets["learning_rate"].applied
     expected = [share * height for share in shape]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
@@ -152,15 +153,15 @@ def test_ends_with_the_budget(name, side):
 def test_refusal_gives_the_reason(name):
     optimizer = make_optimizer()
     with pytest.raises(ValueError, match=f"{name} cannot be tuned.*absolute"):
-        _schedulers.as_list(REFUSED[name](optimizer))
+        lr_schedulers.as_list(REFUSED[name](optimizer))
 
 
 def test_other_refusals():
     optimizer = make_optimizer()
     with pytest.raises(ValueError, match="SWALR cannot be tuned"):
-        _schedulers.as_list(torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05))
+        lr_schedulers.as_list(torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05))
     with pytest.raises(TypeError, match=r"torch\.optim\.lr_scheduler"):
-        _schedulers.as_list("cosine")
+        lr_schedulers.as_list("cosine")
     model = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
     tuner = AutoTuneNet({"momentum": (0.5, 0.99)}, total_steps=100)
     with pytest.raises(ValueError, match="cycle_momentum=False"):
@@ -172,11 +173,11 @@ def test_two_decays_do_not_multiply():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
     tuner.attach(model, optimizer, lrs.ConstantLR(optimizer, factor=0.5, total_iters=1000))
-    assert tuner._run.engine.core.shape.form == "none"
+    assert tuner._session.controller.tuner.core.shape.form == "none"
     assert tuner.hyperparams["learning_rate"] == pytest.approx(optimizer.param_groups[0]["lr"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tuner.attach(model, optimizer)
-    assert tuner._run.engine.core.shape.form == "hold"
+    assert tuner._session.controller.tuner.core.shape.form == "hold"
 
 
 def tuned_beside(warm_up, total=400):
@@ -192,7 +193,7 @@ def tuned_beside(warm_up, total=400):
     fed, claimed, shaped = [], [], []
     optimizer.register_step_pre_hook(lambda *_: fed.append(optimizer.param_groups[0]["lr"]))
     for _ in range(total):
-        claimed.append(tuner._run.live.values["learning_rate"] if tuner._run.engine.phase else None)
+        claimed.append(tuner._host.values["learning_rate"] if tuner._session.controller.phase else None)
         shaped.append(tuner.hyperparams["learning_rate"])
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
@@ -221,7 +222,7 @@ def test_a_decay_of_the_users_own_is_no_warm_up():
     optimizer = make_optimizer()
     for name in ("CosineAnnealingLR", "ExponentialLR", "StepLR"):
         scheduler = MAKE[name](optimizer)
-        assert _warm_up.WarmUp(optimizer, [scheduler], [0, 1], steps=100).end == 0
+        assert WarmUp(optimizer, [scheduler], [0, 1], steps=100).end == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
@@ -230,6 +231,6 @@ def test_looking_ahead_leaves_a_scheduler_as_it_was(name):
     optimizer = make_optimizer()
     scheduler = MAKE[name](optimizer)
     before = repr(scheduler.state_dict()), repr(optimizer.state_dict())
-    end = _warm_up.WarmUp(optimizer, [scheduler], [0, 1], steps=STEPS).end
+    end = WarmUp(optimizer, [scheduler], [0, 1], steps=STEPS).end
     assert (repr(scheduler.state_dict()), repr(optimizer.state_dict())) == before
     assert end == {"LambdaLR": 4, "LinearLR": 5, "ConstantLR": 4, "CyclicLR": 3, "SequentialLR": 3}.get(name, 0)

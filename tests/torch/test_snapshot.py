@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
-from autotunenet_torch import TrainingState, _durable, _plain, _rng  # noqa: E402
+from autotunenet_torch import TrainingState, checkpoint, random_state, serialization  # noqa: E402
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -143,17 +143,17 @@ def test_durable_round_trip(tmp_path, make_tied, bits):
     train(model, optimizer, schedulers[0], torch.randn(8, 6, dtype=torch.bfloat16), 2)
     state = TrainingState(model, optimizer, schedulers=schedulers)
     saved = state.copy_out()
-    plain = _plain.to_plain({"training": saved, "values": {"learning_rate": 0.1}, "loop": (3, 0)})
+    plain = checkpoint.to_plain({"training": saved, "values": {"learning_rate": 0.1}, "loop": (3, 0)})
     with atn.Snapshots(tmp_path / "run") as store:
-        _durable.save(store, 7, plain, wait=True)
-        step, tree = _durable.restore(store)
+        serialization.save(store, 7, plain, wait=True)
+        step, tree = serialization.restore(store)
     assert step == 7 and tree["loop"] == (3, 0)
-    back = _plain.from_plain(tree)["training"]
+    back = checkpoint.from_plain(tree)["training"]
     assert bits({k: v for k, v in back.items() if k != "rng"}) == bits({k: v for k, v in saved.items() if k != "rng"})
     state.check(back)
     state.copy_back(back)
     again = torch.rand(2)
-    _rng.restore(saved["rng"])
+    random_state.restore(saved["rng"])
     assert torch.equal(again, torch.rand(2))
     other = torch.nn.Linear(4, 2)
     with pytest.raises(atn.SnapshotMismatchError, match="another model"):
@@ -162,6 +162,6 @@ def test_durable_round_trip(tmp_path, make_tied, bits):
 
 def test_durable_refuses_what_needs_pickle(tmp_path):
     with atn.Snapshots(tmp_path / "run") as store:
-        assert _durable.restore(store) is None
+        assert serialization.restore(store) is None
         with pytest.raises(TypeError, match="without pickle"):
-            _durable.save(store, 1, {"model": object()})
+            serialization.save(store, 1, {"model": object()})

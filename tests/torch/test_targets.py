@@ -4,11 +4,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from autotunenet_torch import AutoTuneNet, _targets  # noqa: E402
+from autotunenet_torch import AutoTuneNet, targets  # noqa: E402
 
 
 def find(name, model, optimizer, **kwargs):
-    return _targets.find(name, model, optimizer, [], setters=kwargs.pop("setters", {}), **kwargs)
+    return targets.find(name, model, optimizer, [], setters=kwargs.pop("setters", {}), **kwargs)
 
 
 def net():

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
 from autotunenet_torch import AutoTuneNet, Trainer  # noqa: E402
-from autotunenet_torch._data import ReplayBuffer  # noqa: E402
+from autotunenet_torch.data import ReplayBuffer  # noqa: E402
 
 cross_entropy = torch.nn.functional.cross_entropy
 SPACE = {"learning_rate": (1e-4, 1.0)}

@@ -58,21 +58,18 @@ def test_repairs_a_terrible_rate():
 def test_forks_start_bit_for_bit_alike(training_bits, bits):
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
-    obey, starts = tuner._run.live.obey, []
+    restore, starts = tuner._host.restore, []
 
-    def spy(directive, *, rewinds):
-        out = obey(directive, rewinds=rewinds)
-        if directive.restore or directive.adopt:
-            slot = tuner._run.live.saved if directive.restore else tuner._run.live.kept
-            now = training_bits(model, optimizer)
-            assert now["model"] == bits({k: v for k, v in slot["training"]["model"].items() if k in now["model"]})
-            assert now["rng"] == bits(slot["training"]["rng"]["torch"])
-            momenta = {int(k): v for k, v in slot["training"]["optimizer"].items()}
-            assert now["optimizer"] == bits(momenta)
-            starts.append(directive)
-        return out
+    def spy(slot, *, rewinds):
+        restore(slot, rewinds=rewinds)
+        now = training_bits(model, optimizer)
+        assert now["model"] == bits({k: v for k, v in slot["training"]["model"].items() if k in now["model"]})
+        assert now["rng"] == bits(slot["training"]["rng"]["torch"])
+        momenta = {int(k): v for k, v in slot["training"]["optimizer"].items()}
+        assert now["optimizer"] == bits(momenta)
+        starts.append(rewinds)
 
-    tuner._run.live.obey = spy
+    tuner._host.restore = spy
     for _ in range(STEPS):
         train_one(model, optimizer, tuner)
     assert len(starts) >= 2
@@ -184,10 +181,10 @@ def test_slow_hyperparameters_without_validation_are_explained():
 def test_ends_with_the_best_state_when_stopped_inside_a_round():
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
-    while not (tuner._run.engine.phase == 2 and int(tuner._run.engine.state.round.kept) >= 0):
+    while not (tuner._session.controller.phase == 2 and int(tuner._session.controller.state.round.kept) >= 0):
         train_one(model, optimizer, tuner)
     train_one(model, optimizer, tuner)
-    kept = tuner._run.live.kept["training"]["model"]["0.weight"].clone()
+    kept = tuner._session.kept["training"]["model"]["0.weight"].clone()
     assert not torch.equal(kept, model[0].weight)
     tuner.finish()
     assert torch.equal(kept, model[0].weight)

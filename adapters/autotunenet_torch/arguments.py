@@ -1,0 +1,143 @@
+"""What users hand over, checked or unwrapped before training."""
+
+import math
+import warnings
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+import autotunenet_jax as atn
+
+
+def slow_names(space: atn.SearchSpace) -> list[str]:
+    """The hyperparameters that only long forks, compared on validation data, can tell apart."""
+    return [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
+
+
+# Least and greatest value that PyTorch has a use for.
+_LIMITS = {
+    "learning_rate": (0.0, math.inf),
+    "lr": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+    "b1": (0.0, 1.0),
+    "b2": (0.0, 1.0),
+    "eps": (0.0, math.inf),
+    "dropout": (0.0, 1.0),
+    "label_smoothing": (0.0, 1.0),
+    "batch_size": (1, math.inf),
+    "clip_norm": (0.0, math.inf),
+}
+
+
+def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
+    """Whether every value of the space is one that PyTorch takes; those with a setter are the user's affair.
+
+    Raises:
+      ValueError: Some is not, which would end the training whenever the tuner came to try it.
+    """
+    for name in space.names:
+        param = space[name]
+        leaf = name.rpartition("/")[2]
+        values = param.options if isinstance(param, atn.Choice) else (param.lo, param.hi)
+        if name in setters or leaf not in _LIMITS or not all(isinstance(value, float | int) for value in values):
+            continue
+        low, high = _LIMITS[leaf]
+        if min(values) < low or max(values) > high:
+            allowed = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+            raise ValueError(
+                f"param_space lets {name!r} go from {min(values):g} to {max(values):g}, and it must be {allowed}."
+            )
+        if leaf == "batch_size" and (isinstance(param, atn.Float) or any(value != int(value) for value in values)):
+            raise ValueError(
+                f"batch_size must be whole numbers; got {param!r}. Give a list of sizes, or a pair of integers."
+            )
+
+
+def check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Whether going back with the model takes back all that the optimizer trains.
+
+    Raises:
+      ValueError: The optimizer trains tensors that the model does not have.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strange = sum(id(parameter) not in own for parameter in trained)
+    if strange:
+        raise ValueError(
+            f"{strange} of the {len(trained)} parameters of the optimizer are not parameters of the model, so a fork "
+            "or a rollback could not put them back. Make the optimizer from model.parameters() once the model is in "
+            "its final form, or attach one module that holds everything that is trained, such as an nn.ModuleList."
+        )
+
+
+def live_scaler(scaler: Any) -> Any:
+    """The gradient scaler; None in place of one that is switched off and has no state."""
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside the wrappers of other libraries.
+
+    Raises:
+      TypeError: There is none.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+    return optimizer
+
+
+def budget(
+    loader: Iterable[Any], *, steps: int | None, epochs: int | None, accumulate: int, planned: int | None
+) -> int:
+    """Optimizer steps of the whole run: those asked for, or in so many passes over a loader.
+
+    Raises:
+      ValueError: The loader's length is unknown, and the tuner's own ``total_steps`` too.
+    """
+    total = steps
+    if total is None:
+        try:
+            total = (epochs or 1) * len(loader) // accumulate  # type: ignore[arg-type]
+        except TypeError:
+            total = planned
+    if total is None:
+        raise ValueError(
+            "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) or "
+            "AutoTuneNet(total_steps=...): the number of optimizer steps of the whole run."
+        )
+    if planned is not None and planned != total:
+        warnings.warn(
+            f"the tuner was given total_steps={planned}, and this training takes {total} optimizer steps: it is "
+            f"planned for {total}. Leave total_steps out beside a Trainer, or give Trainer(steps={planned}).",
+            stacklevel=3,
+        )
+    return total
+
+
+def check_slow(space: atn.SearchSpace, *, has_validation: bool) -> None:
+    """Says before training when slow hyperparameters cannot be tuned.
+
+    Raises:
+      ValueError: Nothing else is tuned.
+    """
+    slow = slow_names(space)
+    if has_validation or not slow:
+        return
+    names = ", ".join(slow)
+    if len(slow) == len(space.names):
+        raise ValueError(
+            f"{names} can be tuned on validation data only, and nothing else is in param_space. Give fit a val_loader: "
+            "the training loss would always ask for less regularisation."
+        )
+    warnings.warn(
+        f"{names} stay at their initial values: without a val_loader there is nothing to tune them by, since the "
+        "training loss always asks for less regularisation. Give fit a val_loader to tune them.",
+        stacklevel=3,
+    )

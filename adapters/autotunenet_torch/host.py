@@ -1,0 +1,153 @@
+"""PyTorch as the host of a run: values put in force on live objects, copies of the training made and put back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from autotunenet_jax.hosting import Host
+
+from . import distributed, lr_schedulers
+from .targets import RateTarget, Target
+from .training_state import TrainingState, clone, count_non_finite
+from .warm_up import WarmUp
+
+
+class Stream(Protocol):
+    """Batches that can be asked for again."""
+
+    cursor: Any
+    """Where the stream stands."""
+
+    def hold(self) -> None:
+        """Keeps every batch from the cursor on."""
+
+    def release(self) -> None:
+        """Forgets every batch before the cursor, now and from now on."""
+
+
+class TorchHost(Host):
+    """A training with what is tuned on it.
+
+    Args:
+      state: The training.
+      targets: Where each hyperparameter is written.
+      steps: Steps of the run; None for an open-ended one.
+      validate: Gives the metric of the present state; None where it is reported by hand.
+      stream: Of batches, where the loop has one that can go back.
+      keeps_best: Whether the best state is kept, on the CPU.
+
+    Attributes:
+      values: Hyperparameters in force.
+      behind: Steps that each scheduler has to make up once the round is over.
+      warm_up: Of the schedulers.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        targets: Mapping[str, Target],
+        *,
+        steps: int | None,
+        validate: Callable[[], Any] | None = None,
+        stream: Stream | None = None,
+        keeps_best: bool = False,
+    ):
+        self.state, self.targets = state, targets
+        self._validate, self._stream, self._keeps_best = validate, stream, keeps_best
+        self.values: dict[str, Any] = {}
+        self.behind = [0 for _ in state.schedulers]
+        tuned = {i for target in targets.values() if isinstance(target, RateTarget) for i in target.indices}
+        self.warm_up = WarmUp(state.optimizer, state.schedulers, tuned, steps=steps)
+
+    def starts(self, given: Mapping[str, Any], space: Any) -> dict[str, Any]:
+        """Where the training stands, for every hyperparameter with a readable value in its range; given ones first."""
+        starts = dict(given)
+        for name, target in self.targets.items():
+            value = target.read()
+            if name not in starts and value is not None and space[name].contains(value):
+                starts[name] = value
+        return starts
+
+    def shaped(self) -> dict[str, Any]:
+        """What is in force, rates as the schedulers have made them."""
+        raised = self.warm_up.raised()
+        rates = {name: t.in_force(raised) for name, t in self.targets.items() if isinstance(t, RateTarget)}
+        return {**self.values, **rates}
+
+    def write(self, hyperparams: Mapping[str, Any]) -> None:
+        """Writes those that changed."""
+        if not self.warm_up.in_round:
+            self._catch_up()
+        for name, value in hyperparams.items():
+            if value != self.values.get(name):
+                self.targets[name].write(value)
+        self.values = dict(hyperparams)
+
+    def copy(self) -> dict[str, Any]:
+        """A copy of the training, with the values in force and the place in the stream."""
+        place = None if self._stream is None else self._stream.cursor
+        return {"training": self.state.copy_out(), "values": dict(self.values), "cursor": place}
+
+    def restore(self, copy: dict[str, Any], *, rewinds: bool) -> None:
+        """Puts a copy back into the live objects; its hyperparameters are written again after that."""
+        stood = lr_schedulers.places(self.state.schedulers)
+        self._put_back(copy)
+        stands = lr_schedulers.places(self.state.schedulers)
+        self.behind = [
+            0 if before is None or now is None else behind + before - now
+            for behind, before, now in zip(self.behind, stood, stands, strict=True)
+        ]
+        self.write(copy["values"])
+        if rewinds and self._stream is not None:
+            self._stream.cursor = tuple(copy["cursor"])
+
+    def load(self, copy: dict[str, Any]) -> None:
+        """Puts a copy of another process back; hyperparameters have to be written after that."""
+        self._put_back(copy)
+        self.behind = [0 for _ in self.behind]
+
+    def _put_back(self, copy: dict[str, Any]) -> None:
+        self.state.copy_back(copy["training"])
+        for name, target in self.targets.items():
+            if isinstance(target, RateTarget):
+                target.applied = copy["values"][name]
+        self.values = {}
+
+    def evaluate(self) -> float | None:
+        """The metric of the function given, the same on all processes."""
+        if self._validate is None:
+            return None
+        return distributed.mean(distributed.to_float(self._validate(), name="value"))
+
+    def count_non_finite(self, copy: Mapping[str, Any] | None = None) -> int:
+        """Over the model and its optimizer."""
+        if copy is None:
+            optimizer = {str(i): dict(state) for i, state in enumerate(self.state.optimizer.state.values())}
+            return count_non_finite([self.state.tensors(), optimizer])
+        return count_non_finite([copy["training"]["model"], copy["training"]["optimizer"]])
+
+    def keep_best(self) -> dict[str, Any] | None:
+        """The model's ``state_dict`` on the CPU, where it is wanted."""
+        return clone(self.state.model.state_dict(), "cpu") if self._keeps_best else None
+
+    def begin_round(self, position: int) -> None:
+        """Schedulers that warm up are passed by, and batches remembered."""
+        self.warm_up.in_round = True
+        if self._stream is not None:
+            self._stream.hold()
+
+    def end_round(self, position: int) -> None:
+        """And no longer."""
+        self.warm_up.in_round = False
+        if self._stream is not None:
+            self._stream.release()
+
+    def finish(self) -> None:
+        """Leaves schedulers at the budget spent, and the optimizer alone."""
+        self._catch_up()
+        self.warm_up.release()
+
+    def _catch_up(self) -> None:
+        """Steps schedulers on to the budget spent: one made for the whole run ends with it."""
+        if any(self.behind):
+            lr_schedulers.advance(self.state.schedulers, self.behind)
+            self.behind = [0 for _ in self.behind]

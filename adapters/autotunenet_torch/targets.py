@@ -1,0 +1,315 @@
+"""What can be tuned on a PyTorch training, and how it is written."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import BatchSampler
+
+from . import lr_schedulers
+from .dropout import DropoutTarget
+
+_RATES = ("learning_rate", "lr")
+_BETAS = {"beta1": 0, "b1": 0, "beta2": 1, "b2": 1}
+# Multiplied in each group by the group's own share, so that groups keep their proportions (and zeros stay zeros).
+_PROPORTIONAL = ("lr", "weight_decay")
+
+
+class Target(Protocol):
+    """One tuned hyperparameter on live objects."""
+
+    def read(self) -> Any:
+        """The value in force; None where there is none to read."""
+
+    def write(self, value: Any) -> None:
+        """Puts a value in force."""
+
+
+class GroupTarget:
+    """A number in the optimizer's parameter groups.
+
+    Args:
+      optimizer: Whose groups.
+      key: Of the group's dictionary.
+      indices: Which groups.
+      position: Index within the value, for betas.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, key: str, indices: list[int], *, position: int | None = None):
+        self._optimizer, self._key, self._indices, self._position = optimizer, key, indices, position
+        values = [self._value(group) for group in self._groups()]
+        top = max(values, key=abs)
+        is_shared = key not in _PROPORTIONAL or top == 0.0 or not math.isfinite(top)
+        self._shares = [1.0 if is_shared else value / top for value in values]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        # Loading an optimizer's state replaces the dictionaries: they are looked up each time.
+        return [self._optimizer.param_groups[index] for index in self._indices]
+
+    def _value(self, group: dict[str, Any]) -> float:
+        value = group[self._key]
+        return float(value if self._position is None else value[self._position])
+
+    def read(self) -> float:
+        return max((self._value(group) for group in self._groups()), key=abs)
+
+    def write(self, value: float) -> None:
+        for group, share in zip(self._groups(), self._shares, strict=True):
+            if self._position is None:
+                lr_schedulers.write_number(group, self._key, value * share)
+            else:
+                pair = list(group[self._key])
+                if isinstance(pair[self._position], torch.Tensor):
+                    pair[self._position].fill_(value)
+                else:
+                    pair[self._position] = value
+                    group[self._key] = tuple(pair)
+
+
+class RateTarget:
+    """The learning rate of some groups, under the shape that schedulers give it.
+
+    Args:
+      optimizer: Whose groups.
+      indices: Which groups.
+      schedulers: Their state is scaled with the rate.
+
+    Attributes:
+      indices: The same groups.
+      applied: The value that rates, scheduler and all, now stand in proportion to.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, indices: list[int], schedulers: list[Any]):
+        self._optimizer, self.indices, self._schedulers = optimizer, frozenset(indices), schedulers
+        peaks = lr_schedulers.peak_rates(schedulers, optimizer.param_groups)
+        self.applied = max(peaks[index] for index in indices)
+        self._start = self.applied
+
+    def read(self) -> float:
+        return self.applied
+
+    def in_force(self, raised: Mapping[int, float]) -> float:
+        """The highest rate of the groups' next step, whatever schedulers make of it; some are ``raised`` above that."""
+        groups = self._optimizer.param_groups
+        return max(raised.get(index, float(groups[index]["lr"])) for index in self.indices)
+
+    def write(self, value: float) -> None:
+        groups = self._optimizer.param_groups
+        if value == self.applied:
+            return
+        # A rate of zero has no proportion to anything; the least step off it keeps the shape alive.
+        value = max(value, 1e-12 * self._start)
+        factor = value / self.applied
+        factors = [factor if index in self.indices else 1.0 for index in range(len(groups))]
+        lr_schedulers.scale(self._schedulers, groups, factors)
+        self.applied = value
+
+
+class AttributeTarget:
+    """An attribute of an object, such as a loss module's label smoothing.
+
+    Args:
+      owner: The object.
+      name: The attribute's.
+      start: What it counts as before it is set, in place of the attribute itself.
+    """
+
+    def __init__(self, owner: Any, name: str, *, start: Any = None):
+        self._owner, self._name, self._start = owner, name, start
+
+    def read(self) -> Any:
+        value = getattr(self._owner, self._name)
+        return self._start if value is None else value
+
+    def write(self, value: Any) -> None:
+        setattr(self._owner, self._name, value)
+
+
+class KeywordTarget:
+    """A keyword argument, such as a loss function's label smoothing.
+
+    Args:
+      options: The arguments, by name.
+      name: Which.
+    """
+
+    def __init__(self, options: dict[str, Any], name: str):
+        self._options, self._name = options, name
+
+    def read(self) -> None:
+        return None
+
+    def write(self, value: Any) -> None:
+        self._options[self._name] = value
+
+
+class SetterTarget:
+    """Whatever a user's function sets.
+
+    Args:
+      setter: ``(model, value) -> None``.
+      model: Handed to it.
+    """
+
+    def __init__(self, setter: Callable[[Any, Any], Any], model: Any):
+        self._setter, self._model = setter, model
+
+    def read(self) -> None:
+        return None
+
+    def write(self, value: Any) -> None:
+        self._setter(self._model, value)
+
+
+class _TunedBatches(BatchSampler):
+    """Batches whose size may change from one to the next; it takes the place of a batch sampler's class."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = iter(self.sampler)
+        while True:
+            size = self.batch_size
+            batch = [*itertools.islice(indices, size)]
+            if not batch or (self.drop_last and len(batch) < size):
+                return
+            yield batch
+
+
+class BatchSizeTarget:
+    """The batch size of a data loader, from the next batch on that its workers have not yet begun.
+
+    Args:
+      loader: A ``torch.utils.data.DataLoader`` that batches.
+    """
+
+    def __init__(self, loader: Any):
+        if getattr(getattr(loader, "batch_sampler", None), "batch_size", None) is None:
+            raise ValueError(
+                "batch_size can be tuned on a DataLoader with a batch_sampler that has a batch_size; "
+                f"got {type(loader).__name__} without one. Give targets={{'batch_size': your_setter}} instead."
+            )
+        self._sampler = loader.batch_sampler
+        # PyTorch's own takes a new size up at the next pass, if it drops the last batch.
+        if type(self._sampler) is BatchSampler:
+            self._sampler.__class__ = _TunedBatches
+
+    def read(self) -> int:
+        return int(self._sampler.batch_size)
+
+    def write(self, value: int) -> None:
+        self._sampler.batch_size = int(value)
+
+
+def _group_indices(optimizer: torch.optim.Optimizer, scope: str | None) -> list[int]:
+    groups = optimizer.param_groups
+    if scope is None:
+        return list(range(len(groups)))
+    return [i for i, group in enumerate(groups) if scope in (group.get("name"), str(i))]
+
+
+def _numbers(group: dict[str, Any]) -> list[str]:
+    names = [
+        key
+        for key, value in group.items()
+        if isinstance(value, float | int | torch.Tensor) and not isinstance(value, bool)
+        if not (isinstance(value, torch.Tensor) and value.numel() != 1) and key not in ("initial_lr", "lr")
+    ]
+    return ["learning_rate", *names, *(["beta1", "beta2"] if len(group.get("betas", ())) == 2 else [])]
+
+
+def found(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, loss_fn: Any = None, loader: Any = None
+) -> dict[str, str]:
+    """What could be tuned here: names, and where each was found."""
+    names: dict[str, str] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for name in _numbers(group):
+            names.setdefault(name, "optimizer")
+            if len(optimizer.param_groups) > 1:
+                names[f"{group.get('name', index)}/{name}"] = "optimizer group"
+    dropouts = [path for path, module in model.named_modules() if isinstance(module, _DropoutNd)]
+    if dropouts:
+        names["dropout"] = f"{len(dropouts)} dropout modules"
+        names.update({f"{path}/dropout": "dropout module" for path in dropouts[:8] if path})
+    if isinstance(getattr(loss_fn, "label_smoothing", None), float):
+        names["label_smoothing"] = "loss"
+    if loader is not None:
+        names["batch_size"] = "loader"
+    return names
+
+
+def find(
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedulers: list[Any],
+    *,
+    setters: Mapping[str, Any],
+    loss_fn: Any = None,
+    loader: Any = None,
+) -> Target:
+    """The target that a name of the search space stands for.
+
+    Raises:
+      ValueError: There is none; the message lists what was found.
+    """
+    if name in setters:
+        setter = setters[name]
+        return setter if hasattr(setter, "write") else SetterTarget(setter, model)
+    scope, _, leaf = name.rpartition("/")
+    target = _find(scope or None, leaf, model, optimizer, schedulers, loss_fn, loader)
+    if target is not None:
+        return target
+    there = found(model, optimizer, loss_fn=loss_fn, loader=loader)
+    for setter_name in setters:
+        there.setdefault(setter_name, "training loop")
+    listed = ", ".join(f"{key} ({where})" for key, where in there.items())
+    raise ValueError(
+        f"param_space names {name!r}, and nothing here goes by that name. Found: {listed}. "
+        f"Use one of these, or say how to set it: targets={{{name!r}: lambda model, value: ...}}."
+    )
+
+
+def _find(
+    scope: str | None,
+    leaf: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedulers: list[Any],
+    loss_fn: Any,
+    loader: Any,
+) -> Target | None:
+    indices = _group_indices(optimizer, scope)
+    groups = [optimizer.param_groups[index] for index in indices]
+    if leaf in _RATES and groups:
+        return RateTarget(optimizer, indices, schedulers) if schedulers else GroupTarget(optimizer, "lr", indices)
+    if leaf == "dropout":
+        modules = [
+            module
+            for path, module in model.named_modules()
+            if isinstance(module, _DropoutNd) and (scope is None or path == scope or path.startswith(f"{scope}."))
+        ]
+        if modules:
+            return DropoutTarget(modules, model)
+    if leaf in _BETAS and groups and all(len(group.get("betas", ())) == 2 for group in groups):
+        return GroupTarget(optimizer, "betas", indices, position=_BETAS[leaf])
+    if groups and all(leaf in _numbers(group) for group in groups):
+        if leaf == "momentum" and lr_schedulers.cycles_momentum(schedulers):
+            raise ValueError(
+                "momentum cannot be tuned beside a scheduler that cycles it: give the scheduler cycle_momentum=False, "
+                "or leave momentum out of param_space."
+            )
+        return GroupTarget(optimizer, leaf, indices)
+    # Any other number that a module keeps, such as the dropout of an LSTM.
+    owner = dict(model.named_modules()).get(scope) if scope else None
+    value = getattr(owner, leaf, None)
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return AttributeTarget(owner, leaf)
+    if scope is None and leaf == "label_smoothing" and isinstance(getattr(loss_fn, leaf, None), float):
+        return AttributeTarget(loss_fn, leaf)
+    if scope is None and leaf == "batch_size" and loader is not None:
+        return BatchSizeTarget(loader)
+    return None

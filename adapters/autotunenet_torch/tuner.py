@@ -1,0 +1,313 @@
+"""AutoTuneNet for a training loop that the user owns."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import autotunenet_jax as atn
+from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Session
+
+from . import arguments, checkpoint, distributed, lr_schedulers
+from .host import Stream, TorchHost
+from .notices import Notices
+from .targets import find
+from .training_state import TrainingState
+
+
+class AutoTuneNet:
+    """Tunes hyperparameters of a PyTorch training while it runs.
+
+    Attach it to a model and its optimizer, tell it the loss once per optimizer step, and it does the rest: it forks
+    the training, tries settings, puts the best state back, guards against divergence, and sets the hyperparameters for
+    the next step. `Trainer` is a loop that does this for you, with forks that see the same batches.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        >>> tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
+        >>> tuner.attach(model, optimizer)
+        >>> for _ in range(100):
+        ...     loss = (model(torch.ones(8, 4)) - 1.0).square().mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     tuner.step(loss)
+        >>> bool(loss < 0.1)
+        True
+
+    Args:
+      param_space: What may be tuned, a mapping or `autotunenet_jax.SearchSpace`. Known names: ``learning_rate`` (or
+        ``lr``), ``weight_decay``, ``momentum``, ``beta1``, ``beta2``, ``eps`` and other numbers of the optimizer's
+        groups, for all groups or as ``"group_name/learning_rate"``; ``dropout`` for all dropout modules or as
+        ``"module.path/dropout"``; any other number that a module keeps, as ``"module.path/attribute"``;
+        ``label_smoothing`` of the loss; ``batch_size``; and the names in ``targets``. Groups keep the proportions of
+        their rates and weight decays.
+      total_steps: Optimizer steps of the whole run, forks included; may be given to `attach` instead. None for an
+        open-ended run.
+      initial: Values to start from. Others start where the optimizer and the model have them, if inside their range.
+      mode: Whether the validation metric is minimised (``"min"``) or maximised (``"max"``). The loss always is
+        minimised.
+      guard: Thresholds of the watch over training.
+      max_share: Most of the budget that discarded steps may take, in (0, 1); by default as in
+        `autotunenet_jax.AutoTuneNet`.
+      decay: Shape of the rate over the budget: ``"hold"`` (held for 60 % of it, then linear to zero), ``"linear"`` or
+        ``"cosine"`` to zero, ``"none"``, or a function from the share of the budget that is spent to a factor. By
+        default hold, and none beside a scheduler of the user's own.
+      warmup_steps: Steps over which the rates rise to their value at the beginning of training. Forks skip them.
+      targets: Setters ``(model, value) -> None`` for hyperparameters of your own, by name.
+      seed: Of the tuner's random choices.
+      snapshot_device: Where the two copies of the training state live that forks and rollbacks need, such as
+        ``"cpu"``; None for where the training is.
+      options: Further arguments of `autotunenet_jax.AutoTuneNet`.
+
+    Raises:
+      TypeError: An argument of the wrong type.
+      ValueError: A bad space or value; see `autotunenet_jax.AutoTuneNet`.
+    """
+
+    def __init__(
+        self,
+        param_space: Any,
+        total_steps: int | None = None,
+        *,
+        initial: Mapping[str, Any] | None = None,
+        mode: Literal["min", "max"] = "min",
+        guard: atn.Guard | None = None,
+        max_share: float | None = None,
+        decay: Any = None,
+        warmup_steps: int = 0,
+        targets: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+        seed: int = 0,
+        snapshot_device: Any = None,
+        **options: Any,
+    ):
+        self._options = {
+            "mode": mode,
+            "guard": guard,
+            "max_share": max_share,
+            "decay": decay,
+            "warmup_steps": warmup_steps,
+            **options,
+        }
+        self.space = atn.SearchSpace(param_space)
+        self.mode: Literal["min", "max"] = mode
+        self.total_steps = self._planned_steps = total_steps
+        self._initial = dict(initial or {})
+        self._setters = dict(targets or {})
+        for name, setter in self._setters.items():
+            if name not in self.space:
+                raise ValueError(
+                    f"targets names {name!r}, which is not in param_space; it has {', '.join(self.space.names)}."
+                )
+            if not callable(setter) and not hasattr(setter, "write"):
+                raise TypeError(f"targets[{name!r}] must be a function (model, value) -> None; got {setter!r}.")
+        self._seed, self._snapshot_device = seed, snapshot_device
+        # Every argument is checked now, not at attach. The core has an order of its own for the names.
+        self.space = self._core(total_steps, self._initial, has_scheduler=False).space
+        self._session: Session | None = None
+        # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
+        self._stream: Stream | None = None
+        self._keeps_best = False
+
+    def __repr__(self) -> str:
+        return f"AutoTuneNet({self.space!r}, total_steps={self.total_steps}, mode={self.mode!r})"
+
+    def _core(self, total_steps: int | None, initial: Mapping[str, Any], *, has_scheduler: bool) -> atn.AutoTuneNet:
+        options = dict(self._options)
+        # Two decays would multiply: a scheduler of the user's own does the shaping.
+        if has_scheduler and options.get("schedule") is not None:
+            raise ValueError("a scheduler and schedule= both shape the rates: give one of them.")
+        options["decay"] = options["decay"] or ("none" if has_scheduler else "hold")
+        return atn.AutoTuneNet(self.space, total_steps, initial=initial, **options)
+
+    # Attaching.
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any = None,
+        scaler: Any = None,
+        *,
+        total_steps: int | None = None,
+        loss_fn: Any = None,
+        loader: Any = None,
+        validate: Callable[[], Any] | None = None,
+        targets: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+        progress: atn.Progress | None = None,
+    ) -> None:
+        """Begins a run: finds what is to be tuned, sets the first values, and copies the training state.
+
+        Args:
+          model: The model; lazy parameters initialised.
+          optimizer: Its optimizer.
+          scheduler: A scheduler of ``torch.optim.lr_scheduler``, or several. It keeps its shape, and the tuner moves
+            its height; step it as usual. Forks of a round all start from its place at the round's beginning, and while
+            it is still warming up they train at the rate that they claim; after the round it is stepped on to the
+            budget spent. OneCycleLR is refused.
+          scaler: The ``GradScaler``, if any.
+          total_steps: Optimizer steps of the whole run, in place of the constructor's.
+          loss_fn: The loss module, when its ``label_smoothing`` is tuned.
+          loader: The training data loader, when its ``batch_size`` is tuned.
+          validate: Called without arguments whenever the tuner wants the validation metric of the present state; puts
+            the model back into training mode itself. Without it, watch `wants_validation` and call `validate`.
+          targets: Further setters, besides the constructor's.
+          callbacks: Called with the record of each round as it ends.
+          progress: An `autotunenet_jax.Progress` to report on.
+
+        Raises:
+          TypeError: Something is not what it should be.
+          ValueError: A name of the space is not found (the message lists what is), or has values that PyTorch does not
+            take; the scheduler cannot be tuned; the model has no parameters, uninitialised ones, or others than the
+            optimizer.
+
+        Cost:
+          Two copies of the training state. The engine is compiled on first use, once per search space.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        optimizer = arguments.bare_optimizer(optimizer)
+        schedulers = lr_schedulers.as_list(scheduler)
+        total_steps = self.total_steps if total_steps is None else total_steps
+        state = TrainingState(
+            model, optimizer, schedulers=schedulers, scaler=arguments.live_scaler(scaler), device=self._snapshot_device
+        )
+        arguments.check_belongs(model, optimizer)
+        setters = {**(targets or {}), **self._setters}
+        functions = [name for name, setter in setters.items() if not hasattr(setter, "write")]
+        arguments.check_bounds(self.space, functions)
+        found = {
+            name: find(
+                name,
+                model,
+                optimizer,
+                schedulers,
+                setters=setters,
+                loss_fn=loss_fn,
+                loader=loader,
+            )
+            for name in self.space.names
+        }
+        if self._session is not None:
+            self._host.warm_up.release()
+        stream, keeps_best = self._stream, self._keeps_best
+        self._host = TorchHost(state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best)
+        starts = self._host.starts(self._initial, self.space)
+        core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
+        self.total_steps = core.total_steps
+        shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
+        recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks)
+        self._session = Session(self._host, PackedController(core, seed=self._seed), recorder)
+        self._notices = Notices(self._session)
+        if self._session.evaluate():
+            self._session.write()
+
+    # Training.
+
+    def step(self, loss: Any) -> None:
+        """Takes in the loss of the optimizer step just done, and puts in force what the next one needs.
+
+        Call it once per optimizer step, after ``optimizer.step()`` and ``scaler.update()``; before or after
+        ``scheduler.step()``, but always on the same side of it. On several processes each gives its own loss.
+
+        Args:
+          loss: Scalar tensor or number. Non-finite is answered with a rollback, never an error.
+
+        Raises:
+          RuntimeError: `attach` was not called.
+          TypeError: Not a scalar.
+
+        Cost:
+          About 0.1 ms on the host; more at decisions, a few dozen in a run. Reading a loss on a GPU waits for it.
+        """
+        session = self._attached()
+        own = distributed.to_float(loss, name="loss")
+        report = session.report(distributed.mean(own), recorded=own)
+        self._notices.after(report)
+
+    def _attached(self) -> Session:
+        if self._session is None:
+            raise RuntimeError("the tuner is not attached yet: call attach(model, optimizer, ...) before training.")
+        return self._session
+
+    # Validation.
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether the tuner would like `validate` to be called with the metric of the present state, before `step`."""
+        return self._attached().wants_eval
+
+    def validate(self, value: Any) -> None:
+        """Takes in a validation metric of the present state, in the direction of ``mode``.
+
+        Report it whenever you have one. Forks are compared by those that `wants_validation` asked for; the others show
+        whether training still generalises. Where it does not, the rates cool down, and if that does not help training
+        goes back to the best state, after the last step too. On several processes each gives its own value; their mean
+        counts.
+
+        Args:
+          value: Scalar tensor or number.
+        """
+        session = self._attached()
+        session.observe(distributed.mean(distributed.to_float(value, name="value")))
+        if session.is_settled:
+            session.end_at_best()
+        else:
+            # Rates are lowered at once when training has stopped generalising.
+            session.write()
+
+    def _note_metric(self, value: Any) -> None:
+        """Records another metric of the present state, which is not compared with the first."""
+        session = self._attached()
+        metric = distributed.mean(distributed.to_float(value, name="value"))
+        is_settled = session.controller.phase == TRAIN
+        session.recorder.add_eval(session.controller.step, metric, is_settled=is_settled)
+
+    # What is in force, and what happened.
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """Values in force for the next step, by name; for a rate with schedule, cool-down and scheduler applied."""
+        self._attached()
+        return self._host.shaped()
+
+    @property
+    def best_hyperparams(self) -> dict[str, Any]:
+        """The tuned values themselves, before decay, fork and cool-down."""
+        incumbent = self._attached().controller.state.incumbent
+        return self.space.to_python(self.space.decode(incumbent))
+
+    def finish(self) -> None:
+        """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic."""
+        session = self._attached()
+        if not session.is_settled:
+            session.settle()
+
+    @property
+    def history(self) -> atn.History:
+        """What happened so far; see `autotunenet_jax.History`."""
+        session = self._attached()
+        session.recorder.finish(session.controller.step, int(session.controller.state.rollbacks))
+        return session.recorder.history
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tuner's own state as tensors and plain data, for a checkpoint beside the model's and the optimizer's.
+
+        It includes the copies of the training state that are part of what is being decided: both inside a round of
+        forks, and outside rounds the one of the best validation metric, if there is one. For others a loaded tuner
+        takes the training state it finds.
+        """
+        return checkpoint.state_dict(self._attached(), self._host)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` gave. Load model, optimizer and scheduler first, then attach, then this.
+
+        Raises:
+          ValueError: It is of another version, search space, budget or policy.
+        """
+        checkpoint.load_state_dict(self._attached(), self._host, state)

@@ -1,0 +1,1 @@
+"""Copies of a training state: durable snapshots in a folder, and copies in memory."""

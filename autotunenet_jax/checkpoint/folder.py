@@ -1,0 +1,260 @@
+"""A folder of snapshots: one writer at a time, an index that can be lost, damaged snapshots put aside.
+
+Layout: ``index.json`` lists the records; ``00000007/`` is snapshot 7, with ``manifest.json`` and the arrays;
+``.tmp-00000008/`` is being written; ``quarantine-00000006/`` failed verification; ``.lock`` belongs to the writer.
+"""
+
+import contextlib
+import errno
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Sequence
+
+import filelock
+
+from .errors import SnapshotFolderBusyError, SnapshotVersionError
+from .index import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    DamagedFileError,
+    SnapshotRecord,
+    file_crc32,
+    fsync_folder,
+    read_json,
+    write_json,
+)
+
+_LOCK_NAME = ".lock"
+_SNAPSHOT_NAME = re.compile(r"\d{8,}")
+_PARTIAL_NAME = re.compile(r"\.tmp-\d{8,}")
+_QUARANTINE_NAME = re.compile(r"quarantine-(\d{8,}).*")
+
+
+class SnapshotFolder:
+    """The records of a folder and every change to them.
+
+    Not thread-safe: the caller sees to it that one thread at a time uses it.
+
+    Args:
+      root: The folder; made when absent, unless read only.
+      is_read_only: Whether to take no lock and change nothing.
+
+    Raises:
+      SnapshotFolderBusyError: Somebody else writes to the folder.
+      SnapshotVersionError: The folder was written by a newer version of the library.
+      FileNotFoundError: Read only, and there is no such folder.
+      PermissionError: The folder cannot be written to.
+    """
+
+    def __init__(self, root: pathlib.Path, *, is_read_only: bool):
+        self.root = root
+        self.is_read_only = is_read_only
+        self.records: list[SnapshotRecord] = []
+        self.next_id = 1
+        self.messages: list[str] = []
+        self._lock: filelock.BaseFileLock | None = None
+        self._lock_identity: tuple[int, int] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        if self.is_read_only:
+            if not self.root.is_dir():
+                raise FileNotFoundError(f"There is no snapshot folder {self.root}.")
+        else:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        try:
+            self.load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self) -> None:
+        path = self.root / _LOCK_NAME
+        if path.is_symlink():
+            raise PermissionError(f"{path} is a symbolic link; links are never followed. Remove it.")
+        lock = filelock.FileLock(path, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise SnapshotFolderBusyError(
+                f"The snapshot folder {self.root} is being written by another process, or by another Snapshots that "
+                "is still open in this one. Close that one, choose another folder, or open with read_only=True."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise OSError(
+                error.errno,
+                f"Cannot write to the snapshot folder {self.root}: {error.strerror}. "
+                "Choose another folder, or open with read_only=True to restore from it.",
+            ) from error
+        self._lock = lock
+        self._lock_identity = _identity(path)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.release()
+            self._lock = None
+
+    def load(self) -> None:
+        """Reads the index, or rebuilds it from the snapshots when it is lost, and clears away litter."""
+        on_disk = self._snapshots_on_disk()
+        try:
+            body = read_json(self.root / INDEX_NAME)
+            self.records = [SnapshotRecord.from_json(r) for r in body["records"]]
+            self.next_id = body["next_id"]
+        except FileNotFoundError:
+            if on_disk:
+                self._rebuild(on_disk, f"{INDEX_NAME} is missing")
+        except (DamagedFileError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SnapshotVersionError):
+                raise
+            self._rebuild(on_disk, str(error))
+        else:
+            self._reconcile(on_disk)
+        self.next_id = max([self.next_id, *(n + 1 for n in (*on_disk, *self._quarantined_ids()))])
+        if not self.is_read_only:
+            for path in self.root.iterdir():
+                if _PARTIAL_NAME.fullmatch(path.name) and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _snapshots_on_disk(self) -> list[int]:
+        return sorted(int(name) for name in os.listdir(self.root) if _SNAPSHOT_NAME.fullmatch(name))
+
+    def _quarantined_ids(self) -> list[int]:
+        return [int(m[1]) for name in os.listdir(self.root) if (m := _QUARANTINE_NAME.fullmatch(name))]
+
+    def _record_of(self, number: int) -> SnapshotRecord:
+        path = self.root / f"{number:08d}"
+        if path.is_symlink():
+            raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
+        manifest = path / MANIFEST_NAME
+        record = SnapshotRecord.from_json({**read_json(manifest)["record"], "manifest_crc32": file_crc32(manifest)})
+        if record.id != number:
+            raise DamagedFileError(f"{manifest.name} belongs to snapshot {record.id}")
+        return record
+
+    def _rebuild(self, on_disk: Sequence[int], reason: str) -> None:
+        self.records = []
+        for number in on_disk:
+            try:
+                self.records.append(self._record_of(number))
+            except SnapshotVersionError:
+                raise
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                self._put_aside(number, str(error))
+        if not self.is_read_only:
+            self.next_id = max([self.next_id, *(n + 1 for n in on_disk)])
+            self.commit(self.records)
+        self.messages.append(
+            f"The index of the snapshot folder {self.root} was damaged ({reason}). It was rebuilt from the "
+            f"{len(self.records)} snapshots found; marks set after saving (abandoned, status) may be lost."
+        )
+
+    def _reconcile(self, on_disk: Sequence[int]) -> None:
+        """Settles what a kill left between two steps: a snapshot complete but unlisted, or unlisted but not gone."""
+        listed = {r.id for r in self.records}
+        for number in on_disk:
+            if number in listed or self.is_read_only:
+                continue
+            if number < self.next_id:
+                self.remove(number)
+                continue
+            try:
+                self.records.append(self._record_of(number))
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                self._put_aside(number, str(error))
+        self.records.sort(key=lambda r: r.id)
+
+    def make_ready(self) -> None:
+        """Sees that the folder is there and still ours before a write; makes it anew when it was removed.
+
+        Raises:
+          OSError: It cannot be had now.
+        """
+        if self._lock is not None and self._lock_identity == _identity(self.root / _LOCK_NAME) is not None:
+            return
+        was_there = self.root.is_dir()
+        self.close()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        next_id, had = self.next_id, len(self.records)
+        self.records = []
+        self.load()
+        self.next_id = max(self.next_id, next_id)
+        if had > len(self.records) or not was_there:
+            self.messages.append(
+                f"The snapshot folder {self.root} was removed while in use; {had - len(self.records)} earlier "
+                "snapshots are gone. It was made anew and saving goes on."
+            )
+
+    def commit(self, records: Sequence[SnapshotRecord]) -> None:
+        """Makes the given records the index, durably."""
+        records = list(records)
+        body = {"next_id": self.next_id, "records": [r.to_json() for r in records]}
+        write_json(self.root / INDEX_NAME, body)
+        self.records = records
+
+    def new_partial(self, number: int) -> pathlib.Path:
+        """An empty folder to write a snapshot into."""
+        path = self.root / f".tmp-{number:08d}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def publish(self, partial: pathlib.Path, number: int) -> None:
+        """Gives a finished snapshot its name, durably."""
+        os.rename(partial, self.root / f"{number:08d}")
+        fsync_folder(self.root)
+
+    def remove(self, number: int) -> None:
+        """Deletes a snapshot that is no longer listed; what cannot be deleted now is deleted at the next opening."""
+        path = self.root / f"{number:08d}"
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        shutil.rmtree(path, ignore_errors=True)
+
+    def quarantine(self, record: SnapshotRecord, reason: str, *, is_kept_in_place: bool = False) -> None:
+        """Takes a bad snapshot out of the index and its folder out of the way, keeping it for inspection.
+
+        Args:
+          record: The snapshot.
+          reason: What is wrong with it.
+          is_kept_in_place: Whether to pass over it in memory only, for this once.
+        """
+        kept = [r for r in self.records if r.id != record.id]
+        self._put_aside(record.id, reason, is_kept_in_place=is_kept_in_place)
+        self.records = kept
+        if not (self.is_read_only or is_kept_in_place):
+            # On a disk that cannot be written to, it is passed over in memory, and again at the next opening.
+            with contextlib.suppress(OSError):
+                self.commit(kept)
+
+    def _put_aside(self, number: int, reason: str, *, is_kept_in_place: bool = False) -> None:
+        path = self.root / f"{number:08d}"
+        what = "It is passed over."
+        if not (self.is_read_only or is_kept_in_place) and os.path.lexists(path):
+            target = self.root / f"quarantine-{number:08d}"
+            copy = 1
+            while os.path.lexists(target):
+                copy += 1
+                target = self.root / f"quarantine-{number:08d}-{copy}"
+            with contextlib.suppress(OSError):
+                os.rename(path, target)
+                what = f"It is passed over and kept as {target.name}; delete that folder when you have no use for it."
+        self.messages.append(f"Snapshot {number} in {self.root} is damaged: {reason}. {what}")
+
+
+def _identity(path: pathlib.Path) -> tuple[int, int] | None:
+    """Which file a path leads to; None where there is none. A lock on a deleted file keeps nobody out."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,256 @@
+"""Functions of a few numbers, compiled as one piece."""
+
+import functools
+import importlib.metadata
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
+from jaxtyping import Array
+
+from .precision import in_float32
+from .switches import is_on
+
+# What makes XLA on CPU leave a call as it is and compile its body as one kernel.
+_ONE_KERNEL: dict[str, Any] = {"inlineable": "false", "xla_cpu_small_call": "true"}
+_NOTHING: dict[str, Any] = dict.fromkeys(_ONE_KERNEL)
+# Where it is known to. Other versions compile the functions as any other.
+_VERSIONS = ("0.10.",)
+
+# Larger reductions, and any product of two matrices, XLA may leave to a library.
+_LARGE = 2048
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
+_LIBRARY = ("sort", "top_k", "cholesky", "triangular_solve", "scatter", "fft", "eigh", "svd", "lu",
+            "conv_general_dilated", "pure_callback", "io_callback", "debug_callback")  # fmt: skip
+
+# What travels as words of 32 bits.
+_WORDS = tuple(jnp.dtype(name) for name in ("float32", "int32", "uint32", "bool"))
+
+_tracing = threading.local()
+
+
+def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function as one kernel instead of one for each array it returns.
+
+    XLA on CPU makes a kernel of each array that a computation returns, with all that leads to it in each. A state
+    machine is hundreds of such kernels, which take long to compile, and each of them is a call in every step.
+
+    Args:
+      static_argnums: As for ``jax.jit``.
+
+    Returns:
+      A decorator for pure functions of small arrays. One that needs a library, as factorisations, products of matrices
+      and large reductions do, is compiled as usual, and so is every one under ``jax.vmap`` and on other devices.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @in_float32
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            if getattr(_tracing, "is_inside", False) or not _is_supported():
+                return function(*args)
+            static = tuple(arg if position in static_argnums else None for position, arg in enumerate(args))
+            leaves, structure = jax.tree.flatten(
+                [None if position in static_argnums else arg for position, arg in enumerate(args)]
+            )
+            leaves = [jnp.asarray(leaf) for leaf in leaves]
+            shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+            impls = tuple(jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in leaves)
+            signature = _Signature(static, structure, shapes, impls)
+            return _kernel(function, signature)(*leaves)
+
+        return call
+
+    return decorate
+
+
+def once(*values: Any) -> Any:
+    """The values as they are; in a kernel each is worked out once for all that depends on it.
+
+    XLA repeats what leads to a value in every array that is made of it, which for the conditions of a state machine
+    makes programs several times as large. What has a call of its own is not repeated.
+    """
+    if not getattr(_tracing, "is_inside", False):
+        return values
+    leaves, structure = jax.tree.flatten(values)
+    with set_xla_metadata(inlineable="false"):
+        leaves = _apart(*leaves)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.jit
+def _apart(*leaves: Any) -> Any:
+    with set_xla_metadata(inlineable=None):
+        return jax.lax.optimization_barrier(leaves)
+
+
+def unknown(numbers: Sequence[int], zero: Array) -> list[Any]:
+    """Numbers that XLA on CPU does not know while it compiles: kernels that differ by one only are compiled once.
+
+    Args:
+      numbers: 32-bit integers.
+      zero: int32 scalar that is zero whenever the program runs, which XLA must not be able to tell.
+    """
+    if not _is_supported():
+        return [np.int32(number) for number in numbers]
+    with set_xla_metadata(inlineable="false"):
+        return _added(tuple(numbers), zero)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _added(numbers: tuple[int, ...], zero: Array) -> list[Array]:
+    with set_xla_metadata(inlineable=None):
+        return [zero + np.int32(number) for number in numbers]
+
+
+class _Signature(NamedTuple):
+    """How a function is called: its static arguments, the tree of the others, what those are, and keys' kinds."""
+
+    static: tuple[Any, ...]
+    structure: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    impls: tuple[Any, ...]
+
+
+@functools.cache
+def _is_known_version() -> bool:
+    return importlib.metadata.version("jaxlib").startswith(_VERSIONS)
+
+
+def _is_supported() -> bool:
+    return is_on("single_kernel") and jax.default_backend() == "cpu" and _is_known_version()
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[..., Any]:
+    """The function of its leaves, as one kernel where that can be."""
+
+    def plain(*leaves: Any) -> Any:
+        args = jax.tree.unflatten(signature.structure, leaves)
+        return function(*(given if arg is None else arg for given, arg in zip(signature.static, args, strict=True)))
+
+    _tracing.is_inside = True
+    try:
+        program, results = jax.make_jaxpr(plain, return_shape=True)(*signature.leaves)
+    finally:
+        _tracing.is_inside = False
+    inputs, outputs = program.jaxpr.invars, program.jaxpr.outvars
+    read = {id(variable) for equation in program.eqns for variable in equation.invars}
+    live = [number for number, variable in enumerate(inputs) if id(variable) in read]
+    places = {id(variable): number for number, variable in enumerate(inputs)}
+    # What comes back as it went in stays outside.
+    passed = [places.get(id(variable)) for variable in outputs]
+    kinds = [_stored(signature.leaves[number]) for number in live]
+    if not live or any(kind.dtype not in _WORDS for kind in kinds) or _needs_library(program.jaxpr):
+        return plain
+
+    def evaluated(*values: Any) -> list[Any]:
+        args: list[Any] = [None] * len(inputs)
+        for number, value in zip(live, values, strict=True):
+            args[number] = value
+        computed = jaxpr_as_fun(program)(*args)
+        return [value for value, place in zip(computed, passed, strict=True) if place is None]
+
+    @jax.jit
+    def body(words: Any) -> list[Any]:
+        values = _unpacked(words, kinds)
+        for place, number in enumerate(live):
+            if signature.impls[number] is not None:
+                values[place] = jax.random.wrap_key_data(values[place], impl=signature.impls[number])
+        with set_xla_metadata(**_NOTHING):
+            return evaluated(*values)
+
+    @custom_vmap
+    def alone(*values: Any) -> list[Any]:
+        # All in one: the kernel's emitter cannot stand an argument that turns out to be unused.
+        words = _packed(values)
+        with set_xla_metadata(**_ONE_KERNEL):
+            return body(words)
+
+    @alone.def_vmap
+    def _(axis_size: int, is_batched: Sequence[bool], *values: Any) -> Any:
+        # Under vmap reductions grow, and one thread would do the work of all.
+        computed = jax.vmap(evaluated, [0 if flag else None for flag in is_batched], axis_size=axis_size)(*values)
+        return computed, [True] * len(computed)
+
+    kernel = jax.custom_jvp(alone)
+    # Words have no derivatives; what they stand for has.
+    kernel.defjvp(lambda primals, tangents: jax.jvp(evaluated, primals, tangents))
+
+    def one(*leaves: Any) -> Any:
+        computed = iter(kernel(*(leaves[number] for number in live)))
+        values = [next(computed) if place is None else leaves[place] for place in passed]
+        return jax.tree.unflatten(jax.tree.structure(results), values)
+
+    return one
+
+
+def _is_key(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _data(array: Any) -> Any:
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(_data, leaf) if _is_key(leaf) else leaf
+
+
+def _packed(leaves: Sequence[Any]) -> Any:
+    """All numbers as words of 32 bits, one dtype after the other: converting each array by itself takes a kernel."""
+    parts: dict[Any, list[Any]] = {dtype: [] for dtype in _WORDS}
+    for leaf in map(_data, leaves):
+        parts[leaf.dtype].append(jax.lax.reshape(leaf, (leaf.size,)))
+    return jax.lax.concatenate([_words(jax.lax.concatenate(part, 0)) for part in parts.values() if part], 0)
+
+
+def _words(vector: Any) -> Any:
+    is_bool = vector.dtype == jnp.bool_
+    return vector.astype(jnp.uint32) if is_bool else jax.lax.bitcast_convert_type(vector, jnp.uint32)
+
+
+def _unpacked(words: Any, kinds: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
+    arrays: list[Any] = [None] * len(kinds)
+    members = {dtype: [number for number, kind in enumerate(kinds) if kind.dtype == dtype] for dtype in _WORDS}
+    sizes = {dtype: [kinds[number].size for number in numbers] for dtype, numbers in members.items() if numbers}
+    parts = jax.lax.split(words, [sum(part) for part in sizes.values()])
+    for (dtype, part), vector in zip(sizes.items(), parts, strict=True):
+        vector = vector != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(vector, dtype)
+        for number, piece in zip(members[dtype], jax.lax.split(vector, part), strict=True):
+            arrays[number] = jax.lax.reshape(piece, kinds[number].shape)
+    return arrays
+
+
+def _needs_library(jaxpr: Any) -> bool:
+    """Whether a part of a program is none that XLA puts into a kernel of its own making."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        shapes = [getattr(operand.aval, "shape", ()) for operand in equation.invars]
+        if name in _LIBRARY or (name in _REDUCTIONS and _is_large(equation.invars[0].aval)):
+            return True
+        if name == "dot_general" and _is_matrix_product(equation.params["dimension_numbers"], shapes):
+            return True
+        if any(_needs_library(part) for part in jaxprs_in_params(equation.params)):
+            return True
+    return False
+
+
+def _is_large(operand: Any) -> bool:
+    return jnp.issubdtype(operand.dtype, jnp.floating) and operand.size >= _LARGE
+
+
+def _is_matrix_product(dimensions: Any, shapes: list[tuple[int, ...]]) -> bool:
+    """Whether both operands have rows of their own, or are too long."""
+    (contracted, batch), rows = dimensions, []
+    for shape, summed, shared in zip(shapes, contracted, batch, strict=True):
+        rows.append(math.prod(size for axis, size in enumerate(shape) if axis not in (*summed, *shared)))
+    inner = math.prod(shapes[0][axis] for axis in contracted[0])
+    return min(rows) > 1 or (max(rows) == 1 and inner >= _LARGE)

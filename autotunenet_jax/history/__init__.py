@@ -1,0 +1,1 @@
+"""What happened in a run, as data: records, tables, schedules and a picture."""

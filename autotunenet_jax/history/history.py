@@ -1,0 +1,184 @@
+"""What happened, as data: tables, a plot, and schedules that replay a run without the tuner."""
+
+import bisect
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas
+
+# Rows are thinned evenly beyond this many, so that a history never grows with the length of the run.
+_MAX_RECORDS = 4096
+
+
+def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _from_json(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {**row, name: math.nan if row[name] is None else row[name]}
+
+
+class History:
+    """The record of one run.
+
+    Attributes:
+      records: One dict per recorded training step, at most a few thousand however long the run: ``step`` (budget
+        spent), ``data_step``, ``loss``, ``phase`` (``"train"``, ``"sweep"`` for the range test, or ``"fork"``),
+        ``round``, ``fork``, ``is_kept`` (whether the step is part of the final state's past), and the hyperparameters
+        in force by name.
+      rounds: One dict per round: ``start`` and ``end`` (budget steps), ``kind`` (``"fast"`` or ``"slow"``),
+        ``sweep`` (the span of its range test, or None), ``outcome``, ``chosen``, ``best`` (the fork that won; -1 where
+        all failed), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
+        ``"lost"`` or ``"failed"``), ``steps`` and ``p_better``.
+      evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
+      events: Rollbacks and other things a user should know of: ``step`` and ``message``.
+      discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded
+        and ``end`` included, in order and apart.
+      names: Tuned hyperparameters.
+      summary: Totals of the run: steps, discarded steps, their share, rollbacks.
+    """
+
+    def __init__(self, names: tuple[str, ...], *, space: Any = None):
+        self.names = names
+        self.records: list[dict[str, Any]] = []
+        self.rounds: list[dict[str, Any]] = []
+        self.evals: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.discarded: list[tuple[int, int]] = []
+        self._space = space
+        self._stride = 1
+
+    def __repr__(self) -> str:
+        share = self.summary.get("share_discarded", 0.0)
+        return (
+            f"History({len(self.records)} records, {len(self.rounds)} rounds, {len(self.events)} events, "
+            f"{100 * share:.1f} % of the steps discarded)"
+        )
+
+    @property
+    def stride(self) -> int:
+        """Training steps between two records."""
+        return self._stride
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Appends one record, thinning the older ones when there are too many."""
+        self.records.append({"is_kept": True, **row})
+        if len(self.records) > _MAX_RECORDS:
+            self._stride *= 2
+            self.records = self.records[::2]
+
+    def discard(self, start: int, end: int) -> None:
+        """Marks budget steps ``start < step <= end`` as not part of the final state's past."""
+        apart: list[tuple[int, int]] = []
+        for first, last in sorted([*self.discarded, (start, end)]):
+            if apart and first <= apart[-1][1]:
+                apart[-1] = (apart[-1][0], max(apart[-1][1], last))
+            else:
+                apart.append((first, last))
+        self.discarded = apart
+        for row in reversed(self.records):
+            if row["step"] <= start:
+                break
+            if row["step"] <= end:
+                row["is_kept"] = False
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The records of the steps that led to the final state, in order."""
+        return [row for row in self.records if row["is_kept"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain Python data that JSON can hold; None stands for numbers that are not finite."""
+        return {
+            "names": list(self.names),
+            "records": [_jsonable(row) for row in self.records],
+            "rounds": [{**row, "forks": [_jsonable(fork) for fork in row["forks"]]} for row in self.rounds],
+            "evals": [_jsonable(row) for row in self.evals],
+            "events": [dict(row) for row in self.events],
+            "discarded": [list(span) for span in self.discarded],
+            "summary": dict(self.summary),
+        }
+
+    def load(self, data: Mapping[str, Any], *, stride: int) -> None:
+        """Takes over what `to_dict` gave, replacing what is here."""
+        self.records = [_from_json(row, "loss") for row in data["records"]]
+        self.evals = [_from_json(row, "value") for row in data["evals"]]
+        self.rounds, self.events = list(data["rounds"]), list(data["events"])
+        self.discarded = [(start, end) for start, end in data["discarded"]]
+        self.summary, self._stride = dict(data["summary"]), stride
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """`records` as a data frame, one row per record.
+
+        Raises:
+          ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("History.to_pandas needs pandas; install autotunenet-jax[pandas].") from error
+        return pandas.DataFrame.from_records(self.records)
+
+    def schedule(self) -> dict[str, Callable[[Any], Any]]:
+        """An optax schedule per hyperparameter that replays the run without the tuner.
+
+        Steps count the kept training steps only, from 0 as optax counts, so the replay is shorter than the run by the
+        discarded steps. Between two records a schedule is linear, or stays where values are whole; beyond the last it
+        stays.
+
+        Returns:
+          ``{name: schedule}``; each maps a step count, traced or not, to a float32 scalar.
+
+        Raises:
+          ValueError: Nothing was recorded.
+        """
+        rows = self.kept()
+        if not rows:
+            raise ValueError("nothing was recorded: run fit first, then ask its history for schedules.")
+        steps = np.array([row["step"] for row in rows])
+        # Before each record, the discarded steps are left out of the count.
+        ends = np.array([end for _, end in self.discarded], int)
+        lost = np.cumsum([0, *(end - start for start, end in self.discarded)])
+        positions = (steps - 1 - lost[np.searchsorted(ends, steps)]).astype(np.float32)
+
+        def replay(column: list[Any]) -> Callable[[Any], Any]:
+            values, is_whole = np.array(column, np.float32), all(isinstance(value, int) for value in column)
+
+            def schedule(count: Any) -> Any:
+                count = jnp.asarray(count, jnp.float32)
+                if is_whole:
+                    index = jnp.searchsorted(jnp.asarray(positions), count, side="right") - 1
+                    return jnp.asarray(values)[jnp.maximum(index, 0)]
+                return jnp.interp(count, jnp.asarray(positions), jnp.asarray(values))
+
+            return schedule
+
+        return {name: replay([row[name] for row in rows]) for name in self.names}
+
+    def value_at(self, name: str, step: int) -> Any:
+        """The recorded value of a hyperparameter at a budget step, or just before it."""
+        steps = [row["step"] for row in self.records]
+        index = max(bisect.bisect_right(steps, step) - 1, 0)
+        return self.records[index][name]
+
+    def plot(self, path: Any = None) -> "matplotlib.figure.Figure":
+        """Draws the loss and each hyperparameter over the budget, with rounds shaded and forks marked.
+
+        Args:
+          path: Where to write the picture, if anywhere.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+          ValueError: Nothing was recorded.
+        """
+        if not self.records:
+            raise ValueError("nothing was recorded: run fit first, then plot its history.")
+        from .plot import plot_history
+
+        return plot_history(self, path)

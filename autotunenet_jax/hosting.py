@@ -1,0 +1,12 @@
+"""What a training loop of another framework needs in order to host a run; see ``docs/add_a_framework.md``."""
+
+from .controller.state import FORK as FORK
+from .controller.state import SWEEP as SWEEP
+from .controller.state import TRAIN as TRAIN
+from .session.host import Host as Host
+from .session.packed_controller import PackedController as PackedController
+from .session.recorder import Display as Display
+from .session.recorder import Recorder as Recorder
+from .session.session import Report as Report
+from .session.session import Session as Session
+from .session.signals import Stop as Stop

@@ -1,0 +1,67 @@
+"""The controller's state on the device, beside the training state, where steps run ahead of the host."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from ..compiler.blas_threads import one_blas_thread
+from ..controller import AutoTuneNet, decide_jit, hyperparams_jit, observe_eval_jit
+from ..controller.state import TunerState
+from ..session.session import Decision
+
+
+class DeviceController:
+    """A tuner with its state, which compiled steps take and give back.
+
+    Args:
+      tuner: The tuner.
+      key: Of its random choices.
+
+    Attributes:
+      state: The state. Whoever replaces it by that of the next step counts ``step`` and ``data_step`` on by one, and
+        calls `synchronise` wherever more may have happened.
+      phase: Phase of the next step.
+      step: Budget spent.
+      data_step: Position in the data of the next step.
+      segment_left: Steps to the next decision.
+    """
+
+    def __init__(self, tuner: AutoTuneNet, *, key: PRNGKeyArray):
+        self.tuner, self.state = tuner, tuner.init(key)
+        self.synchronise()
+
+    def synchronise(self) -> None:
+        """Reads from the device where the run is. Waits for the steps under way."""
+        ts = self.state
+        position = jax.device_get((ts.step, ts.data_step, ts.phase, ts.segment_left))
+        self.step, self.data_step, self.phase, self.segment_left = map(int, position)
+
+    def replace(self, state: TunerState) -> None:
+        """Goes on from another state, such as a snapshot's."""
+        self.tuner.check(state)
+        self.state = state
+        self.synchronise()
+
+    def hyperparams(self) -> dict[str, Array]:
+        """Values in force for the next step, on the device."""
+        return hyperparams_jit(self.tuner.core, self.state)
+
+    def decide(self) -> Decision:
+        """Takes the decision that is due."""
+        core = self.tuner.core
+        # Steps may still be under way, and use the threads that a decision has no use for.
+        jax.block_until_ready(self.state)
+        with one_blas_thread():
+            self.state, directive, report = decide_jit(core, self.state)
+            read: Any = (directive, report, self.state.incumbent, self.state.plan.kind, self.state.discarded)
+            directive, report, incumbent, kinds, discarded = jax.device_get(read)
+        self.synchronise()
+        chosen = core.space.decode(incumbent)
+        return Decision(directive, report, chosen, int(kinds[int(report.index)]), int(discarded))
+
+    def observe_eval(self, metric: float) -> None:
+        """Takes a validation metric in, in the direction of the tuner's mode."""
+        sign = -1.0 if self.tuner.mode == "max" else 1.0
+        self.state = observe_eval_jit(self.tuner.core, self.state, np.float32(sign * metric))

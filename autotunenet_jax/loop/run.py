@@ -1,0 +1,212 @@
+"""One run of `fit`: JAX as the host of a session, and the steps between two decisions."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
+from ..controller import AutoTuneNet
+from ..controller.core import Core
+from ..controller.state import TRAIN, TunerState
+from ..session.batches import BatchSource
+from ..session.host import Host
+from ..session.recorder import Recorder
+from ..session.session import Session
+from ..session.signals import Stop
+from .device_controller import DeviceController
+from .device_copies import Copies, carry_out, refresh_keys
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step_jit(
+    core: Core,
+    train_step: Callable[..., Any],
+    copies: Copies,
+    ts: TunerState,
+    hyperparams: dict[str, Array],
+    batch: Any,
+) -> Any:
+    """One training step with its bookkeeping and, after a rollback, its repair, as one donated program.
+
+    Compiled once for each train step and core, however many runs use them.
+    """
+    state, loss = train_step(copies.state, batch, hyperparams)
+    # A snapshot that the tuner distrusts is dated before the run.
+    saved_step, kept_step = (jnp.maximum(step, 0) for step in (ts.slots.saved_step, ts.slots.kept_step))
+    ts, directive, due = core.tick(ts, loss)
+    copies = carry_out(directive, Copies(state, copies.saved, copies.kept))
+    copies = copies._replace(state=refresh_keys(directive, copies.state, ts.rollbacks))
+    log = {
+        "step": ts.step,
+        "data_step": ts.data_step,
+        "loss": jnp.asarray(loss, jnp.float32),
+        "verdict": directive.verdict,
+        "outcome": directive.outcome,
+        # Budget step of the snapshot a rollback went back to.
+        "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
+    }
+    return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array:
+    return eval_step(state)
+
+
+@jax.jit
+def _count_non_finite_jit(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves), jnp.zeros((), jnp.int32))
+
+
+class JaxHost(Host):
+    """A training state on the device.
+
+    Attributes:
+      state: The state; replaced by every step.
+      hyperparams: In force for the next step, on the device.
+    """
+
+    def __init__(self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None):
+        # Leaves become JAX arrays, and nothing is shared with the caller's.
+        self.state = copy_tree(jax.tree.map(jnp.asarray, state))
+        self.source, self.eval_step = source, eval_step
+        self.hyperparams: Mapping[str, Any] = {}
+
+    def copy(self) -> Any:
+        """Real copies of the arrays."""
+        return copy_tree(self.state)
+
+    def restore(self, copy: Any, *, rewinds: bool) -> None:
+        """The copy's arrays, copied; batches are asked for by position."""
+        self.state = copy_tree(copy)
+
+    def write(self, hyperparams: Mapping[str, Any]) -> None:
+        """They go into the next step as arguments."""
+        self.hyperparams = hyperparams
+
+    def evaluate(self) -> float | None:
+        """The metric of ``eval_step``."""
+        return None if self.eval_step is None else float(_eval_jit(self.eval_step, self.state))
+
+    def count_non_finite(self, copy: Any = None) -> int:
+        """Over all real and complex arrays."""
+        return int(_count_non_finite_jit(self.state if copy is None else copy))
+
+    def keep_best(self) -> HostCopy:
+        """A copy in host memory."""
+        return copy_tree_to_host(self.state)
+
+    def begin_round(self, position: int) -> None:
+        """Batches are remembered."""
+        self.source.hold(position)
+
+    def end_round(self, position: int) -> None:
+        """And forgotten."""
+        self.source.release(position)
+
+
+class Run:
+    """The mutable side of one call of `fit`."""
+
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        state: Any,
+        source: BatchSource,
+        tuner: AutoTuneNet,
+        *,
+        eval_step: Callable[..., Any] | None,
+        key: PRNGKeyArray,
+        recorder: Recorder,
+    ):
+        self.train_step, self.source, self.recorder = train_step, source, recorder
+        self.host = JaxHost(state, source, eval_step)
+        self.controller = DeviceController(tuner, key=key)
+        self.session = Session(self.host, self.controller, recorder)
+
+    @property
+    def copies(self) -> Copies:
+        """The training state and both copies of it."""
+        return Copies(self.host.state, self.session.saved, self.session.kept)
+
+    @copies.setter
+    def copies(self, copies: Copies) -> None:
+        self.host.state, self.session.saved, self.session.kept = copies
+
+    # What a durable snapshot holds, and the way back.
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, as a tree that `Snapshots` can store."""
+        best, session = None, self.session
+        if self.host.eval_step is not None:
+            # The tree must not change its structure with the first finite metric.
+            best = self.host.state if session.best is None else session.best.to_device()
+        books = json.dumps(session.books())
+        return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": books}
+
+    def resume(self, tree: dict[str, Any]) -> None:
+        """Goes on from what `snapshot` gave."""
+        controller, session = self.controller, self.session
+        controller.replace(tree["tuner"])
+        self.copies = tree["copies"]
+        session.load(json.loads(str(tree["host"])))
+        session.best = None if session.best_eval is None else copy_tree_to_host(tree["best"])
+        session.write()
+        if controller.phase == TRAIN:
+            self.source.release(controller.data_step)
+        else:
+            self.source.hold(int(controller.state.slots.saved_data))
+
+    def is_alive(self) -> bool:
+        """Whether the state is whole: a step that fails takes the buffers it was given with it."""
+        leaves = jax.tree.leaves((self.copies, self.controller.state))
+        return not any(leaf.is_deleted() for leaf in leaves)
+
+    # Training.
+
+    def train_one(self) -> tuple[Array, Array]:
+        """Dispatches one step; waits for nothing. Returns whether a decision is due and an evaluation wanted."""
+        host, controller = self.host, self.controller
+        in_force = host.hyperparams
+        batch = self.source.get(controller.data_step, in_force)
+        self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
+            controller.tuner.core, self.train_step, self.copies, controller.state, in_force, batch
+        )
+        controller.step += 1
+        controller.data_step += 1
+        self.recorder.log({**log, "hyperparams": in_force}, controller.phase)
+        return due, wants_eval
+
+    def train_stretch(self, steps: int, stop: Stop, *, on_step: Callable[[], None]) -> None:
+        """Trains until ``steps`` steps are done or a decision has been taken; syncs only where the tuner may decide."""
+        controller = self.controller
+        for _ in range(steps):
+            due, wants_eval = self.train_one()
+            controller.segment_left -= 1
+            if controller.segment_left <= 1 or controller.phase != TRAIN:
+                if bool(wants_eval):
+                    self.session.evaluate()
+                if bool(due):
+                    self.session.decide()
+                    self.session.write()
+                    on_step()
+                    return
+                # A rollback, or the end of all rounds, has moved the next decision.
+                controller.segment_left = int(controller.state.segment_left)
+            on_step()
+            if stop.is_requested:
+                return
+
+    def end(self) -> None:
+        """Brings the run to its end: in a usable state, measured, and in the best one where that metric asks for it."""
+        session = self.session
+        session.settle()
+        session.evaluate()
+        if self.host.eval_step is not None and session.end_at_best():
+            session.last_eval = self.host.evaluate()

@@ -1,0 +1,94 @@
+"""Batches by position: a callable as it is, an iterable with just enough memory to replay a round of forks."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+
+class EndOfDataError(Exception):
+    """An iterable that cannot be started again has no more batches."""
+
+
+class BatchSource:
+    """Hands out the batch at a position of the data stream.
+
+    Positions only go back within a round of forks: `hold` marks its start, `release` its end. Between the two the
+    batches of an iterable are kept; at other times only the current one is. An iterable that is not its own iterator,
+    such as a list or a data loader, starts again when it ends.
+
+    Args:
+      batches: ``callable(step, hyperparams) -> batch``, or an iterable of batches.
+
+    Raises:
+      TypeError: Neither callable nor iterable.
+      ValueError: An empty iterable.
+    """
+
+    def __init__(self, batches: Callable[[int, Any], Any] | Iterable[Any]):
+        self._function = batches if callable(batches) else None
+        if self._function is not None:
+            return
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                f"batches must be callable(step, hyperparams) or an iterable of batches; got {type(batches).__name__}."
+            )
+        self._iterable = batches
+        self._iterator: Iterator[Any] = iter(batches)
+        self._can_restart = self._iterator is not batches
+        self._buffer: collections.deque[Any] = collections.deque()
+        self._first = 0
+        self._is_held = False
+        self._has_begun = False
+
+    @property
+    def is_callable(self) -> bool:
+        """Whether a batch is asked for by its position."""
+        return self._function is not None
+
+    def hold(self, position: int) -> None:
+        """Keeps every batch from ``position`` on, until `release`."""
+        self._is_held = True
+        self._forget_before(position)
+
+    def release(self, position: int) -> None:
+        """Forgets every batch before ``position``, now and from now on."""
+        self._is_held = False
+        self._forget_before(position)
+
+    def _forget_before(self, position: int) -> None:
+        if self.is_callable:
+            return
+        while self._buffer and self._first < position:
+            self._buffer.popleft()
+            self._first += 1
+
+    def _next(self) -> Any:
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._has_begun and not self._can_restart:
+                raise EndOfDataError from None
+            try:
+                self._iterator = iter(self._iterable)
+                batch = next(self._iterator)
+            except StopIteration:
+                raise ValueError(
+                    "batches must hold at least one batch; got an empty or used-up "
+                    f"{type(self._iterable).__name__}. Give a fresh one."
+                ) from None
+        self._has_begun = True
+        return batch
+
+    def get(self, position: int, hyperparams: Any) -> Any:
+        """The batch at ``position``.
+
+        Raises:
+          EndOfDataError: The iterable is its own iterator and has ended.
+        """
+        if self._function is not None:
+            return self._function(position, hyperparams)
+        while self._first + len(self._buffer) <= position:
+            self._buffer.append(self._next())
+            if not self._is_held:
+                self._forget_before(min(position, self._first + len(self._buffer) - 1))
+        return self._buffer[position - self._first]

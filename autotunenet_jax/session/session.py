@@ -1,0 +1,297 @@
+"""One run on the host: what the controller asks for is carried out, and the books are kept."""
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+from ..controller import AutoTuneNet
+from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round, TunerState
+from .host import Host
+from .recorder import Recorder
+
+
+class Tick(NamedTuple):
+    """What a controller says to one loss; Python numbers.
+
+    Attributes:
+      directive: What to do.
+      is_due: Whether a decision is due.
+      saved_step: Budget step of the saved copy, as it was before this loss.
+      kept_step: The same for the kept copy.
+    """
+
+    directive: Directive
+    is_due: bool
+    saved_step: int
+    kept_step: int
+
+
+class Decision(NamedTuple):
+    """What a controller decided; Python and NumPy numbers.
+
+    Attributes:
+      directive: What to do.
+      round: The round as it was decided on.
+      chosen: Hyperparameters in force from now on outside forks.
+      kind: Kind of the round.
+      discarded: Steps spent so far on what was not kept.
+    """
+
+    directive: Directive
+    round: Round
+    chosen: dict[str, Any]
+    kind: int
+    discarded: int
+
+
+class Controller(Protocol):
+    """The pure controller with its state, wherever that lives."""
+
+    tuner: AutoTuneNet
+    phase: int
+    step: int
+    data_step: int
+
+    @property
+    def state(self) -> TunerState:
+        """The state, as arrays."""
+        ...
+
+    def hyperparams(self) -> dict[str, Any]:
+        """Values in force for the next step."""
+        ...
+
+    def tick(self, loss: float) -> Tick:
+        """Takes the loss of one step in; `Session.report` alone asks for it."""
+        ...
+
+    def decide(self) -> Decision:
+        """Takes the decision that is due."""
+        ...
+
+    def observe_eval(self, metric: float) -> None:
+        """Takes a validation metric in, in the direction of the tuner's mode."""
+        ...
+
+
+class Report(NamedTuple):
+    """What came of one step.
+
+    Attributes:
+      directive: What was asked for last.
+      decision: What was decided, if anything.
+      before: Phase before the step.
+      after: Phase after it.
+    """
+
+    directive: Directive
+    decision: Decision | None
+    before: int
+    after: int
+
+
+class Session:
+    """Carries out directives on a host, keeps the two copies that they speak of, and writes the record.
+
+    A loop that knows each loss on the host calls `report` once per step. One whose steps run ahead on a device obeys
+    `Tick` directives there, and calls `decide` and `evaluate` when its controller says so.
+
+    Args:
+      host: The training.
+      controller: Decides.
+      recorder: Writes the history.
+
+    Attributes:
+      saved: The copy that a round or a rollback goes back to.
+      kept: The copy of the best fork, or of the best metric.
+      wants_eval: Whether the metric of the present state is asked for.
+      evaluated_at: Budget step of the latest metric; -1 before one.
+      last_eval: Latest metric outside rounds; None before one.
+      best: What the host keeps of the state with the best metric outside rounds.
+      best_eval: Its metric; None before a finite one.
+      is_settled: Whether the run has been brought to its end.
+    """
+
+    def __init__(self, host: Host, controller: Any, recorder: Recorder):
+        self.host, self.controller, self.recorder = host, controller, recorder
+        self.wants_eval, self.is_settled = True, False
+        self.evaluated_at = -1
+        self.last_eval: float | None = None
+        self.best: Any = None
+        self.best_eval: float | None = None
+        self._retreats = 0
+        if controller.phase != TRAIN:
+            recorder.begin_round(0, controller.phase)
+            host.begin_round(controller.data_step)
+        self.write()
+        self.saved, self.kept = host.copy(), host.copy()
+
+    # Training.
+
+    def report(self, loss: float, *, recorded: float | None = None) -> Report:
+        """Takes in the loss of the step just done, and puts in force what the next one needs.
+
+        Args:
+          loss: Non-finite is answered with a rollback, never an error.
+          recorded: What goes into the history in its place, such as the loss of one process of several.
+        """
+        controller, before = self.controller, self.controller.phase
+        tick = controller.tick(loss)
+        self._log(loss if recorded is None else recorded, before, tick)
+        directive, decision = tick.directive, None
+        self.wants_eval = bool(directive.evaluate)
+        self._obey(directive, rewinds=False)
+        if self.wants_eval and self.evaluate():
+            self.write()
+        if tick.is_due:
+            decision = self.decide()
+            directive = decision.directive._replace(verdict=directive.verdict)
+        if controller.step == controller.tuner.total_steps and not self.is_settled:
+            self.settle()
+        else:
+            self.write()
+        return Report(directive, decision, before, controller.phase)
+
+    def decide(self) -> Decision:
+        """Lets the controller decide, and carries its directive out; `write` is to follow."""
+        controller, before, position = self.controller, self.controller.phase, self.controller.data_step
+        self.recorder.flush()
+        decision = controller.decide()
+        directive, after = decision.directive, controller.phase
+        # A metric that was not reported by now is of no use to the next stretch.
+        self.wants_eval = bool(directive.evaluate)
+        self._obey(directive, rewinds=int(directive.data_step) != position)
+        if before == TRAIN and after != TRAIN:
+            self.host.begin_round(controller.data_step)
+        elif before != TRAIN and after == TRAIN:
+            self.host.end_round(controller.data_step)
+        # Last, since it calls the user's callbacks, which may raise: by now state and controller agree.
+        self.recorder.discarded = decision.discarded
+        self.recorder.decided(controller.step, before, after, directive, decision.round, decision.kind, decision.chosen)
+        return decision
+
+    def write(self) -> None:
+        """Puts in force what the controller has for the next step."""
+        self._values = self.controller.hyperparams()
+        self.host.write(self._values)
+
+    def _obey(self, directive: Directive, *, rewinds: bool) -> None:
+        if directive.save:
+            self.saved = self.host.copy()
+        if directive.keep:
+            self.kept = self.host.copy()
+        if directive.restore or directive.adopt:
+            self.host.restore(self.kept if directive.adopt else self.saved, rewinds=rewinds)
+
+    def _log(self, loss: float, phase: int, tick: Tick) -> None:
+        directive, rewound = tick.directive, -1
+        if directive.restore or directive.adopt:
+            # A state that the tuner distrusts is dated before the run.
+            rewound = max(tick.saved_step if directive.restore else tick.kept_step, 0)
+        entry = {
+            "step": self.controller.step,
+            "data_step": directive.data_step,
+            "loss": loss,
+            "verdict": directive.verdict,
+            "outcome": directive.outcome,
+            "rewound": rewound,
+            "hyperparams": self._values,
+        }
+        self.recorder.log(entry, phase)
+
+    # Validation.
+
+    def evaluate(self) -> bool:
+        """Measures the present state and tells the controller; False where that has been done, or cannot be."""
+        if self.evaluated_at == self.controller.step:
+            return False
+        metric = self.host.evaluate()
+        if metric is not None:
+            self.observe(metric)
+        return metric is not None
+
+    def observe(self, metric: float) -> None:
+        """Takes in a validation metric of the present state, in the tuner's direction."""
+        controller = self.controller
+        is_settled = controller.phase == TRAIN or controller.step == 0 or self.is_settled
+        # One state has one metric.
+        if self.evaluated_at != controller.step:
+            controller.observe_eval(metric)
+            self.evaluated_at = controller.step
+            self._note_retreat()
+        self.wants_eval = False
+        self.recorder.add_eval(controller.step, metric, is_settled=is_settled)
+        if is_settled:
+            self.last_eval = metric
+            self._keep_best(metric)
+
+    def _note_retreat(self) -> None:
+        retreats = int(self.controller.state.validation.retreats)
+        if retreats > self._retreats:
+            self._retreats = retreats
+            what = "the run ends in" if self.is_settled else "training goes on, at a lower rate, from"
+            message = f"The validation metric did not improve: {what} the best state."
+            self.recorder.note(self.controller.step, "retreat", message)
+            if not self.is_settled:
+                self.write()
+
+    def _keep_best(self, metric: float) -> None:
+        sign = -1.0 if self.controller.tuner.mode == "max" else 1.0
+        if math.isfinite(metric) and (self.best_eval is None or sign * metric < sign * self.best_eval):
+            self.best, self.best_eval = self.host.keep_best(), metric
+
+    # The end.
+
+    def settle(self) -> None:
+        """Leaves the best state there is: in a round the fork kept so far, in a range test the state before it.
+
+        If the very last step broke the state, which no later loss could tell, it is the newest copy that is whole.
+        """
+        self.is_settled = True
+        controller, host, recorder = self.controller, self.host, self.recorder
+        recorder.flush()
+        ts = controller.state
+        copy, fork = None, int(ts.round.fork)
+        if controller.phase == SWEEP:
+            copy, fork = self.saved, -1
+        elif controller.phase == FORK and int(ts.round.kept) >= 0:
+            copy, fork = self.kept, int(ts.round.kept)
+        if copy is None:
+            self.write()
+        else:
+            host.restore(copy, rewinds=False)
+        if controller.phase != TRAIN:
+            recorder.abandon(controller.step, fork)
+        broken = host.count_non_finite()
+        copies = [(int(ts.slots.saved_step), self.saved), (int(ts.slots.kept_step), self.kept)]
+        whole = [(step, copy) for step, copy in copies if broken and host.count_non_finite(copy) < broken]
+        if whole:
+            step, copy = max(whole, key=lambda entry: entry[0])
+            host.restore(copy, rewinds=False)
+            message = f"The last state was not finite; that of step {max(step, 0)} was restored."
+            recorder.note(controller.step, "rollback", message)
+        host.finish()
+
+    def end_at_best(self) -> bool:
+        """Goes back to the best state where the last metric of a run asks for it; returns whether it did."""
+        seen = self.controller.state.validation
+        goes_back = self.controller.phase == TRAIN and bool(seen.returns & seen.is_kept)
+        if goes_back:
+            self.host.restore(self.kept, rewinds=False)
+        return goes_back
+
+    # Across processes.
+
+    def books(self) -> dict[str, Any]:
+        """What the host side knows besides the copies and the controller's state, as plain data."""
+        self.recorder.flush()
+        evals = [self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval]
+        return {"recorder": self.recorder.to_dict(), "evals": evals}
+
+    def load(self, books: dict[str, Any]) -> None:
+        """Goes on from what `books` gave; the controller has its state back already."""
+        controller = self.controller
+        self.recorder.load(books["recorder"])
+        self.recorder.discarded = int(controller.state.discarded)
+        self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval = books["evals"]
+        self.is_settled = controller.step == controller.tuner.total_steps
+        self._retreats = int(controller.state.validation.retreats)

@@ -1,0 +1,242 @@
+"""Reading and telling a tuned optimizer's state from outside, wherever other libraries have put it."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from ..compiler import packing
+from ..compiler.single_kernel import single_kernel
+from ..controller.state import Directive
+from ..space import injection
+from . import trees
+from .loss import settled, take_loss
+from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
+
+# Updates without a single loss after which the user is told.
+_SILENT_STEPS = 20
+
+# The text stays the same, so that Python shows it once.
+_SILENT = (
+    "autotune has not been told a single loss, so it tunes nothing. "
+    "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
+)
+_NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
+
+
+def _tree_of(holder: Any) -> Any:
+    """The optimizer state of an object that holds one, such as a train state or a module library's optimizer."""
+    is_state = hasattr(holder, "_fields") or isinstance(holder, dict)
+    return holder if is_state else getattr(holder, "opt_state", holder)
+
+
+def _find(holder: Any) -> AutotuneState | None:
+    nodes = jax.tree.leaves(_tree_of(holder), is_leaf=injection.is_tuned)
+    found = [node for node in nodes if injection.is_tuned(node)]
+    if len(found) > 1:
+        raise ValueError("there are several tuned optimizers in here. Pass the state of one of them.")
+    return found[0] if found else None
+
+
+def _unboxed(tree: Any) -> Any:
+    return jax.tree.map(injection.unboxed, tree, is_leaf=injection.is_box)
+
+
+def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
+    """The holder with its tuned state replaced; an object that is not a tree is changed in place."""
+    state = _find(holder)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    new = tell(_unboxed(state))
+
+    def change(node: Any) -> Any:
+        if not injection.is_tuned(node):
+            return node
+        return jax.tree.map(injection.reboxed, node, new, is_leaf=injection.is_box)
+
+    tree = _tree_of(holder)
+    changed = jax.tree.map(change, tree, is_leaf=injection.is_tuned)
+    if tree is holder:
+        return changed
+    if hasattr(holder, "replace"):
+        return holder.replace(opt_state=changed)
+    if dataclasses.is_dataclass(holder):
+        return dataclasses.replace(holder, opt_state=changed)  # type: ignore[type-var]
+    holder.opt_state = changed
+    return holder
+
+
+@jax.jit
+def _in_force(state: AutotuneState) -> dict[str, Array]:
+    values = in_force(state.settings, state.course)
+    if not state.settings.is_on:
+        return values
+    inner = write_in_force(trees.found_next(state), values)
+    return {**values, **injection.read(inner, injection.resolve(values, inner))}
+
+
+def warn_if_silent(state: AutotuneState) -> None:
+    """Says to the caller's caller, on the host, that the tuner hears nothing; never waits for the device."""
+    places: Any = packing.positions(state.settings.layout)
+    if not state.settings.is_on:
+        return
+    step, lag = (packing.read_number(state.packed, place) for place in (places.tuner.step, places.lag))
+    if step == 0 and lag is not None and lag >= _SILENT_STEPS:
+        warnings.warn(_SILENT, UserWarning, stacklevel=3)
+
+
+def hyperparams(opt_state: Any) -> dict[str, Array]:
+    """The hyperparameters in force at the next update.
+
+    Of a tuned optimizer these are the tuned ones, whether the optimizer has a place for them or not; of any other the
+    ones that ``optax.inject_hyperparams`` keeps. Jit-able.
+
+    Example:
+        >>> import optax
+        >>> optimizer = optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
+        >>> {name: float(value) for name, value in hyperparams(optimizer.init(jnp.zeros(3))).items()}
+        {'learning_rate': 0.5}
+
+    Args:
+      opt_state: An optimizer state, through ``optax.chain``, ``optax.MultiSteps`` and the like, or an object whose
+        ``opt_state`` it is: a Flax ``TrainState`` or ``nnx.Optimizer``.
+
+    Returns:
+      Scalar arrays by name; a name that occurs in several places by its path.
+
+    Raises:
+      ValueError: There are no hyperparameters in it, or several tuned optimizers.
+
+    Cost: O(number of hyperparameters).
+    """
+    state = _find(opt_state)
+    if state is None:
+        return injection.injected_hyperparams(_tree_of(opt_state))
+    state = _unboxed(state)
+    warn_if_silent(state)
+    # Only a number of accumulated batches depends on what the next update brings back.
+    if not any(place.is_held for place in injection.places(state.inner)):
+        state = state._replace(snapshots=None)
+    return _in_force(state)
+
+
+def observe(opt_state: Any, loss: Any) -> Any:
+    """Tells the tuner the loss of the update just made, where the training loop cannot pass ``value`` to it.
+
+    Flax's ``TrainState.apply_gradients`` is such a loop. What the tuner decides is carried out by the next update.
+    Report once per update; updates in between are counted, and learned nothing from. Jit-able, without side effects.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> params, state = jnp.ones(3), optimizer.init(jnp.ones(3))
+        >>> updates, state = optimizer.update(2 * params, state, params)
+        >>> state = observe(state, jnp.sum(params**2))
+
+    Args:
+      opt_state: As for `hyperparams`. A ``TrainState`` is returned anew, an ``nnx.Optimizer`` is changed in place.
+      loss: Scalar; that of the parameters the update started from. A loss that is not finite sends the run back.
+
+    Returns:
+      What was given, with the loss taken in.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it, or the loss is not a scalar.
+    """
+    loss = jnp.asarray(loss)
+    if loss.shape != ():
+        raise ValueError(f"the loss must be a scalar; got shape {loss.shape}. Average it over the batch first.")
+
+    def tell(state: AutotuneState) -> AutotuneState:
+        if not state.settings.is_on:
+            return state
+        return state._replace(packed=_observe(state.settings, state.packed, loss))
+
+    return _told(opt_state, tell)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(settings: Settings, packed: packing.Packed, loss: Array) -> packing.Packed:
+    lag, is_usable = _unreported(settings, packed)
+    after, directive = take_loss(settings, packed, loss, lag=lag, is_usable=is_usable, is_away=jnp.zeros((), bool))
+    return _noted(settings, packed, after, lag, directive)
+
+
+@single_kernel(static_argnums=(0,))
+def _unreported(settings: Settings, packed: packing.Packed) -> tuple[Array, Array]:
+    """Steps without a loss before the last one, and whether that one's gradients could be used."""
+    course: Course = packing.unpack(packed, settings.layout)
+    return jnp.maximum(course.lag - 1, 0), ~course.is_spoiled
+
+
+@single_kernel(static_argnums=(0,))
+def _noted(
+    settings: Settings, before: packing.Packed, after: packing.Packed, lag: Array, directive: Directive
+) -> packing.Packed:
+    """The course with the copies that the next update has to make."""
+    past, course = (packing.unpack(packed, settings.layout) for packed in (before, after))
+    course, order = settled(settings, past, course, lag, directive)
+    merged = Order(*(new | old for new, old in zip(order, past.order, strict=True)))
+    return packing.pack(course._replace(order=merged, lag=jnp.zeros_like(course.lag)))
+
+
+def observe_eval(opt_state: Any, metric: Any) -> Any:
+    """Tells the tuner a validation metric of the current parameters, in the direction of ``mode``.
+
+    Forks are compared by it when it is reported each time that `wants_eval` asks; hyperparameters that act slowly, such
+    as a weight decay, are only tuned then. Outside rounds it shows whether training still generalises. Jit-able.
+
+    Args:
+      opt_state: As for `observe`.
+      metric: Scalar.
+
+    Returns:
+      What was given, with the metric taken in.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it.
+    """
+
+    def tell(state: AutotuneState) -> AutotuneState:
+        if not state.settings.is_on:
+            return state
+        return state._replace(packed=_observe_eval(state.settings, state.packed, jnp.asarray(metric, jnp.float32)))
+
+    return _told(opt_state, tell)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@single_kernel(static_argnums=(0,))
+def _observe_eval(settings: Settings, packed: packing.Packed, metric: Array) -> packing.Packed:
+    return packing.pack(take_metric(settings, packing.unpack(packed, settings.layout), metric))
+
+
+def wants_eval(opt_state: Any) -> Bool[Array, ""]:
+    """Whether the tuner would use a validation metric now; a bool scalar. Jit-able.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> bool(wants_eval(optimizer.init(jnp.ones(3))))
+        False
+
+    Args:
+      opt_state: As for `hyperparams`.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it.
+    """
+    state = _find(opt_state)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    state = _unboxed(state)
+    course = state.course
+    wants = wants_metric(course.tuner) & (course.lag == 0)
+    return wants if state.settings.is_on else jnp.zeros_like(wants)

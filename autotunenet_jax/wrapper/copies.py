@@ -1,0 +1,112 @@
+"""The snapshots in the state of a tuned optimizer: as trees, or in a few vectors where that can be."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from ..compiler import packing
+from ..space import injection
+
+
+class Snapshot(NamedTuple):
+    """Parameters and the inner optimizer's state, without the hyperparameters that the tuner sets anyway."""
+
+    params: Any
+    inner: Any
+
+
+class SnapshotTrees(NamedTuple):
+    """Snapshots as they were given, sharded like what they are of."""
+
+    slots: tuple[Snapshot, ...]
+
+    def read(self, slot: int) -> Snapshot:
+        """What is in a slot."""
+        return self.slots[slot]
+
+    def read_at(self, slot: Int[Array, ""]) -> Snapshot:
+        """What is in a slot that is not known until the program runs."""
+        found = self.slots[0]
+        for number, other in enumerate(self.slots[1:], 1):
+            found = optax.tree.where(slot == number, other, found)
+        return found
+
+    def written(self, flags: Sequence[Array], make: Callable[..., Snapshot], *operands: Any) -> "SnapshotTrees":
+        """A new snapshot in the slots that are flagged, made of the operands."""
+        new = make(*operands)
+        slots = zip(flags, self.slots, strict=False)
+        return SnapshotTrees(tuple(optax.tree.where(flag, new, old) for flag, old in slots))
+
+
+class SnapshotVectors(NamedTuple):
+    """Snapshots in a row of a few matrices each: a step pays for each array, used or not, that passes through it.
+
+    Attributes:
+      packed: The arrays, with a leading axis of slots.
+      layout: Of one snapshot; static.
+    """
+
+    packed: packing.Packed
+    layout: packing.Layout
+
+    def read(self, slot: int) -> Snapshot:
+        """What is in a slot."""
+        packed = jax.tree.map(injection.unboxed, self.packed, is_leaf=injection.is_box)
+        return packing.unpack(packing.row(packed, self.layout, slot), self.layout)
+
+    def read_at(self, slot: Int[Array, ""]) -> Snapshot:
+        """What is in a slot that is not known until the program runs."""
+        return packing.unpack_row(self.packed, self.layout, slot)
+
+    def written(self, flags: Sequence[Array], make: Callable[..., Snapshot], *operands: Any) -> "SnapshotVectors":
+        """A new snapshot in the slots that are flagged, made of the operands; it takes no room but where it goes."""
+        count = jax.tree.leaves(self.packed)[0].shape[0]
+
+        def turn(carry: Any) -> Any:
+            pending, packed = carry
+            slot = jnp.argmax(pending).astype(jnp.int32)
+            # XLA takes out of a loop what does not depend on it, into room of its own.
+            new = make(*jax.tree.map(lambda leaf: _if(jnp.any(pending), leaf), operands))
+            return pending & (np.arange(count) != slot), packing.overwritten(packed, new, self.layout, slot)
+
+        start = (jnp.stack(list(flags)[:count]), self.packed)
+        _, packed = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), turn, start)
+        return self._replace(packed=packed)
+
+
+def _if(flag: Array, leaf: Any) -> Any:
+    return jnp.where(flag, leaf, jnp.zeros_like(leaf)) if leaf.dtype.name in packing.PLAIN else leaf
+
+
+HeldSnapshots = SnapshotTrees | SnapshotVectors
+
+
+def snapshots_of(snapshots: Sequence[Snapshot]) -> Any:
+    """Real copies of snapshots, one for each slot; in vectors where there is one device, which none is spread over.
+
+    Trees without parameters, such as those by which optax finds where in a state they are, give a number: nothing is
+    copied then.
+    """
+    if jax.device_count() > 1:
+        return SnapshotTrees(tuple(jax.tree.map(strong, snapshot) for snapshot in snapshots))
+    unboxed = [jax.tree.map(injection.unboxed, each, is_leaf=injection.is_box) for each in snapshots]
+    if not jax.tree.leaves(unboxed[0].params):
+        return jnp.zeros(())
+    stacked = [packing.pack(jax.tree.map(_as_strong, each)) for each in unboxed]
+    layout = packing.layout(jax.tree.map(_as_strong, unboxed[0]))
+    return SnapshotVectors(jax.tree.map(lambda *rows: jnp.stack(rows), *stacked), layout)
+
+
+def strong(leaf: Any) -> Array:
+    """A real copy that does not adapt its dtype to what it meets: the state keeps its types from the first step on."""
+    return _as_strong(jnp.array(leaf, copy=True))
+
+
+def _as_strong(leaf: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf

@@ -1,0 +1,187 @@
+"""The state of `autotune`, and what it says: which hyperparameters are in force, and what a loss makes of it."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from ..compiler import packing
+from ..controller.core import Core
+from ..controller.rollback import wants_metric as train_wants_metric
+from ..controller.state import FORK, TRAIN, TunerState
+from ..space import injection
+from . import drifting
+from .copies import HeldSnapshots, Snapshot
+
+Memory = Literal["keep-winner", "rewind", "drift"]
+MEMORIES = ("keep-winner", "rewind", "drift")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything static that the compiled update depends on.
+
+    Attributes:
+      core: The controller.
+      memory: Which copies are kept.
+      is_max: Whether the validation metric is maximised.
+      is_on: Whether the tuner runs at all.
+      layout: How the course of the run is packed.
+    """
+
+    core: Core
+    memory: Memory
+    is_max: bool
+    is_on: bool
+    layout: packing.Layout
+
+
+class Order(NamedTuple):
+    """The copies a directive asks for; bool scalars, in the order they are carried out."""
+
+    save: Bool[Array, ""]
+    keep: Bool[Array, ""]
+    restore: Bool[Array, ""]
+    adopt: Bool[Array, ""]
+
+
+class Course(NamedTuple):
+    """What the wrapper knows of the run, the arrays being trained apart.
+
+    Attributes:
+      tuner: What the tuner knows.
+      start: Values the run started from, in the order of the space.
+      lag: Steps taken since a loss was last reported.
+      order: Copies to make before the next step, asked for by `observe`.
+      is_spoiled: Whether the last update, made without its loss, had gradients that could not be used.
+      home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept. The inner state follows
+        with the next update.
+      attempts: Updates left for getting there.
+      drift: Running levels of the loss; None but in drift mode.
+    """
+
+    tuner: TunerState
+    start: tuple[Array, ...]
+    lag: Int[Array, ""]
+    order: Order
+    is_spoiled: Bool[Array, ""]
+    home: Int[Array, ""]
+    attempts: Int[Array, ""]
+    drift: drifting.Drift | None
+
+
+class AutotuneState(NamedTuple):
+    """The state of `autotune`: the tuner, the inner optimizer and their snapshots.
+
+    Attributes:
+      packed: The `Course` of the run, its hundred small arrays in four: a step pays for each array of its state.
+      inner: State of the inner optimizer.
+      snapshots: The saved snapshot and the kept one, as far as the memory mode has them; a number without parameters.
+      settings: Static; no array in it.
+    """
+
+    packed: packing.Packed
+    inner: Any
+    snapshots: HeldSnapshots | Array | None
+    settings: Settings
+
+    @property
+    def course(self) -> Course:
+        """What is packed."""
+        packed = jax.tree.map(injection.unboxed, self.packed, is_leaf=injection.is_box)
+        return packing.unpack(packed, self.settings.layout)
+
+    @property
+    def tuner(self) -> TunerState:
+        """What the tuner knows."""
+        return self.course.tuner
+
+    @property
+    def held(self) -> HeldSnapshots | None:
+        """The snapshots, if there is anything to copy."""
+        return self.snapshots if isinstance(self.snapshots, HeldSnapshots) else None
+
+    @property
+    def saved(self) -> Snapshot | None:
+        """The saved snapshot; None where the memory mode has none."""
+        return None if self.held is None else self.held.read(0)
+
+    @property
+    def kept(self) -> Snapshot | None:
+        """The kept snapshot, likewise."""
+        return self.held.read(1) if self.settings.memory == "keep-winner" and self.held is not None else None
+
+
+def no_order() -> Order:
+    """Nothing to copy; four arrays of their own, so that each can be donated."""
+    return Order(*(jnp.zeros((), bool) for _ in range(4)))
+
+
+def advanced(ts: TunerState, steps: Array) -> TunerState:
+    """The tuner's state ``steps`` unreported steps later: time passes, and a stretch waits for a loss to end it."""
+    return ts._replace(
+        step=ts.step + steps,
+        data_step=ts.data_step + steps,
+        segment_left=jnp.where(steps > 0, jnp.maximum(ts.segment_left - steps, 1), ts.segment_left),
+    )
+
+
+def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> dict[str, Array]:
+    """Values for the next step, by name.
+
+    Args:
+      settings: Of the wrapper.
+      course: Before the step.
+      is_silent: Whether the step comes without its loss; the very first one then is no part of an experiment.
+    """
+    core, ts, lag = settings.core, course.tuner, course.lag
+    start = dict(zip(core.space.names, course.start, strict=True))
+    if not settings.is_on:
+        return start
+    values = core.hyperparams(advanced(ts, lag))
+    # Without losses there is no experiment to run: the values in force outside experiments, and the schedule.
+    waits = (ts.phase != TRAIN) & (lag >= ts.segment_left)
+    is_unheard = (ts.step == 0) & ((lag > 0) | is_silent)
+    resting = advanced(ts, lag)._replace(phase=jnp.full_like(ts.phase, TRAIN))
+    calm = core.hyperparams(resting)
+    factor = core.schedule(resting)
+    exact = {
+        name: value * factor if role == "rate" else value
+        for (name, value), role in zip(start.items(), core.space.roles, strict=True)
+    }
+    return {
+        name: jnp.where(is_unheard, exact[name], jnp.where(waits, calm[name], values[name])).astype(values[name].dtype)
+        for name in values
+    }
+
+
+def write_in_force(inner: Any, values: dict[str, Array]) -> Any:
+    """The inner state with the tuned values that it has a place for."""
+    return injection.write(inner, values, injection.resolve(values, inner))
+
+
+def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
+    """Tells the tuner a validation metric of the current parameters."""
+    metric = jnp.asarray(metric, jnp.float32)
+    metric = -metric if settings.is_max else metric
+    ts = advanced(course.tuner, course.lag)
+    drift = course.drift
+    fed = metric
+    if drift is not None:
+        drift, fed = drifting.feed_eval(drift, ts, metric)
+    told = settings.core.observe_eval(ts, fed)
+    # The way back from a metric that rises leads to the kept snapshot.
+    if settings.memory == "keep-winner":
+        tuner = course.tuner._replace(window=told.window, validation=told.validation, incumbent=told.incumbent)
+    else:
+        seen = course.tuner.validation._replace(level=told.validation.level)
+        tuner = course.tuner._replace(window=told.window, validation=seen)
+    return course._replace(tuner=tuner, drift=drift)
+
+
+def wants_metric(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the tuner would use a validation metric reported now."""
+    return jnp.where(ts.phase == FORK, ts.segment_left == 1, (ts.phase == TRAIN) & train_wants_metric(ts))

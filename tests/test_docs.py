@@ -1,0 +1,46 @@
+"""What the documentation shows runs, and what it names exists."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def code(page):
+    """The Python blocks of a page, one after the other."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.S | re.M)
+
+
+def test_a_framework_is_added_in_a_hundred_lines():
+    source, names = "\n".join(code("add_a_framework.md")), {}
+    exec(compile(source, "docs/add_a_framework.md", "exec"), names)
+    history, model, held_out = names["history"], names["model"], names["held_out"]
+    assert len(source.splitlines()) < 120
+    assert model.loss(*held_out) < 0.5 * np.log(2.0)
+    assert history.summary["steps"] == 400
+    assert {row["kind"] for row in history.rounds} >= {"fast"}
+    assert all(row["scored_by"] == "validation" for row in history.rounds)
+    # Forks of a round see the same data.
+    for held in history.rounds:
+        by_step = {row["step"]: row for row in history.records}
+        assert len({by_step[fork["start"] + 1]["data_step"] for fork in held["forks"]}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_the_host_survives_a_loss_that_is_not_finite():
+    names = {}
+    exec(compile("\n".join(code("add_a_framework.md")), "docs/add_a_framework.md", "exec"), names)
+    model, steps = names["Model"](20), []
+
+    def batches(position):
+        steps.append(position)
+        x, y = names["draw"](1 + position)
+        return (np.full_like(x, np.nan), y) if len(steps) == 300 else (x, y)
+
+    history = names["fit"](model, batches, names["held_out"], tuner=names["tuner"])
+    assert history.summary["rollbacks"] == 1
+    assert np.isfinite(model.weights).all() and np.isfinite(model.velocity).all()
+    assert model.loss(*names["held_out"]) < 0.5 * np.log(2.0)

@@ -1,0 +1,214 @@
+"""Parts of the tuned optimizer: arguments, starting values, paths, messages, dropout; one run with the real tuner."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax.space import injection
+from autotunenet_jax.wrapper import trees
+
+SPACE = {"learning_rate": (1e-4, 1.0)}
+PARAMS = {"w": jnp.arange(3.0), "b": jnp.zeros(2)}
+
+
+def injected(**arguments):
+    return optax.inject_hyperparams(optax.adamw)(**{"learning_rate": 1e-2, **arguments})
+
+
+def test_the_real_tuner_trains_in_one_program():
+    x = jax.random.normal(jax.random.key(0), (200, 4))
+    y = jnp.tanh(x @ jnp.array([1.0, -1.0, 0.5, 2.0]))
+
+    def loss_fn(w, rows):
+        return jnp.mean((jnp.tanh(x[rows] @ w) - y[rows]) ** 2)
+
+    optimizer = atn.autotune(injected(learning_rate=1e-4), SPACE, total_steps=200)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def whole(w, opt_state, keys):
+        def step(carry, key):
+            w, opt_state = carry
+            loss, grads = jax.value_and_grad(loss_fn)(w, jax.random.randint(key, (32,), 0, 200))
+            updates, opt_state = optimizer.update(grads, opt_state, w, value=loss)
+            return (optax.apply_updates(w, updates), opt_state), (loss, atn.hyperparams(opt_state)["learning_rate"])
+
+        return jax.lax.scan(step, (w, opt_state), keys)
+
+    w = jnp.zeros(4)
+    (w, opt_state), (losses, rates) = whole(jnp.zeros(4), optimizer.init(w), jax.random.split(jax.random.key(1), 200))
+    assert int(opt_state.tuner.knowledge.observations.count) >= 2
+    assert float(losses[-20:].mean()) < 0.2 * float(losses[0])
+    assert float(rates.max()) > 0.05  # from 1e-4
+    assert float(rates[-1]) < 1e-3 * float(rates.max()) + 1e-2  # decayed
+    share = float(opt_state.tuner.discarded) / 200
+    assert 0.0 < share <= 0.4 + 1e-6
+
+
+def test_starts_where_the_optimizer_is_unless_told():
+    for options, expected in (({}, 1e-2), ({"initial": {"learning_rate": 0.3}}, 0.3)):
+        state = atn.autotune(injected(), SPACE, 100, **options).init(PARAMS)
+        (start,) = state.course.start
+        assert float(start) == np.float32(expected)
+        assert float(state.inner.hyperparams["learning_rate"]) == np.float32(expected)
+
+
+def test_factory_injects_only_what_is_tuned():
+    optimizer = atn.autotune(optax.adamw, {**SPACE, "b1": (0.8, 0.99)}, 100, learning_rate=0.02, weight_decay=1e-3)
+    state = optimizer.init(PARAMS)
+    assert set(state.inner.hyperparams) == {"learning_rate", "b1"}
+    assert {name: float(value) for name, value in state.inner.hyperparams.items()} == {
+        "learning_rate": np.float32(0.02),
+        "b1": np.float32(0.9),
+    }
+    partial = functools.partial(optax.rmsprop, decay=0.95)
+    assert set(atn.autotune(partial, SPACE, 100).init(PARAMS).inner.hyperparams) == {"learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: atn.autotune(injected(), SPACE, 100, memory="all"),
+            ValueError,
+            "keep-winner, rewind, drift; got 'all'",
+        ),
+        (lambda: atn.autotune(injected(), SPACE, 100, b1=0.9), TypeError, "'b1' can only be passed on to a factory"),
+        (lambda: atn.autotune(3, SPACE, 100), TypeError, "a factory such as optax.adamw; got int"),
+        (
+            lambda: atn.autotune(optax.adamw, {"rate": (0.0, 1.0)}, 100),
+            ValueError,
+            "no argument named 'rate'; it has l",
+        ),
+        (
+            lambda: atn.autotune(optax.adamw, SPACE, 100, learning_rate=optax.constant_schedule(1.0)),
+            ValueError,
+            "must start as a number",
+        ),
+        (lambda: atn.autotune(injected(), {"lr": (0.1, 1.0)}, 100).init(PARAMS), ValueError, "no hyperparameter named"),
+        (
+            lambda: atn.autotune(injected(), {**SPACE, "weight_decey": (0.0, 1.0)}, 100).init(PARAMS),
+            ValueError,
+            "did you mean 'weight_decay'",
+        ),
+        (
+            lambda: atn.autotune(injected(), {"learning_rate": (0.1, 1.0)}, 100).init(PARAMS),
+            ValueError,
+            r"starts with learning_rate = 0.01, outside the declared Float\(lo=0.1",
+        ),
+        (lambda: atn.autotune(optax.adamw(1e-3), SPACE, 100).init(PARAMS), ValueError, "no injected hyperparameters"),
+        (
+            lambda: atn.autotune(injected(learning_rate=optax.linear_schedule(1.0, 0.0, 9)), SPACE, 100).init(PARAMS),
+            ValueError,
+            "follows an optax schedule",
+        ),
+        (lambda: atn.observe(injected().init(PARAMS), 1.0), ValueError, "no state of autotunenet_jax.autotune"),
+        (lambda: atn.wants_eval({}), ValueError, "no state of autotunenet_jax.autotune"),
+        (lambda: atn.hyperparams(optax.adam(0.1).init(PARAMS)), ValueError, "no injected hyperparameters"),
+    ],
+)
+def test_says_what_is_wrong(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    optimizer = atn.autotune(injected(), SPACE, 100)
+    return optimizer, optimizer.init(PARAMS)
+
+
+def test_update_checks_its_arguments(tuned):
+    optimizer, state = tuned
+    with pytest.raises(ValueError, match="needs the parameters"):
+        optimizer.update(PARAMS, state, value=jnp.float32(1.0))
+    with pytest.raises(ValueError, match=r"real scalar; got shape \(3,\)"):
+        optimizer.update(PARAMS, state, PARAMS, value=jnp.ones(3))
+    with pytest.raises(ValueError, match=r"scalar; got shape \(2,\)"):
+        atn.observe(state, jnp.ones(2))
+
+
+def test_tuned_values_are_not_set_by_hand(tuned):
+    _, state = tuned
+    with pytest.raises(ValueError, match="'learning_rate' is being tuned"):
+        atn.set_hyperparams(state, {"learning_rate": 0.5})
+    written = atn.set_hyperparams(state, {"weight_decay": 0.5})
+    assert float(written.inner.hyperparams["weight_decay"]) == 0.5
+
+
+def test_optax_finds_the_value_and_maps_the_parameters(tuned):
+    optimizer, state = tuned
+    assert float(optax.tree.get(state, "learning_rate")) == np.float32(1e-2)
+    doubled = optax.tree.map_params(optimizer, lambda leaf: leaf + 1.0, state)
+    # Snapshots in vectors are no parameters to be seen from outside.
+    np.testing.assert_array_equal(doubled.saved.params["w"], PARAMS["w"])
+    np.testing.assert_array_equal(doubled.inner.inner_state[0].mu["w"], jnp.ones(3))
+
+
+def test_paths():
+    both = optax.partition(
+        {name: optax.chain(optax.clip(1.0), optax.inject_hyperparams(optax.sgd)(learning_rate=rate))
+         for name, rate in (("a", 0.1), ("b", 0.2))},
+        {"w": "a", "b": "b"},
+    )  # fmt: skip
+    state = both.init(PARAMS)
+    found = injection.places(state)
+    assert [place.path for place in found] == [("a", "1"), ("b", "1")]
+    assert set(atn.hyperparams(state)) == {"a/learning_rate", "b/learning_rate"}
+    for name in ("b/learning_rate", "b/1/learning_rate"):
+        assert float(atn.hyperparams(atn.set_hyperparams(state, {name: 0.7}))["b/learning_rate"]) == np.float32(0.7)
+    with pytest.raises(ValueError, match="name the same hyperparameter"):
+        atn.set_hyperparams(state, {"b/learning_rate": 0.7, "b/1/learning_rate": 0.7})
+    twice = optax.chain(*[optax.inject_hyperparams(optax.sgd)(learning_rate=rate) for rate in (0.1, 0.2)])
+    with pytest.raises(ValueError, match=r"ambiguous: the optimizer has '0/learning_rate' and '1/learning_rate'"):
+        atn.set_hyperparams(twice.init(PARAMS), {"learning_rate": 0.7})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_way_back(dtype):
+    key = jax.random.key(0)
+    here = {"w": jax.random.normal(key, (1000,)).astype(dtype)}
+    target = {"w": (here["w"] * jax.random.uniform(jax.random.key(1), (1000,), minval=0.6, maxval=1.9)).astype(dtype)}
+    update = trees.way(here, target, here)
+    # Within a factor of two the difference is exact, and so is the sum.
+    np.testing.assert_array_equal(trees.moved(here, update)["w"], target["w"])
+    far = {"w": jnp.array([1e4, -3e38, 0.0], dtype)}
+    near = {"w": jnp.array([0.5, 3e38, 1e-6], dtype)}
+    first = trees.moved(far, trees.way(far, near, far))
+    assert bool(jnp.all(jnp.isfinite(first["w"])))
+    eps = float(jnp.finfo(dtype).eps)
+    assert abs(float(first["w"][0]) - 0.5) <= 1e4 * eps
+    second = trees.moved(first, trees.way(first, near, first))
+    np.testing.assert_allclose(second["w"].astype(jnp.float32), near["w"].astype(jnp.float32), rtol=2 * eps)
+    assert not bool(trees.has_arrived(far, near))
+    assert bool(trees.has_arrived(second, near))
+
+
+@pytest.mark.parametrize(("bad", "usable"), [(jnp.nan, False), (jnp.inf, False), (1e30, False), (1e10, True)])
+def test_usable_gradients(bad, usable):
+    for shape in ((), (5,), (3, 5), (2, 3, 5)):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            spoiled = jnp.ones(shape, dtype).at[(-1,) * len(shape)].set(bad)
+            # An entry of the other sign beside it must not hide it.
+            for grads in ({"w": spoiled, "whole": jnp.arange(3), "none": jnp.zeros((0, 3))}, [spoiled, -spoiled]):
+                assert bool(trees.is_usable(grads)) is usable
+    row = jnp.array([bad, -bad, 1.0, 1.0, bad, -bad])
+    for opposed in (jnp.ones((4, 6)).at[2].set(row), jnp.ones((6, 4)).at[:, 1].set(row), row, jnp.tile(row, 40)):
+        assert bool(trees.is_usable(opposed)) is usable
+
+
+def test_dropout():
+    x = jax.random.normal(jax.random.key(0), (4000,)) + 5.0
+    dropout = jax.jit(atn.traced_dropout)
+    y = dropout(jax.random.key(1), x, 0.3)
+    assert float(jnp.mean(y == 0.0)) == pytest.approx(0.3, abs=0.03)
+    assert float(jnp.mean(y)) == pytest.approx(float(jnp.mean(x)), rel=0.05)
+    np.testing.assert_array_equal(dropout(jax.random.key(1), x, 0.0), x)
+    np.testing.assert_array_equal(dropout(jax.random.key(1), x, 0.5, deterministic=True), x)
+    assert dropout(jax.random.key(1), x.astype(jnp.bfloat16), 0.5).dtype == jnp.bfloat16
+    for rate in (-1.0, 1.0, 2.0):
+        assert bool(jnp.all(jnp.isfinite(dropout(jax.random.key(1), x, rate))))
