@@ -28,7 +28,7 @@ def main() -> int:
     wanted = sorted({letter for text in given.kinds for letter in text.upper()}) or list(KINDS)
     if not set(wanted) <= set(KINDS):
         parser.error(f"a KIND is one of {', '.join(KINDS)}")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     for letter in wanted:
         importlib.import_module(f"benchmarks.field.kind_{letter.lower()}")
     from . import registry

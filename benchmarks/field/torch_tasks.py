@@ -100,7 +100,7 @@ def run_loop(
     model: Any = None,
     scheduler: Callable[[Any], Any] | None = None,
     space: Any = None,
-    each: Callable[[int, Any, Any], None] | None = None,
+    each: Callable[[int, Any, Any, Any], None] | None = None,
 ) -> Ended:
     """A loop of one's own: attach, then `step` after each optimizer step."""
     model = new_model(seed) if model is None else model
@@ -128,7 +128,7 @@ def run_loop(
             tuner.step(told(loss, name, size))
             rates.append(opt.param_groups[0]["lr"])
             if each is not None:
-                each(k, model, tuner)
+                each(k, model, opt, tuner)
     half = sorted(rates[int(0.5 * total) : int(0.58 * total)])
     return _ended(model, opt, tuner, caught, half[len(half) // 2], model)
 
