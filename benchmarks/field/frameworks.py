@@ -136,7 +136,7 @@ def run_lightning(
             callbacks=[*ours, *keeper, *callbacks],
             default_root_dir=folder,
             logger=False,
-            enable_checkpointing=bool(keeper),
+            enable_checkpointing=bool(keeper) or any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             **more,
@@ -149,7 +149,7 @@ def run_lightning(
 
 
 class Labelled(nn.Module):
-    """A model as transformers wants it: it computes its own loss, per item of the whole step where it is told how many."""
+    """A model as transformers wants it: its own loss, per item of the whole step where it is told how many."""
 
     def __init__(self, net: nn.Module | None = None):
         super().__init__()

@@ -232,7 +232,9 @@ def the_last_snapshot_of_a_run_whose_last_step_broke(way: str) -> Outcome:
 
 @case("C", "fit")
 def the_metric_of_a_snapshot_is_that_of_its_state(way: str) -> Outcome:
-    def batches(position: int, hp: Any, act: Any = _at(151, lambda: os.kill(os.getpid(), signal.SIGTERM))) -> Any:
+    act = _at(151, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def batches(position: int, hp: Any) -> Any:
         act()
         return tasks.batch_of(tasks.no_faults, int(position), 0)
 

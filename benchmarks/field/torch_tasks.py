@@ -48,7 +48,15 @@ def loss_on(model: nn.Module, number: int) -> float:
 def is_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     states = [value for state in optimizer.state.values() for value in state.values()]
     found = [*model.parameters(), *model.buffers(), *(s for s in states if isinstance(s, torch.Tensor))]
-    return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
+    return all(_is_whole(t.detach()) for t in found if t.is_floating_point())
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta:
+        return True
+    plain = tensor.dequantize() if tensor.is_quantized else tensor
+    plain = plain.to_dense() if plain.layout != torch.strided else plain
+    return bool(torch.isfinite(plain.float()).all())
 
 
 def spoil_gradients(model: nn.Module, name: str, size: float) -> None:
