@@ -135,7 +135,7 @@ def a_state_stacked_for_pmap(way: str) -> Outcome:
     lines = done.stdout.strip().splitlines()
     last = (done.stderr.strip().splitlines() or ["?"])[-1]
     is_ok = len(lines) == 2 and float(lines[0].split()[1]) < 0.05
-    return "trained, hyperparams readable", " / ".join(lines) if is_ok else (lines[:1] + [last[:100]])[-1], is_ok
+    return "trained, hyperparams readable", " / ".join(lines) if is_ok else last[:100], is_ok
 
 
 _CACHED = """
