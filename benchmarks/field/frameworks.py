@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -120,6 +121,7 @@ def run_lightning(
 ) -> Framed:
     """A run of 40 steps an epoch."""
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from autotunenet_torch.lightning import AutoTuneCallback
 
@@ -128,7 +130,7 @@ def run_lightning(
     module = module or lightning_module()
     tuner = tuner or att.AutoTuneNet(torch_tasks.SPACE)
     ours = [AutoTuneCallback(tuner, **(options or {}))] if tuned else []
-    keeper = [pl.callbacks.ModelCheckpoint(dirpath=folder, save_last=True)] if saves else []
+    keeper = [ModelCheckpoint(dirpath=folder, save_last=True)] if saves else []
     with _quiet(said):
         trainer = pl.Trainer(
             max_epochs=epochs,
@@ -136,7 +138,7 @@ def run_lightning(
             callbacks=[*ours, *keeper, *callbacks],
             default_root_dir=folder,
             logger=False,
-            enable_checkpointing=bool(keeper) or any(isinstance(c, pl.callbacks.ModelCheckpoint) for c in callbacks),
+            enable_checkpointing=bool(keeper) or any(isinstance(c, ModelCheckpoint) for c in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             **more,
@@ -154,6 +156,7 @@ class Labelled(nn.Module):
     def __init__(self, net: nn.Module | None = None):
         super().__init__()
         self.net = torch_tasks.new_model() if net is None else net
+        self.config = types.SimpleNamespace(is_encoder_decoder=False, use_cache=False)
 
     def forward(self, x: Any, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any) -> dict[str, Any]:
         logits = self.net(x)
@@ -232,5 +235,6 @@ def run_transformers(
             callbacks=[*ours, Watch(), *callbacks],
             **(trainer_options or {}),
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(resume_from_checkpoint=resume)
     return Framed(model, tuner, trainer, said, rates)

@@ -5,13 +5,11 @@ import copy
 import functools
 import logging
 import os
-import pathlib
-import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +21,10 @@ import autotunenet_jax as atn
 import autotunenet_torch as att
 from autotunenet_jax import faults as injected
 
+from . import folder_cases as folder_cases
 from . import tasks, torch_tasks
 from .registry import Outcome, case
+from .scratch import folder
 
 TOTAL = 240
 
@@ -37,15 +37,6 @@ def raw(leaf: Any) -> np.ndarray:
 def same(one: Any, two: Any) -> bool:
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
     return all(np.array_equal(raw(a), raw(b), equal_nan=raw(a).dtype.kind in "fc") for a, b in pairs)
-
-
-@contextlib.contextmanager
-def folder() -> Iterator[str]:
-    path = tempfile.mkdtemp(prefix="field-")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def interrupt() -> None:
@@ -82,7 +73,7 @@ def _differs(result: atn.FitResult, reference: atn.FitResult) -> list[str]:
 
 
 def _broken_and_resumed(
-    broken: list[Callable[[str], None]], resume: Callable[[str], atn.FitResult], reference: atn.FitResult
+    broken: Sequence[Callable[[str], Any]], resume: Callable[[str], atn.FitResult], reference: atn.FitResult
 ) -> Outcome:
     """Runs that are broken off and resumed end as one that never was."""
     wrong = []
@@ -206,7 +197,7 @@ def out_of_memory_in_a_step(way: str) -> Outcome:
     """The step's inputs are gone: what is resumed is an earlier snapshot, or the beginning."""
 
     def run(path: str, at: int, plan: bool) -> atn.FitResult:
-        faults = {at: "oom"} if plan else {10**6: "oom"}
+        faults: dict[int, Any] = {at if plan else 10**6: "oom"}
         step, batches = injected.inject(tasks.train_step(), tasks.feed(tasks.no_faults), faults)
         with atn.Snapshots(path, interval_s=0.0, overhead=0.9) as store:
             return _fit(step=step, batches=batches, snapshots=store, resume=True)
@@ -285,76 +276,6 @@ def SIGTERM_is_not_silent(way: str) -> Outcome:  # noqa: N802
                 signal.signal(signal.SIGTERM, before)
     texts = [text for text in [*said, *(e["message"] for e in events)] if "stop" in text.lower() or "SIGTERM" in text]
     return "ends early and says why", f"early {is_told}, said {texts[:1]}", is_told and bool(texts)
-
-
-# Folders.
-
-
-def _tree(value: float) -> dict[str, Any]:
-    return {"w": jnp.full(5, value), "n": jnp.int32(value)}
-
-
-@case("C", "Snapshots", short=("Snapshots",))
-def a_folder_copied_while_the_run_went_on(way: str) -> Outcome:
-    """The copy has the snapshots of an early moment and the index of a later one."""
-    with folder() as one, folder() as two:
-        with atn.Snapshots(one, keep=2) as store:
-            store.save(5, _tree(5.0), wait=True)
-            store.save(6, _tree(6.0), wait=True)
-            for name in ("00000001", "00000002"):
-                shutil.copytree(pathlib.Path(one, name), pathlib.Path(two, name))
-            for step in (7, 8, 9):
-                store.save(step, _tree(float(step)), wait=True)
-            shutil.copy(pathlib.Path(one, "index.json"), two)
-        try:
-            with atn.Snapshots(two) as store:
-                step, tree = store.restore(_tree(0.0))
-                restored = f"restored {step}, {float(tree['w'][0]):g}"
-        except Exception as error:
-            restored = type(error).__name__
-        left = sorted(p.name for p in pathlib.Path(two).iterdir() if p.is_dir())
-    is_kept = all(any(name in there for there in left) for name in ("00000001", "00000002"))
-    return "step 6 restored, nothing deleted", f"{restored}, left {left}", is_kept and restored == "restored 6, 6"
-
-
-@case("C", "Snapshots")
-def opening_deletes_nothing_that_is_not_its_own(way: str) -> Outcome:
-    """A folder named by a date is a user's own."""
-    with folder() as path:
-        with atn.Snapshots(path) as store:
-            store.save(1, _tree(1.0), wait=True)
-        own = pathlib.Path(path, "00000000")
-        own.mkdir()
-        (own / "notes.txt").write_text("mine")
-        dated = pathlib.Path(path, "20240131")
-        dated.mkdir()
-        (dated / "notes.txt").write_text("mine")
-        with atn.Snapshots(path) as store:
-            step = store.latest()
-            store.save(2, _tree(2.0), wait=True)
-        there = sorted(str(p.relative_to(path)) for p in pathlib.Path(path).rglob("notes.txt"))
-    return "2 notes left, latest 1", f"{there}, latest {step}", len(there) == 2 and step == 1
-
-
-@case("C", "Snapshots")
-def a_signal_while_a_save_is_awaited(way: str) -> Outcome:
-    with folder() as path, injected.slow_disk(delay_s=0.08):
-        store = atn.Snapshots(path)
-        timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGINT))
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            timer.start()
-            with contextlib.suppress(KeyboardInterrupt):
-                store.save(3, {"w": jnp.zeros(1_500_000)}, wait=True)
-            store.close()
-        finally:
-            timer.join()
-            signal.signal(signal.SIGINT, before)
-        partial = [p.name for p in pathlib.Path(path).iterdir() if p.name.startswith(".tmp")]
-        with atn.Snapshots(path) as again:
-            latest = again.latest()
-        time.sleep(0.5)
-    return "close waits; step 3 is there", f"partial {partial}, latest {latest}", not partial and latest == 3
 
 
 # PyTorch.

@@ -17,8 +17,9 @@ import autotunenet_jax as atn
 import autotunenet_torch as att
 
 from . import frameworks, tasks, torch_tasks
-from .kind_c import folder, same
+from .kind_c import same
 from .registry import Outcome, case
+from .scratch import folder
 
 TOTAL = 240
 
@@ -101,7 +102,7 @@ def resumed_with_other_epochs_or_the_other_mode(way: str) -> Outcome:
                 x, y = torch_tasks.tensors()[0]
                 loader = [(x[i : i + 48], y[i : i + 48]) for i in range(0, 960, 48)]
                 try:
-                    tuner = att.AutoTuneNet(torch_tasks.SPACE, mode=m)
+                    tuner = att.AutoTuneNet(torch_tasks.SPACE, mode=m)  # pyright: ignore[reportArgumentType]
                     trainer.fit(torch_tasks.new_model(), loader, loader[:3], tuner=tuner, snapshots=path)
                     said += ["taken"] * number
                 except ValueError as error:

@@ -237,6 +237,7 @@ def a_parameter_group_added_later(way: str) -> Outcome:
     head = torch.optim.Adam(model[2].parameters(), tasks.START)
     tuner = att.AutoTuneNet(torch_tasks.SPACE)
     tuner.attach(model, head, total_steps=500)
+    rates: list[float] = []
     for k in range(500):
         if k == 110:
             head.add_param_group({"params": list(model[0].parameters()), "lr": tasks.START})
@@ -275,6 +276,6 @@ def statistics_of_losing_forks(way: str) -> Outcome:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(tasks.INPUTS, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, tasks.CLASSES))
     ended = torch_tasks.run_loop(total=500, model=model)
-    count = int(model[1].num_batches_tracked)
+    count = int(model.state_dict()["1.num_batches_tracked"])
     discarded = ended.tuner.history.summary["discarded_steps"]
     return f"{500 - discarded} batches tracked", f"{count}", abs(count - (500 - discarded)) <= 40

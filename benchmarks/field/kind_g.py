@@ -15,8 +15,8 @@ import autotunenet_jax as atn
 import autotunenet_torch as att
 
 from . import frameworks, tasks, torch_tasks
-from .kind_c import folder
 from .registry import Outcome, case
+from .scratch import folder
 
 LOGGERS = ("", "autotunenet_jax", "autotunenet_torch", "lightning.pytorch", "transformers")
 
@@ -32,10 +32,10 @@ def heard() -> Iterator[list[str]]:
 
     handler, before = Handler(logging.INFO), logging.root.manager.disable
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    levels, others = [logger.level for logger in loggers], [list(logger.handlers) for logger in loggers]
     logging.disable(logging.NOTSET)
     for logger in loggers:
-        logger.addHandler(handler)
+        logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
     try:
         with torch_tasks.collected() as warned:
@@ -43,8 +43,8 @@ def heard() -> Iterator[list[str]]:
         texts.extend(warned)
     finally:
         logging.disable(before)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
+        for logger, level, handlers in zip(loggers, levels, others, strict=True):
+            logger.handlers[:] = handlers
             logger.setLevel(level)
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import autotunenet_jax as atn
 
 from . import frameworks
-from .kind_c import folder
 from .registry import Outcome, case
+from .scratch import folder
 
 LIKE = {"w": jnp.arange(48.0), "n": jnp.int32(0), "t": "x"}
 ERRORS = (atn.SnapshotDamagedError, atn.NoSnapshotError, atn.SnapshotMismatchError, atn.SnapshotVersionError)
