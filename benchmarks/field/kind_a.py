@@ -129,7 +129,7 @@ def _spread(rates: list[float], losses: list[float], reference: list[float]) -> 
     return "picks within 0.25 decades, <= 1.06 x plain", got, _decades(rates) <= 0.25 and worst <= 1.06
 
 
-@case("A", "fit", "autotune", short=("fit",))
+@case("A", "fit", "autotune")
 def warm_up_of_0_2_10_20_percent(way: str) -> Outcome:
     rates, losses, best = [], [], []
     for warm in WARM_UPS:

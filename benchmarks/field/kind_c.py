@@ -5,6 +5,7 @@ import copy
 import functools
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -133,7 +134,7 @@ def two_signals_while_a_batch_is_made(way: str) -> Outcome:
     return _broken_and_resumed([lambda p, n=n: run(p, n) for n in (5, 22, 50, 131, 239)], _resume, _reference())
 
 
-@case("C", "fit", short=("fit",))
+@case("C", "fit")
 def two_signals_at_random_moments(way: str) -> Outcome:
     rng = np.random.default_rng(8)
     _reference()
@@ -206,6 +207,34 @@ def out_of_memory_in_a_step(way: str) -> Outcome:
         reference = run(path, 0, False)
     runs = [lambda path, at=at: run(path, at, True) for at in (30, 128, 190)]
     return _broken_and_resumed(runs, lambda path: run(path, 0, False), reference)
+
+
+class _Eager(atn.Snapshots):
+    """Saves whenever it may."""
+
+    def is_due(self) -> bool:
+        return True
+
+    def save(self, *args: Any, **more: Any) -> int:
+        return super().save(*args, **{**more, "wait": True})
+
+
+@case("C", "fit")
+def every_snapshot_of_a_run(way: str) -> Outcome:
+    """The run is resumed from each of its snapshots in turn."""
+    wrong, steps = [], []
+    with folder() as path:
+        with _Eager(path, keep=100) as store:
+            _fit(snapshots=store)
+            steps = [record.step for record in store.records()]
+        for step in steps:
+            with folder() as copied:
+                shutil.copytree(path, copied, dirs_exist_ok=True)
+                with atn.Snapshots(copied, keep=100) as store:
+                    store.abandon(after_step=step)
+                differs = _differs(_resume(copied), _reference())
+            wrong += [f"{step}: {', '.join(differs)}"] if differs else []
+    return f"{len(steps)} the same to the bit", f"{len(wrong)} differ {wrong[:2]}", len(steps) > 10 and not wrong
 
 
 @case("C", "fit", short=("fit",))

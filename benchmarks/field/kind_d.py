@@ -286,7 +286,6 @@ OPTIONS: dict[str, list[Any]] = {
     "float32": [np.float32(0.25), np.float32(0.75)],
     "float64": [np.float64(0.1), np.float64(0.7)],
     "bool": [True, False],
-    "np.bool": [np.bool_(True), np.bool_(False)],
     "str": ["relu", "tanh"],
     "np.str": [np.str_("relu"), np.str_("tanh")],
     "bytes": [b"a", b"b"],
@@ -294,12 +293,9 @@ OPTIONS: dict[str, list[Any]] = {
     "None": [None, "x"],
     "enum": [_Mode.A, _Mode.B],
     "function": [_one, _two],
-    "class": [dict, list],
     "np.dtype": [np.dtype("float32"), np.dtype("float64")],
     "torch.dtype": [torch.float32, torch.bfloat16],
     "path": [pathlib.Path("a"), pathlib.Path("b")],
-    "frozenset": [frozenset({1}), frozenset({2})],
-    "complex": [1 + 1j, 2j],
     "mixed": [1, "one"],
 }
 

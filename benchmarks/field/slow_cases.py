@@ -16,7 +16,7 @@ from .registry import Outcome, case
 from .torch_tasks import new_model as torch_new_model
 
 
-@case("A", "autotune", "loop", short=("loop",))
+@case("A", "autotune", "loop")
 def a_regulariser_with_metrics_at_regular_validations_only(way: str) -> Outcome:
     """The training loss asks for none of it, held-out data for 0.4; the run starts at 0.3."""
     value = _regularised_loop() if way == "loop" else _regularised_autotune()
