@@ -14,6 +14,7 @@ import autotunenet_jax as atn
 import autotunenet_torch as att
 
 from . import frameworks, tasks, torch_tasks
+from . import optax_cases as optax_cases
 from .frameworks import run_lightning, run_transformers
 from .registry import Outcome, case
 from .scratch import folder
@@ -28,7 +29,7 @@ def _or_refused(run: Any, limit: float) -> Outcome:
         except (ValueError, TypeError, RuntimeError) as error:
             # Refused by us, in words of ours, before there was a step; not merely broken on the way.
             place = traceback.extract_tb(error.__traceback__)[-1].filename
-            is_ours = "autotunenet" in place and isinstance(error, ValueError | TypeError)
+            is_ours = "autotunenet" in place and isinstance(error, ValueError)
             return expected, f"{type(error).__name__}: {' '.join(str(error).split())[:90]}", is_ours
         loss = ended.loss
     return expected, f"{loss:.3f}", loss <= limit
