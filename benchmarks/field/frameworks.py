@@ -28,7 +28,7 @@ def python(code: str, *arguments: str, limit_s: float = 150.0, **environment: st
     path = os.pathsep.join([str(ROOT), str(ROOT / "adapters"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": path, "JAX_TRACEBACK_FILTERING": "off", **environment},
         capture_output=True,
         text=True,
         timeout=limit_s,
