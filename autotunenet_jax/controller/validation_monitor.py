@@ -1,8 +1,8 @@
 """Readings overrule: where the held-out metric does not improve, training goes back to its best state, slower.
 
 Early stopping, decay on a plateau and rewind in one. Only the order of readings counts, so any metric will do. Where
-there is none the training loss takes its place: it cannot say which state is the better one, so that nothing is undone, and
-it may rise for reasons of its own, so that rates fall by it once.
+there is none the training loss takes its place: it cannot say which state is the better one, so that nothing is
+undone, and it may rise for reasons of its own, so that rates fall by it once.
 
 Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPlateau's of Keras and PyTorch.
 """
@@ -84,9 +84,7 @@ def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
     begins = is_over | heard.unhealthy
     return ts._replace(
         incumbent=jnp.where(falls, roles.shifted(ts.incumbent, -BACK_DECADES), ts.incumbent),
-        window=window._replace(
-            loss_sum=jnp.where(begins, 0.0, total), loss_count=jnp.where(begins, 0.0, count)
-        ),
+        window=window._replace(loss_sum=jnp.where(begins, 0.0, total), loss_count=jnp.where(begins, 0.0, count)),
         validation=seen._replace(
             hot=jnp.where(counts, hot, seen.hot),
             worse=jnp.where(counts, jnp.where(falls, 0, worse), seen.worse),
