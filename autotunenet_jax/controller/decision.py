@@ -94,7 +94,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
         reference=reference,
         x=jnp.where(is_fork[:, None], ts.trial, held.x),
         score=jnp.where(is_fork, jnp.where(succeeded, score, jnp.nan), held.score),
-        steps=jnp.where(is_fork, position(ts), held.steps),
+        steps=jnp.where(is_fork, jnp.maximum(position(ts), 1), held.steps),
         status=jnp.where(is_fork, jnp.where(succeeded, FORK_FINISHED, FORK_FAILED), held.status),
     )
     added = trials.add(

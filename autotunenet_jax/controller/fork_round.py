@@ -42,14 +42,15 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     """
     pos = position(ts) - 1
     is_scored = heard.is_finite & (pos >= scored_from(ts.segment_length))
+    value = heard.value * ts.health.scale
     window = ts.window._replace(
-        loss_sum=ts.window.loss_sum + jnp.where(is_scored, heard.value, 0.0),
+        loss_sum=ts.window.loss_sum + jnp.where(is_scored, value, 0.0),
         loss_count=ts.window.loss_count + is_scored,
     )
     # The first two losses of a round's first fork come before any fork could differ: where all of them start.
     counts = (ts.round.fork == 0) & heard.is_finite & ~ts.round.has_eval
-    reference = jnp.where(counts & (pos == 0), heard.value, ts.round.reference)
-    reference = jnp.where(counts & (pos == 1), 0.5 * (reference + heard.value), reference)
+    reference = jnp.where(counts & (pos == 0), value, ts.round.reference)
+    reference = jnp.where(counts & (pos == 1), 0.5 * (reference + value), reference)
     faulted = heard.is_blue & (ts.health.retries < loss_monitor.MAX_RETRIES)
     ts = ts._replace(
         window=window,

@@ -25,6 +25,8 @@ _RESOLUTION, _SLOW_RESOLUTION = 0.05, 1.0
 # A fork that lost more than this many times what the best one gained is as bad as any.
 _WORST = 4.0
 
+_TINY = float(np.finfo(np.float32).tiny)
+
 # Prior of the shape; the signal and the curvature of the rates were chosen on the bank.
 _RATE_LENGTHSCALE_DECADES, _OTHER_LENGTHSCALE, _LENGTHSCALE_SCALE = 0.6, 0.7, 0.4
 _SIGNAL, _NOISE, _PRIOR_SCALE = 0.25, 0.04, 0.6
@@ -95,7 +97,7 @@ def shortfalls(obs: trials.Observations, *, resolution: Float[Array, "n"] | floa
     mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ ones, 1.0)
     # A fork that blew up says nothing of the unit: where something was gained, the median stands for the spread.
     gained = jnp.maximum(-lowest, group_median(excess, same))
-    unit = jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), 1e-12)
+    unit = jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), _TINY)
     share = jnp.clip(excess / unit, 0.0, _WORST)
     return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
 

@@ -7,28 +7,33 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED = range(6)
+HEALTHY, WATCHING, NON_FINITE, SPIKE, DIVERGED, STALLED, SKIPPED = range(7)
 
 MESSAGES = {
     HEALTHY: "The loss is healthy.",
     WATCHING: "The loss is unusually high; nothing is done unless it stays there.",
-    NON_FINITE: "The loss is not finite; the last healthy snapshot was restored.",
+    NON_FINITE: "The loss stays non-finite; the last healthy snapshot was restored.",
     SPIKE: "The loss jumped and did not come back; the last healthy snapshot was restored.",
     DIVERGED: "The loss rose above where it started; the last healthy snapshot was restored.",
     STALLED: "The loss has not fallen for a long time; training goes on, nothing is undone.",
+    SKIPPED: "The loss is not finite: the step counts for nothing.",
 }
+
+BAD_RUN = 8
+"""Non-finite losses in a row that are more than bad batches."""
 
 MAX_RETRIES = 3
 """Range tests and forks of one round that may begin again after a bad batch."""
 
-# Losses of range tests and forks, and the first ones of training, beyond this magnitude count as not finite.
+# Losses of range tests and forks, and the first ones of training, that are so many times the first one count as not
+# finite.
 _LOSS_LIMIT = 1e15
 
 # How far, in spreads, the loss may have risen before a non-finite value that is still out of the blue.
 _CALM_SIGMAS = 3.0
 
 # Mean absolute deviation of a normal variable, in standard deviations.
-_MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
+MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
 
 # Values before which the statistics say nothing yet.
 _FIRST_VALUES = 4
@@ -51,22 +56,24 @@ _PROGRESS_SIGMAS = 0.1
 class Guard:
     """Thresholds of the watch over the training loss.
 
-    A value is unusual when it lies more than ``sigmas`` of the loss's own recent spread above its recent level.
+    A value is unusual when it lies more than ``sigmas`` of the loss's own recent spread above its recent level, or so
+    far above half way back from the best level that was held to where the run began.
     Unusual and non-finite values never enter the running statistics. One unusual value does nothing; ``patience`` of
     them, with healthy values taking one back each, are a spike. While the loss comes back from a peak, values well
     below that peak do not count: a single bad batch is not answered with a rollback, a loss that stays up is. A loss
     that has stopped falling is only told of. Only differences of losses are used, so adding a constant to the loss
     changes no verdict.
 
-    The loss is all that the guard sees. A gradient or an update that is not finite shows in the loss of the next step,
-    and the snapshot that is restored then is from before it; a loop of your own can pass NaN as the loss at once.
+    A loss that is not finite counts for nothing: `fit`, `autotune` and the adapters skip such a step. Where eight come
+    in a row, they are more than bad batches. The loss is all that the guard sees: a loop of your own passes NaN for a
+    step that it skips because of its gradient or update.
 
     Args:
       sigmas: Height of an unusual value, in robust standard deviations.
       patience: Unusual values, net of healthy ones, that make a spike.
       window: Memory of the running statistics, in steps.
       warmup: Values seen before the first spike can be called.
-      max_rollbacks: Rollbacks for spikes and divergence in one run; a non-finite loss is always rolled back. When the
+      max_rollbacks: Rollbacks for spikes and divergence in one run; those for non-finite losses come besides. When the
         next one is due after the last, the loss is taken as it is, and the hyperparameters in force are held from then
         on: no more rounds. With 0 nothing is rolled back for these reasons and rounds go on.
       stall_steps: Steps without progress after which the loss has stalled.
@@ -142,6 +149,8 @@ def watch(
     loss: Float[Array, ""],
     *,
     ceiling: Float[Array, ""] | float = jnp.inf,
+    limit: Float[Array, ""] | float = jnp.inf,
+    known: Float[Array, ""] | float = -jnp.inf,
 ) -> tuple[MonitorState, Int[Array, ""]]:
     """Takes one loss in and says whether training is healthy.
 
@@ -150,42 +159,45 @@ def watch(
       state: Statistics so far.
       loss: float scalar, any unit, any sign.
       ceiling: A short moving average above this is divergence.
+      limit: A loss above this is unusual, however few are known.
+      known: Level up to which the data itself has been seen to take the loss.
 
     Returns:
-      The new statistics and an int32 verdict.
+      The new statistics, unchanged where the loss is not finite, and an int32 verdict.
     """
     loss = jnp.asarray(loss, jnp.float32)
     is_finite = jnp.isfinite(loss)
     value = jnp.where(is_finite, loss, state.level)
 
-    sigma = state.spread / _MEAN_ABS_DEVIATION
+    sigma = state.spread / MEAN_ABS_DEVIATION
     # Losses of equal value have no spread; rounding must not look like a spike then.
     slack = 1e-5 * jnp.abs(state.level) + 1e-12
     is_warm = state.count >= guard.warmup
     # A single 1e30 must not drag the averages for good: it enters clipped, divergence shows by repetition.
-    reach = jnp.where(state.count >= _FIRST_VALUES, state.level + _REACH_SIGMAS * sigma + slack, jnp.inf)
-    clipped = jnp.minimum(value, reach)
-    is_unusual = is_warm & (value > state.level + guard.sigmas * sigma + slack)
+    reach = jnp.where(state.count >= _FIRST_VALUES, _REACH_SIGMAS * sigma + slack, jnp.inf)
+    clipped = jnp.clip(value, state.level - reach, state.level + reach)
+    reach = state.level + reach
+    is_unusual = is_warm & (value > jnp.maximum(state.level, known) + guard.sigmas * sigma + slack)
+    is_unusual |= value > limit
     height = jnp.minimum(value, jnp.where(jnp.isfinite(ceiling), ceiling, reach)) - state.level
     is_returning = is_unusual & (height < _RETURNING_SHARE * state.peak)
     peak = jnp.where(is_warm, jnp.maximum(_PEAK_MEMORY * state.peak, height), 0.0)
     strikes = jnp.where(is_unusual, state.strikes + ~is_returning, jnp.maximum(state.strikes - 1, 0))
 
-    accepted = is_finite & ~is_unusual
+    accepted = ~is_unusual
     level, spread, short = _averages(guard, state, clipped)
-    short = jnp.where(is_finite, short, state.short)
 
     # A level of few values is too uncertain to be a record.
     progresses = accepted & is_warm & (level < state.lowest - _PROGRESS_SIGMAS * sigma - slack)
-    since_lowest = jnp.where(progresses, 0, jnp.minimum(state.since_lowest + (is_finite & is_warm), _MANY))
+    since_lowest = jnp.where(progresses, 0, jnp.minimum(state.since_lowest + is_warm, _MANY))
 
     is_diverged = (state.count >= _FIRST_VALUES) & (short > ceiling)
     verdict = jnp.select(
         [~is_finite, is_diverged, strikes >= guard.patience, is_unusual, since_lowest >= guard.stall_steps],
-        [NON_FINITE, DIVERGED, SPIKE, WATCHING, STALLED],
+        [SKIPPED, DIVERGED, SPIKE, WATCHING, STALLED],
         HEALTHY,
     ).astype(jnp.int32)
-    return MonitorState(
+    after = MonitorState(
         level=jnp.where(accepted, level, state.level),
         spread=jnp.where(accepted, spread, state.spread),
         short=short,
@@ -194,7 +206,8 @@ def watch(
         peak=peak,
         lowest=jnp.where(progresses, level, state.lowest),
         since_lowest=since_lowest.astype(jnp.int32),
-    ), verdict
+    )
+    return MonitorState(*(jnp.where(is_finite, new, old) for new, old in zip(after, state, strict=True))), verdict
 
 
 def _averages(guard: Guard, state: MonitorState, value: Array) -> tuple[Array, Array, Array]:
@@ -217,17 +230,19 @@ class Heard(NamedTuple):
     """One loss, as all handlers are told of it.
 
     Attributes:
-      value: The loss; the running level where it is not finite.
+      value: The loss, in units of the first one; the running level where it is not finite.
       is_finite: Whether it is.
+      bad_run: Losses in a row, with it, that are not.
       verdict: What the monitor made of it.
       unhealthy: Whether that asks for a rollback.
-      is_blue: Whether it is not finite although nothing led up to it: a rate that is too large announces itself.
+      is_blue: Whether a run of bad ones came although nothing led up to it: a rate that is too large announces itself.
       before: Statistics before it.
       after: Statistics after it.
     """
 
     value: Float[Array, ""]
     is_finite: Bool[Array, ""]
+    bad_run: Int[Array, ""]
     verdict: Int[Array, ""]
     unhealthy: Bool[Array, ""]
     is_blue: Bool[Array, ""]
@@ -236,7 +251,16 @@ class Heard(NamedTuple):
 
 
 def hear(
-    guard: Guard, state: MonitorState, loss: Array, *, in_train: Array, initial_loss: Array, ceiling: Array
+    guard: Guard,
+    state: MonitorState,
+    loss: Array,
+    *,
+    bad_run: Array,
+    in_train: Array,
+    initial_loss: Array,
+    ceiling: Array,
+    limit: Array,
+    known: Array,
 ) -> Heard:
     """Takes one loss in, for the handlers of the phases.
 
@@ -244,22 +268,28 @@ def hear(
       guard: Thresholds.
       state: Statistics so far.
       loss: float scalar.
+      bad_run: Losses in a row before it that were not finite.
       in_train: Whether it is one of ordinary training.
       initial_loss: Level of the first losses; NaN before one.
       ceiling: A short moving average above this is divergence.
+      limit: A loss above this is unusual.
+      known: Level up to which the data itself has been seen to take the loss.
     """
     # Where a few losses decide, one beyond all measure tells as little as one that is not finite.
     is_known = in_train & (state.count >= _FIRST_VALUES)
     loss = jnp.where(is_known | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
-    after, verdict = watch(guard, state, loss, ceiling=ceiling)
+    after, verdict = watch(guard, state, loss, ceiling=ceiling, limit=limit, known=known)
     is_finite = jnp.isfinite(loss)
+    bad_run = jnp.where(is_finite, 0, bad_run + 1)
+    verdict = jnp.where(bad_run >= BAD_RUN, NON_FINITE, verdict)
     climbed = state.short > jnp.fmax(state.level, initial_loss) + _CALM_SIGMAS * state.spread
     return Heard(
         value=jnp.where(is_finite, loss, after.level),
         is_finite=is_finite,
+        bad_run=bad_run,
         verdict=verdict,
         unhealthy=is_failure(verdict),
-        is_blue=~is_finite & ~climbed,
+        is_blue=(verdict == NON_FINITE) & ~climbed,
         before=state,
         after=after,
     )

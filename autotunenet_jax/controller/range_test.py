@@ -90,10 +90,11 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
       The state, what the loop must do, and whether the test has ended.
     """
     pos = position(ts) - 1
-    losses = jnp.where(
-        (np.arange(ts.range_test.losses.size) == pos) & heard.is_finite, heard.value, ts.range_test.losses
-    )
-    test = RangeTest(losses, jnp.where(heard.is_finite, pos + 1, ts.range_test.count).astype(jnp.int32))
+    # A bad batch says what the one before it said.
+    before = ts.range_test
+    loss = jnp.where(heard.is_finite, heard.value, before.losses[jnp.maximum(before.count - 1, 0)])
+    losses = jnp.where(np.arange(before.losses.size) == pos, loss, before.losses)
+    test = RangeTest(losses, (pos + 1).astype(jnp.int32))
     faulted = heard.is_blue & (ts.health.retries < loss_monitor.MAX_RETRIES)
     ends = (ts.segment_left <= 0) | heard.unhealthy | is_blown(test)
     ts = ts._replace(range_test=test, health=ts.health._replace(has_faulted=faulted))

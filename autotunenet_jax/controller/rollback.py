@@ -21,13 +21,12 @@ from .state import (
     nothing_to_do,
 )
 
-# A snapshot younger than this may already hold damage that the monitor has not noticed yet.
+# A snapshot younger than this may already hold damage that the monitor has not noticed yet; more than `BAD_RUN`.
 _MIN_SNAPSHOT_AGE = 10
 
-# How far rates fall, in decades, at a rollback that is not the first within so many steps; the second pair is for
+# How far rates fall, in decades, at a rollback that is not the first within so many steps; the last figure is for
 # values that are not finite out of the blue, which are rather the data's fault.
-_RETREAT_DECADES, _RETREAT_WITHIN = 0.3, 250
-_BLUE_RETREAT_DECADES, _BLUE_RETREAT_WITHIN = 0.15, 20
+_RETREAT_DECADES, _RETREAT_WITHIN, _BLUE_RETREAT_WITHIN = 0.3, 250, 30
 
 
 class _Answer(NamedTuple):
@@ -37,7 +36,7 @@ class _Answer(NamedTuple):
       rolls_back: Training goes back to a snapshot.
       gives_up: The rollbacks are used up: what is in force is held from here on.
       accepts: The loss is high on healthy snapshots: it is the new level.
-      is_at_once: It was high from the restored snapshot on, before any step from there.
+      is_at_once: It was bad from the restored snapshot on, before any step from there.
     """
 
     rolls_back: Bool[Array, ""]
@@ -48,39 +47,38 @@ class _Answer(NamedTuple):
 
 def _answer(guard: Guard, ts: TunerState, heard: Heard) -> _Answer:
     health = ts.health
-    is_at_once = heard.unhealthy & heard.is_finite & (heard.after.strikes > health.since_rollback)
-    # High from the snapshot on is not the hyperparameters' doing; where the other one is no better, it is the data's.
-    accepts = is_at_once & (health.relapses > 0)
+    bad_since = jnp.where(heard.is_finite, heard.after.strikes, heard.bad_run)
+    is_at_once = heard.unhealthy & (bad_since > health.since_rollback)
+    # Bad from the snapshot on is not the hyperparameters' doing; where the other one is no better, it is the data's:
+    # a high loss is taken as it is, and others are waited for.
+    is_known = is_at_once & (health.relapses > 0)
+    accepts = is_known & heard.is_finite
     may_retry = (heard.verdict == NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
-    asks = heard.unhealthy & ~accepts
+    asks = heard.unhealthy & ~is_known
     return _Answer(asks & may_retry, asks & ~may_retry, accepts, is_at_once)
 
 
-def _restored(ts: TunerState, heard: Heard, answer: _Answer) -> tuple[Array, Slots, Array]:
-    """Whether the saved snapshot is restored rather than the kept one, the books, and whether either was distrusted."""
+def _restored(ts: TunerState, answer: _Answer) -> tuple[Array, Slots]:
+    """Whether the saved snapshot is restored rather than the kept one, and the books."""
     slots, age = ts.slots, ts.step - 1
     saved_age, kept_age = age - slots.saved_step, age - slots.kept_step
     saved_is_newer = saved_age < kept_age
-    was_damaged = ((ts.health.since_rollback == 0) & ~heard.is_finite) | answer.is_at_once
-    # Damage out of the blue shows at once: what a finite loss has been seen of is from before it.
-    least_age = jnp.where(heard.is_blue, 1, _MIN_SNAPSHOT_AGE)
-    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= least_age) & ~was_damaged
+    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE) & ~answer.is_at_once
     # A snapshot passed over may hold the damage: it becomes the older one, which is overwritten next.
     distrusts = answer.rolls_back & ~newer_is_safe
     slots = slots._replace(
         saved_step=jnp.where(distrusts & saved_is_newer, slots.kept_step - 1, slots.saved_step),
         kept_step=jnp.where(distrusts & ~saved_is_newer, slots.saved_step - 1, slots.kept_step),
     )
-    return jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer), slots, was_damaged
+    return jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer), slots
 
 
-def _incumbent(roles: Roles, ts: TunerState, heard: Heard, answer: _Answer, was_damaged: Array) -> Array:
+def _incumbent(roles: Roles, ts: TunerState, heard: Heard, answer: _Answer) -> Array:
     """Rates fall where they are to blame: training diverged, or broke again soon after the last rollback."""
     within = jnp.where(heard.is_blue, _BLUE_RETREAT_WITHIN, _RETREAT_WITHIN)
-    repeated = (ts.health.since_rollback < within) & ~was_damaged
-    falls = answer.rolls_back & (repeated | ((heard.verdict == DIVERGED) & ~answer.is_at_once))
-    decades = jnp.where(heard.is_blue, _BLUE_RETREAT_DECADES, _RETREAT_DECADES)
-    return jnp.where(falls, roles.shifted(ts.incumbent, -decades), ts.incumbent)
+    repeated = ts.health.since_rollback < within
+    falls = answer.rolls_back & (repeated | (heard.verdict == DIVERGED)) & ~answer.is_at_once
+    return jnp.where(falls, roles.shifted(ts.incumbent, -_RETREAT_DECADES), ts.incumbent)
 
 
 def _statistics(ts: TunerState, heard: Heard, answer: _Answer) -> TunerState:
@@ -98,6 +96,8 @@ def _statistics(ts: TunerState, heard: Heard, answer: _Answer) -> TunerState:
         monitor=monitor,
         initial_loss=jnp.where(renews, jnp.fmax(health.initial_loss, heard.value), health.initial_loss),
         relapses=jnp.where(answer.rolls_back, relapses, jnp.where(answer.accepts, 0, health.relapses)),
+        known_level=jnp.where(renews, jnp.fmax(health.known_level, heard.value), health.known_level),
+        bad_run=jnp.where(answer.rolls_back, 0, health.bad_run),
         # Counted up once for every step, whatever its phase.
         since_rollback=jnp.where(answer.rolls_back, -1, health.since_rollback),
     )
@@ -150,14 +150,15 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     """
     ts = validation_monitor.hear(roles, ts, heard)
     answer = _answer(guard, ts, heard)
-    restores, slots, was_damaged = _restored(ts, heard, answer)
-    incumbent = _incumbent(roles, ts, heard, answer, was_damaged)
+    restores, slots = _restored(ts, answer)
+    incumbent = _incumbent(roles, ts, heard, answer)
     # The budget of rollbacks is spent: what is in force, lowered by them, is held from here on.
     holds = answer.gives_up & (guard.max_rollbacks > 0)
     plan = ts.plan._replace(start=jnp.where(holds, NEVER, ts.plan.start))
     ts = _statistics(ts._replace(incumbent=incumbent, slots=slots, plan=plan), heard, answer)
-    # No round begins before the way back has been taken, from a rollback's snapshot or to the best state.
-    waits = answer.rolls_back | (ts.validation.returns & ts.validation.is_kept)
+    # No round begins before the way back has been taken, from a rollback's snapshot or to the best state, and none with
+    # a state that a bad batch may have spoilt.
+    waits = answer.rolls_back | (ts.validation.returns & ts.validation.is_kept) | ~heard.is_finite
     left = jnp.where(waits, jnp.maximum(ts.segment_left, 1), ts.segment_left)
     ts = ts._replace(segment_left=jnp.where(holds, NEVER, left), rollbacks=ts.rollbacks + answer.rolls_back)
     due = ts.segment_left <= 0

@@ -90,6 +90,12 @@ class Health(NamedTuple):
       monitor: Running statistics of the loss.
       initial_loss: Mean of the first finite losses; NaN before there is one.
       best_level: Lowest running level of the loss so far.
+      held_level: Lowest one in ordinary training.
+      held_spread: The spread of the loss then.
+      known_level: Highest level that was found to be the data's doing; minus infinity before one.
+      scale: What losses are divided by: a power of two near the first one; 0 before it.
+      bad_run: Losses in a row that are not finite.
+      bad_steps: Those of the whole run.
       has_failed: The running fork ended early because training became unhealthy.
       has_faulted: The running range test or fork ended on a non-finite loss that nothing led up to: the data's fault.
       retries: Times it began again for that reason.
@@ -100,6 +106,12 @@ class Health(NamedTuple):
     monitor: loss_monitor.MonitorState
     initial_loss: Float[Array, ""]
     best_level: Float[Array, ""]
+    held_level: Float[Array, ""]
+    held_spread: Float[Array, ""]
+    known_level: Float[Array, ""]
+    scale: Float[Array, ""]
+    bad_run: Int[Array, ""]
+    bad_steps: Int[Array, ""]
     has_failed: Bool[Array, ""]
     has_faulted: Bool[Array, ""]
     retries: Int[Array, ""]
@@ -258,6 +270,12 @@ def no_health() -> Health:
         monitor=loss_monitor.init(),
         initial_loss=jnp.full((), jnp.nan, jnp.float32),
         best_level=jnp.full((), jnp.inf, jnp.float32),
+        held_level=jnp.full((), jnp.inf, jnp.float32),
+        held_spread=jnp.zeros((), jnp.float32),
+        known_level=jnp.full((), -jnp.inf, jnp.float32),
+        scale=jnp.zeros((), jnp.float32),
+        bad_run=zero,
+        bad_steps=zero,
         has_failed=no,
         has_faulted=no,
         retries=zero,

@@ -159,7 +159,8 @@ class AutoTuneNet:
         )
 
     def _fingerprint(self) -> np.ndarray:
-        policy = (self.core.guard, shapes.described(self.core.shape), self.core.warmup_steps, self.capacity)
+        shape = shapes.described(self.core.shape)
+        policy = (self.core.guard, shape, self.core.warmup_steps, self.capacity, self.mode)
         return fingerprint(self.space, self.plan, policy)
 
     def check(self, ts: TunerState) -> None:
@@ -169,7 +170,7 @@ class AutoTuneNet:
 
         Raises:
           ValueError: It is of another version, search space, plan (such as another ``total_steps``) or policy (guard,
-            schedule, warm-up, capacity); the message says which.
+            schedule, warm-up, capacity, mode); the message says which.
         """
         if int(ts.format) != FORMAT:
             raise ValueError(
@@ -196,7 +197,8 @@ class AutoTuneNet:
 
         Args:
           ts: State before the step.
-          loss: Scalar, any real dtype; non-finite is answered with a rollback, never an error.
+          loss: Scalar, any real dtype. NaN says that the step was skipped, or has to be: it counts for nothing, and
+            eight in a row are answered with a rollback. Never an error.
 
         Returns:
           The next state, and what the loop must do before its next step.

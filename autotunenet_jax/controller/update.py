@@ -12,7 +12,7 @@ from . import fork_round, loss_monitor, range_test, rollback
 from .plan import NEVER
 from .roles import roles_of
 from .rollback import select
-from .state import FORK, SWEEP, TRAIN, Directive, TunerState
+from .state import FORK, SWEEP, TRAIN, Directive, TunerState, position
 
 _FIRST_LOSSES = 4
 
@@ -22,23 +22,60 @@ def ceiling(ts: TunerState) -> Float[Array, ""]:
     health = ts.health
     progress = jnp.maximum(health.initial_loss - health.best_level, 0.0)
     limit = health.initial_loss + 0.5 * progress + 6.0 * health.monitor.spread
-    return jnp.where(ts.step >= _FIRST_LOSSES, limit, jnp.inf)
+    return jnp.where(ts.step - health.bad_steps >= _FIRST_LOSSES, limit, jnp.inf)
+
+
+def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
+    """A loss above this has lost half of what training had gained, or more than the data was seen to cost."""
+    health = ts.health
+    reach = guard.sigmas / loss_monitor.MEAN_ABS_DEVIATION
+    half_way = health.held_level + 0.5 * jnp.maximum(health.initial_loss - health.held_level, 0.0)
+    known = health.known_level + reach * jnp.maximum(health.held_spread, health.monitor.spread)
+    limit = jnp.maximum(half_way + reach * health.held_spread, known)
+    return jnp.where(health.held_level < jnp.inf, limit, jnp.inf)
+
+
+def _scaled(ts: TunerState, loss: Array) -> tuple[TunerState, Array]:
+    """The loss in units of the first one, rounded to a power of two: whatever the unit, nothing overflows."""
+    scale = ts.health.scale
+    is_first = (scale == 0.0) & jnp.isfinite(loss) & (loss != 0.0)
+    exponent = jnp.clip(jnp.frexp(jnp.where(is_first, loss, 1.0))[1], -100, 100)
+    scale = jnp.where(is_first, jnp.ldexp(jnp.float32(1.0), exponent), scale)
+    return ts._replace(health=ts.health._replace(scale=scale)), loss / jnp.where(scale == 0.0, 1.0, scale)
 
 
 def _advanced(ts: TunerState, heard: loss_monitor.Heard) -> TunerState:
     """The state one step later, with what every phase takes from a loss."""
     health = ts.health
     is_unknown = jnp.isnan(health.initial_loss)
-    is_first = ((ts.step < _FIRST_LOSSES) | is_unknown) & heard.is_finite
-    mean = health.initial_loss + (heard.value - health.initial_loss) / (ts.step + 1.0)
+    good_steps = ts.step - health.bad_steps
+    is_first = ((good_steps < _FIRST_LOSSES) | is_unknown) & heard.is_finite
+    mean = health.initial_loss + (heard.value - health.initial_loss) / (good_steps + 1.0)
     mean = jnp.where(is_unknown, heard.value, mean)
     is_settled = heard.is_finite & (heard.after.count >= _FIRST_LOSSES)
+    is_usual = is_settled & (ts.phase == TRAIN) & (heard.verdict == loss_monitor.HEALTHY)
+    is_held = is_usual & (heard.after.short < health.held_level)
     health = health._replace(
         monitor=heard.after,
         initial_loss=jnp.where(is_first, mean, health.initial_loss),
         best_level=jnp.where(is_settled, jnp.minimum(health.best_level, heard.after.short), health.best_level),
+        held_level=jnp.where(is_held, heard.after.short, health.held_level),
+        held_spread=jnp.where(is_held, heard.after.spread, health.held_spread),
+        bad_run=heard.bad_run,
+        bad_steps=health.bad_steps + ~heard.is_finite,
     )
-    return ts._replace(step=ts.step + 1, data_step=ts.data_step + 1, segment_left=ts.segment_left - 1, health=health)
+    # A range test or fork begins with a batch that is good, unless bad ones go on for too long.
+    may_wait = (heard.bad_run < loss_monitor.BAD_RUN) | is_unknown
+    waits = (ts.phase != TRAIN) & (position(ts) == 0) & ~heard.is_finite & may_wait
+    is_opening = (ts.phase == SWEEP) | (ts.round.fork == 0)
+    data_step = ts.data_step + 1
+    return ts._replace(
+        step=ts.step + 1,
+        data_step=data_step,
+        segment_left=ts.segment_left - ~waits,
+        slots=ts.slots._replace(saved_data=jnp.where(waits & is_opening, data_step, ts.slots.saved_data)),
+        health=health,
+    )
 
 
 def _tick(
@@ -55,13 +92,17 @@ def _tick(
     Returns:
       The state, what the loop must do, and whether a decision is due.
     """
+    ts, loss = _scaled(ts, loss)
     heard = loss_monitor.hear(
         guard,
         ts.health.monitor,
         loss,
+        bad_run=ts.health.bad_run,
         in_train=ts.phase == TRAIN,
         initial_loss=ts.health.initial_loss,
         ceiling=ceiling(ts),
+        limit=_limit(guard, ts),
+        known=ts.health.known_level,
     )
     after = _advanced(ts, heard)
     result = rollback.step(guard, roles_of(space), after, heard)

@@ -44,20 +44,19 @@ class Monitor:
     lowest: Any = np.finfo(F).max
     since_lowest: int = 0
 
-    def see(self, guard: Any, loss: Any, ceiling: Any) -> int:
+    def see(self, guard: Any, loss: Any, ceiling: Any, limit: Any, known: Any) -> int:
         """Takes one loss in; the verdict."""
         is_warm = self.count >= guard.warmup
-        self.since_lowest += is_warm and bool(np.isfinite(loss))
         if not np.isfinite(loss):
-            self.strikes = max(self.strikes - 1, 0)
-            self.peak = F(loss_monitor._PEAK_MEMORY) * self.peak if is_warm else ZERO
-            return loss_monitor.NON_FINITE
+            return loss_monitor.SKIPPED
+        self.since_lowest += is_warm
         sigma = self.spread / F(math.sqrt(2 / math.pi))
         slack = F(1e-5) * abs(self.level) + F(1e-12)
-        unusual = is_warm and loss > self.level + F(guard.sigmas) * sigma + slack
+        unusual = is_warm and loss > max(self.level, known) + F(guard.sigmas) * sigma + slack
+        unusual = bool(unusual or loss > limit)
         reach = self.level + F(loss_monitor._REACH_SIGMAS) * sigma + slack
         is_known = self.count >= loss_monitor._FIRST_VALUES
-        clipped = min(loss, reach) if is_known else loss
+        clipped = min(max(loss, 2 * self.level - reach), reach) if is_known else loss
         self.short += max(F(0.2), F(1 / (self.count + 1))) * (clipped - self.short)
         diverged = is_known and self.short > ceiling
         height = min(loss, ceiling if np.isfinite(ceiling) else reach) - self.level
@@ -230,6 +229,8 @@ class Algorithm:
         self.step = self.data_step = self.discarded = self.rollbacks = self.retries = self.relapses = 0
         self.since_rollback = NEVER
         self.monitor, self.initial_loss, self.best_level = Monitor(), UNKNOWN, LARGE
+        self.held_level, self.held_spread, self.known_level = LARGE, ZERO, -LARGE
+        self.scale, self.bad_run, self.bad_steps = ZERO, 0, 0
         self.readings, self.metric_level, self.retreats = Readings(), UNKNOWN, 0
         self.has_fallen = False
         self.saved, self.kept = Copy(), Copy()
@@ -351,6 +352,14 @@ class Algorithm:
             seen.keeps = False
             self.retreats += 1
 
+    def _limit(self) -> Any:
+        if self.held_level == LARGE:
+            return LARGE
+        reach = F(self.guard.sigmas / math.sqrt(2 / math.pi))
+        half_way = self.held_level + F(0.5) * max(self.initial_loss - self.held_level, ZERO)
+        known = self.known_level + reach * max(self.held_spread, self.monitor.spread)
+        return max(half_way + reach * self.held_spread, known)
+
     def _hear_training(self, loss: Any, is_finite: bool, failed: bool) -> None:
         """Without a metric, the mean training loss between two readings is one."""
         if is_finite:
@@ -375,38 +384,55 @@ class Algorithm:
         """Takes the loss of a step in."""
         said, loss = Said(), F(loss)
         is_known = self.phase == TRAIN and self.monitor.count >= loss_monitor._FIRST_VALUES
+        if self.scale == 0 and np.isfinite(loss) and loss != 0:
+            self.scale = F(2.0 ** min(max(math.frexp(float(loss))[1], -100), 100))
+        loss = loss / (self.scale or F(1))
         if not is_known and abs(loss) >= loss_monitor._LOSS_LIMIT:
             loss = UNKNOWN
         is_finite = bool(np.isfinite(loss))
         ceiling = LARGE
-        if self.step >= update._FIRST_LOSSES:
+        good_steps = self.step - self.bad_steps
+        if good_steps >= update._FIRST_LOSSES:
             progress = max(self.initial_loss - self.best_level, ZERO)
             ceiling = self.initial_loss + F(0.5) * progress + F(6) * self.monitor.spread
         limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
-        is_blue = not is_finite and not self.monitor.short > limit
-        verdict = self.monitor.see(self.guard, loss, ceiling)
+        has_climbed = self.monitor.short > limit
+        is_new = bool(np.isnan(self.initial_loss))
+        verdict = self.monitor.see(self.guard, loss, ceiling, self._limit(), self.known_level)
+        self.bad_run = 0 if is_finite else self.bad_run + 1
+        self.bad_steps += not is_finite
+        if self.bad_run >= loss_monitor.BAD_RUN:
+            verdict = loss_monitor.NON_FINITE
+        is_blue = verdict == loss_monitor.NON_FINITE and not has_climbed
         failed = verdict in (loss_monitor.NON_FINITE, loss_monitor.SPIKE, loss_monitor.DIVERGED)
         if is_finite:
             if np.isnan(self.initial_loss):
                 self.initial_loss = loss
-            elif self.step < update._FIRST_LOSSES:
-                self.initial_loss += (loss - self.initial_loss) / F(self.step + 1)
+            elif good_steps < update._FIRST_LOSSES:
+                self.initial_loss += (loss - self.initial_loss) / F(good_steps + 1)
             if self.monitor.count >= update._FIRST_LOSSES:
                 self.best_level = min(self.best_level, self.monitor.short)
+                is_lowest = self.monitor.short < self.held_level
+                if self.phase == TRAIN and verdict == loss_monitor.HEALTHY and is_lowest:
+                    self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
 
         at = self.length - self.left
-        self.left -= 1
+        may_wait = self.bad_run < loss_monitor.BAD_RUN or is_new
+        waits = self.phase != TRAIN and at == 0 and not is_finite and may_wait
+        self.left -= not waits
         self.step += 1
         self.data_step += 1
+        if waits and (self.phase == SWEEP or len(self.forks) == 1):
+            self.saved.data = self.data_step
         is_over = False
         if self.phase == SWEEP:
-            if is_finite:
-                self.test.see(loss)
+            if not waits:
+                self.test.see(loss if is_finite else self.test.losses[max(self.test.count - 1, 0)])
             is_over = failed or self.test.is_blown()
         elif self.phase == FORK:
             is_over = failed
             if is_finite:
-                self._hear_fork(loss, at)
+                self._hear_fork(loss * self.scale, at)
             said.evaluate = self.left == 1
         else:
             self._hear_training(loss, is_finite, failed)
@@ -414,6 +440,8 @@ class Algorithm:
                 self._unhealthy(loss, verdict, is_blue, said)
         if self.phase == TRAIN and self.readings.returns and self.readings.is_kept:
             # No round begins before the way back has been taken.
+            self.left = max(self.left, 1)
+        if self.phase == TRAIN and not is_finite:
             self.left = max(self.left, 1)
         due = is_over or self.left <= 0
         if self.phase == TRAIN:
@@ -466,7 +494,9 @@ class Algorithm:
 
     def _unhealthy(self, loss: Any, verdict: int, is_blue: bool, said: Said) -> None:
         is_finite = verdict != loss_monitor.NON_FINITE
-        at_once = is_finite and self.monitor.strikes > self.since_rollback
+        at_once = (self.monitor.strikes if is_finite else self.bad_run) > self.since_rollback
+        if at_once and self.relapses > 0 and not is_finite:
+            return
         if at_once and self.relapses > 0:
             # As high on the other snapshot, before any step from it: the data has changed.
             self._take_as_it_is(loss)
@@ -484,9 +514,7 @@ class Algorithm:
         age = self.step - 1
         saved_age, kept_age = age - self.saved.step, age - self.kept.step
         saved_is_newer = saved_age < kept_age
-        was_damaged = at_once or (not is_finite and self.since_rollback == 0)
-        least = 1 if is_blue else rollback._MIN_SNAPSHOT_AGE
-        is_safe = min(saved_age, kept_age) >= least and not was_damaged
+        is_safe = min(saved_age, kept_age) >= rollback._MIN_SNAPSHOT_AGE and not at_once
         said.restore = saved_is_newer == is_safe
         said.adopt = not said.restore
         if not is_safe and saved_is_newer:
@@ -494,10 +522,10 @@ class Algorithm:
         elif not is_safe:
             self.kept.step = self.saved.step - 1
         within = rollback._BLUE_RETREAT_WITHIN if is_blue else rollback._RETREAT_WITHIN
-        is_repeated = self.since_rollback < within and not was_damaged
-        if is_repeated or (verdict == loss_monitor.DIVERGED and not at_once):
-            decades = rollback._BLUE_RETREAT_DECADES if is_blue else rollback._RETREAT_DECADES
-            self.incumbent = self._shifted(self.incumbent, -decades)
+        is_repeated = self.since_rollback < within
+        if (is_repeated or verdict == loss_monitor.DIVERGED) and not at_once:
+            self.incumbent = self._shifted(self.incumbent, -rollback._RETREAT_DECADES)
+        self.bad_run = 0
         self.monitor.strikes, self.monitor.short, self.monitor.peak = 0, self.monitor.level, ZERO
         self.relapses = self.relapses + 1 if at_once else 0
         self.rollbacks += 1
@@ -507,6 +535,7 @@ class Algorithm:
     def _take_as_it_is(self, loss: Any) -> None:
         self.monitor.start_afresh(loss)
         self.initial_loss = np.fmax(self.initial_loss, loss)
+        self.known_level = np.fmax(self.known_level, loss)
 
     # The end of a stretch.
 
@@ -578,7 +607,7 @@ class Algorithm:
         if not np.isfinite(self.reference):
             self.reference = score
         succeeded = not fork_failed and bool(np.isfinite(score))
-        fork.steps = ran
+        fork.steps = max(ran, 1)
         fork.score = score if succeeded else UNKNOWN
         fork.status = names.FORK_FINISHED if succeeded else names.FORK_FAILED
         time = math.log1p(self.data_step / 10)
