@@ -44,3 +44,33 @@ def test_the_host_survives_a_loss_that_is_not_finite():
     assert history.summary["rollbacks"] == 1
     assert np.isfinite(model.weights).all() and np.isfinite(model.velocity).all()
     assert model.loss(*names["held_out"]) < 0.5 * np.log(2.0)
+
+
+def test_the_architecture_names_what_exists():
+    """Every file on the page is there, and what is named beside one is defined in it."""
+    pages = [(ROOT / name).read_text() for name in ("docs/architecture.md", "CONTRIBUTING.md")]
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/*.py") if ".venv" not in path.parts}
+    sources = {name.removeprefix("autotunenet_jax/"): (ROOT / name).read_text() for name in files}
+    for page in pages:
+        for name in re.findall(r"`([\w/]+\.py)`", page):
+            assert any(file == name or file.endswith(f"/{name}") for file in files), name
+        for name, file in re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", page):
+            source = sources[file.removeprefix("autotunenet_jax/")]
+            for part in name.split("."):
+                assert re.search(rf"(def|class) {part}\b|^{part} =", source, re.M), (name, file)
+    everything = "\n".join(sources.values())
+    for page in pages:
+        for name in re.findall(r"`([A-Z]\w+\.\w+|\w+\.\w+)`", page):
+            owner, _, member = name.partition(".")
+            if member not in ("py", "md", "toml"):
+                assert re.search(rf"(def|class) {member}\b", everything) and owner in everything, name
+
+
+def test_every_package_says_what_it_is_for():
+    packages = [path.parent for path in (ROOT / "autotunenet_jax").glob("*/__init__.py")]
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(packages) <= 10
+    for package in packages:
+        text = (package / "__init__.py").read_text()
+        assert re.match(r'"""[^"]+\.', text), package
+        assert f"| `{package.name}` |" in page
