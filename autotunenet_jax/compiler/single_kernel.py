@@ -1,4 +1,8 @@
-"""Functions of a few numbers, compiled as one piece."""
+"""Functions of a few numbers, compiled as one piece.
+
+Measured on jax 0.10.2, CPU: @KERNEL@. Switched off by
+``AUTOTUNENET_COMPILER_OFF=single_kernel``; other versions of JAX compile the functions as any other.
+"""
 
 import functools
 import importlib.metadata

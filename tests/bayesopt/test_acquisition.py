@@ -5,7 +5,6 @@ import pytest
 from scipy import special
 
 from autotunenet_jax.bayesopt import acquisition, kernels, quasi_random, surrogate, trials
-
 from tests.reference import gaussian_process as twin
 
 CAPACITY, DIMS = 16, 2

@@ -5,7 +5,6 @@ import pytest
 from scipy import optimize
 
 from autotunenet_jax.bayesopt import kernels, marginal_likelihood, scores, surrogate, trials
-
 from tests.reference import gaussian_process as twin
 
 CAPACITY, USED, DIMS = 24, 15, 3

@@ -85,7 +85,7 @@ def test_stream_replays_and_finds_its_place(rows):
     loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
     stream = ReplayBuffer(loader, seed=5)
     first = [stream.get()[1] for _ in range(10)]
-    assert len(stream._buffer) <= 1
+    assert len(stream._window) <= 1
     stream.hold()
     mark = stream.cursor
     held = [stream.get()[1] for _ in range(9)]  # over the end of a pass
