@@ -5,8 +5,8 @@ up. For a decision that takes longer than loading what was compiled. A program i
 package's code, of versions, options and what it is called with (a plan is among its arguments), and sealed with that
 name: a foreign or damaged file is passed over, never run.
 
-Measured on jax 0.10.2, CPU: @STORED@. Switched off by
-``AUTOTUNENET_COMPILER_OFF=stored_program``.
+Measured on jax 0.10.2, CPU (``benchmarks.overhead``): where everything is in the cache, a wrapped step is ready after
+1.0 s of processor time, without this after 1.7 s. Switched off by ``AUTOTUNENET_COMPILER_OFF=stored_program``.
 """
 
 import contextlib
