@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 
+import autotunenet_jax as atn
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -74,3 +76,41 @@ def test_every_package_says_what_it_is_for():
         text = (package / "__init__.py").read_text()
         assert re.match(r'"""[^"]+\.', text), package
         assert f"| `{package.name}` |" in page
+
+
+def test_a_session_goes_on_from_its_books():
+    """Books, copies, the controller's bytes and the training state are all that the rest of a run depends on."""
+    from autotunenet_jax.hosting import PackedController, Recorder, Session
+
+    names = {}
+    exec(compile("\n".join(code("add_a_framework.md")), "docs/add_a_framework.md", "exec"), names)
+    tuner, draw, held_out = names["tuner"], names["draw"], names["held_out"]
+
+    def begin():
+        model = names["Model"](20)
+        host = names["NumpyHost"](model, held_out)
+        display = atn.Progress(1, is_on=False)
+        recorder = Recorder(atn.History(tuner.space.names), tuner.space, display, ())
+        return model, host, Session(host, PackedController(tuner), recorder)
+
+    def train(model, session, steps):
+        for _ in range(steps):
+            session.report(model.train_step(draw(1 + model.position)))
+
+    whole, _, expected = begin()
+    train(whole, expected, 400)
+    model, host, first = begin()
+    for steps in (7, 60, 180):  # in the range test, in a fork, in training
+        train(model, first, steps)
+        kept = host.copy(), first.saved, first.kept, first.controller.to_bytes(), first.books()
+        model, host, second = begin()
+        state, second.saved, second.kept, data, books = kept
+        host.restore(state, rewinds=True)
+        second.controller.from_bytes(data)
+        second.load(books)
+        second.write()
+        first = second
+    train(model, first, 400 - first.controller.step)
+    np.testing.assert_array_equal(model.weights, whole.weights)
+    assert first.recorder.history.records == expected.recorder.history.records
+    assert first.recorder.history.rounds == expected.recorder.history.rounds
