@@ -3,6 +3,7 @@
 from .controller.state import FORK as FORK
 from .controller.state import SWEEP as SWEEP
 from .controller.state import TRAIN as TRAIN
+from .session.batches import BatchWindow as BatchWindow
 from .session.host import Host as Host
 from .session.packed_controller import PackedController as PackedController
 from .session.recorder import Display as Display

@@ -11,9 +11,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
 # Pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import signal
+
 import hypothesis
 import jax
 import pytest
+
+# A process that was started in the background ignores Ctrl-C, which tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One compilation can take longer than hypothesis allows an example; derandomised, a failure in CI is one here.
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)

@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 
+import autotunenet_jax as atn
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -44,3 +46,71 @@ def test_the_host_survives_a_loss_that_is_not_finite():
     assert history.summary["rollbacks"] == 1
     assert np.isfinite(model.weights).all() and np.isfinite(model.velocity).all()
     assert model.loss(*names["held_out"]) < 0.5 * np.log(2.0)
+
+
+def test_the_architecture_names_what_exists():
+    """Every file on the page is there, and what is named beside one is defined in it."""
+    pages = [(ROOT / name).read_text() for name in ("docs/architecture.md", "CONTRIBUTING.md")]
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/*.py") if ".venv" not in path.parts}
+    sources = {name.removeprefix("autotunenet_jax/"): (ROOT / name).read_text() for name in files}
+    for page in pages:
+        for name in re.findall(r"`([\w/]+\.py)`", page):
+            assert any(file == name or file.endswith(f"/{name}") for file in files), name
+        for name, file in re.findall(r"`([\w.]+)`\s+\(`([\w/]+\.py)`\)", page):
+            source = sources[file.removeprefix("autotunenet_jax/")]
+            for part in name.split("."):
+                assert re.search(rf"(def|class) {part}\b|^{part} =", source, re.M), (name, file)
+    everything = "\n".join(sources.values())
+    for page in pages:
+        for name in re.findall(r"`([A-Z]\w+\.\w+|\w+\.\w+)`", page):
+            owner, _, member = name.partition(".")
+            if member not in ("py", "md", "toml"):
+                assert re.search(rf"(def|class) {member}\b", everything) and owner in everything, name
+
+
+def test_every_package_says_what_it_is_for():
+    packages = [path.parent for path in (ROOT / "autotunenet_jax").glob("*/__init__.py")]
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(packages) <= 10
+    for package in packages:
+        text = (package / "__init__.py").read_text()
+        assert re.match(r'"""[^"]+\.', text), package
+        assert f"| `{package.name}` |" in page
+
+
+def test_a_session_goes_on_from_its_books():
+    """Books, copies, the controller's bytes and the training state are all that the rest of a run depends on."""
+    from autotunenet_jax.hosting import PackedController, Recorder, Session
+
+    names = {}
+    exec(compile("\n".join(code("add_a_framework.md")), "docs/add_a_framework.md", "exec"), names)
+    tuner, draw, held_out = names["tuner"], names["draw"], names["held_out"]
+
+    def begin():
+        model = names["Model"](20)
+        host = names["NumpyHost"](model, held_out)
+        display = atn.Progress(1, is_on=False)
+        recorder = Recorder(atn.History(tuner.space.names), tuner.space, display, ())
+        return model, host, Session(host, PackedController(tuner), recorder)
+
+    def train(model, session, steps):
+        for _ in range(steps):
+            session.report(model.train_step(draw(1 + model.position)))
+
+    whole, _, expected = begin()
+    train(whole, expected, 400)
+    model, host, first = begin()
+    for steps in (7, 60, 180):  # in the range test, in a fork, in training
+        train(model, first, steps)
+        kept = host.copy(), first.saved, first.kept, first.controller.to_bytes(), first.books()
+        model, host, second = begin()
+        state, second.saved, second.kept, data, books = kept
+        host.restore(state, rewinds=True)
+        second.controller.from_bytes(data)
+        second.load(books)
+        second.write()
+        first = second
+    train(model, first, 400 - first.controller.step)
+    np.testing.assert_array_equal(model.weights, whole.weights)
+    assert first.recorder.history.records == expected.recorder.history.records
+    assert first.recorder.history.rounds == expected.recorder.history.rounds

@@ -1,10 +1,11 @@
 """Batches with just enough memory to show every fork of a round the same data."""
 
-import collections
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+
+from autotunenet_jax.hosting import BatchWindow
 
 from . import random_state
 
@@ -80,27 +81,21 @@ class ReplayBuffer:
         self._iterator: Iterator[Any] | None = None
         self._epoch, self._read = -1, 0
         self._starts: list[tuple[int, int]] = []
-        self._buffer: collections.deque[Any] = collections.deque()
-        self._first = 0
-        self._is_held = False
+        self._window = BatchWindow(self._next)
         self.cursor: Cursor = (0, 0)
 
     # Going back.
 
     def hold(self) -> None:
         """Keeps every batch from the cursor on."""
-        self._is_held = True
-        self._forget()
+        self._window.hold(self.cursor[0])
 
     def release(self) -> None:
         """Forgets every batch before the cursor, now and from now on."""
-        self._is_held = False
-        self._forget()
+        self._window.release(self.cursor[0])
+        self._forget_passes()
 
-    def _forget(self) -> None:
-        while self._buffer and self._first < self.cursor[0]:
-            self._buffer.popleft()
-            self._first += 1
+    def _forget_passes(self) -> None:
         # The pass that the cursor is in is needed to find the place again.
         while len(self._starts) > 1 and self._starts[1][0] <= self.cursor[0]:
             self._starts.pop(0)
@@ -111,26 +106,21 @@ class ReplayBuffer:
         """The next batch; with ``size``, so many rows, cut and put together from the loader's batches."""
         index, offset = self.cursor
         if size is None:
-            batch = self._batch(index)
+            batch = self._window.get(index)
             self.cursor = (index + 1, 0)
         else:
             parts, missing = [], size
             while missing:
-                whole = self._batch(index)
+                whole = self._window.get(index)
                 stop = min(offset + missing, rows(whole))
                 parts.append(map_tensors(lambda tensor, a=offset, b=stop: tensor[a:b], whole))
                 missing -= stop - offset
                 index, offset = (index, stop) if stop < rows(whole) else (index + 1, 0)
             batch = _concatenate(parts)
             self.cursor = (index, offset)
-        if not self._is_held:
-            self._forget()
+        if not self._window.is_held:
+            self._forget_passes()
         return batch
-
-    def _batch(self, index: int) -> Any:
-        while self._first + len(self._buffer) <= index:
-            self._buffer.append(self._next())
-        return self._buffer[index - self._first]
 
     def _next(self) -> Any:
         batch = self._fetch() if self._iterator is not None else None
@@ -154,7 +144,7 @@ class ReplayBuffer:
 
     def _fetch(self) -> Any:
         assert self._iterator is not None
-        if self._is_held and not self._is_threaded:
+        if self._window.is_held and not self._is_threaded:
             # Random augmentation happens here: it must not move the generators that dropout draws from.
             with random_state.untouched(seed=hash((self._seed, self._epoch, self._read)) % 2**62):
                 return next(self._iterator, None)
@@ -171,14 +161,13 @@ class ReplayBuffer:
         """Finds the place again that `state` gave, reading over what came before it in the same pass."""
         self._seed, self._iterator = state["seed"], None
         self._epoch, self._read = state["epoch"] - 1, state["start"]
-        self._starts, self._is_held = [], False
-        self._buffer.clear()
-        self._first = state["start"]
+        self._starts = []
         index, offset = state["cursor"]
         self.cursor = (index, offset)
+        self._window.release(0)
         if state["epoch"] < 0:
             self._epoch = -1
-            return
-        for _ in range(index - state["start"]):
-            self._next()
-            self._first += 1
+        else:
+            for _ in range(index - state["start"]):
+                self._next()
+        self._window.restart(index)

@@ -165,7 +165,7 @@ class AutoTuneNet:
             optimizer.
 
         Cost:
-          Two copies of the training state. The engine is compiled on first use, once per search space.
+          Two copies of the training state. The controller is compiled on first use, once per search space.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")

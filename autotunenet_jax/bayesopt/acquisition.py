@@ -203,8 +203,7 @@ def log_improvement(
     factor, extension = _factorise(held, unit)
     normal = normal_table(samples, compared).T
     best = jnp.min(jnp.where(is_live[:, None], held.mean[:, None] + factor @ normal, jnp.inf), axis=0)
-    has_reference = is_live[0]
-    best = jnp.where(has_reference, best, 0.0)
+    best = jnp.where(is_live[0], best, 0.0)
 
     everything = jnp.concatenate([posterior.x, live])
     is_known = jnp.concatenate([known, is_given.astype(jnp.float32)])
@@ -227,7 +226,7 @@ def log_improvement(
         variance = unit - jnp.square(seen) @ np.ones(n + compared, np.float32)
         sample = level(posterior, x)[:, None] + seen @ readout
         value, per_variance, of_sample, of_level = _improvement(
-            samples, confidence, variance, sample, best, unit, has_reference
+            samples, confidence, variance, sample, best, unit, is_live[0]
         )
         # Back through the whitening to the prior covariances, and through them to the point.
         of_prior = (of_sample @ readout.T + per_variance[:, None] * seen) @ whitener

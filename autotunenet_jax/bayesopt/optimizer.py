@@ -47,7 +47,7 @@ class Region(NamedTuple):
     """Improvements in a row, or trials without one, negative."""
 
 
-class EngineState(NamedTuple):
+class OptimizerState(NamedTuple):
     """Everything `BayesianOptimizer` knows: a pytree of arrays."""
 
     observations: Observations
@@ -62,7 +62,7 @@ class EngineState(NamedTuple):
     """The space-filling points that come before the surrogate decides."""
 
 
-def _like_suggested(optimizer: Any, count: int | None, state: EngineState, time: Any) -> tuple[Any, EngineState]:
+def _like_suggested(optimizer: Any, count: int | None, state: OptimizerState, time: Any) -> tuple[Any, OptimizerState]:
     return dict.fromkeys(optimizer.space.names, "value"), state
 
 
@@ -139,7 +139,7 @@ class BayesianOptimizer:
         )
 
     @in_float32
-    def init(self, key: PRNGKeyArray) -> EngineState:
+    def init(self, key: PRNGKeyArray) -> OptimizerState:
         """An optimiser that has seen nothing."""
         dims = self.space.dims
         key, design_key = jax.random.split(key)
@@ -147,7 +147,7 @@ class BayesianOptimizer:
         if self.has_drift:
             # Where the worst that can be met is least bad, as Google Vizier starts.
             design = jnp.concatenate([jnp.full((1, dims), 0.5, jnp.float32), design[1:]])
-        return EngineState(
+        return OptimizerState(
             observations=empty(self.capacity, dims),
             hyper=initial_hyper(self.config),
             noise=jnp.float32(0.0),
@@ -159,8 +159,8 @@ class BayesianOptimizer:
 
     @in_float32
     def suggest(
-        self, state: EngineState, count: int | None = None, *, time: Any = None
-    ) -> tuple[dict[str, Array], EngineState]:
+        self, state: OptimizerState, count: int | None = None, *, time: Any = None
+    ) -> tuple[dict[str, Array], OptimizerState]:
         """The next point to evaluate, or the next ``count`` to evaluate at once.
 
         Args:
@@ -181,7 +181,7 @@ class BayesianOptimizer:
 
     @sequential_vmap(static_argnums=(0, 1))
     @stored_program(like=_like_suggested, static_argnums=(0, 1))
-    def _suggest(self, count: int | None, state: EngineState, time: Any) -> tuple[dict[str, Array], EngineState]:
+    def _suggest(self, count: int | None, state: OptimizerState, time: Any) -> tuple[dict[str, Array], OptimizerState]:
         size = 1 if count is None else count
         obs, dims = state.observations, self.space.dims
         key, fit_key, propose_key = branches(state.key, 3)
@@ -233,8 +233,8 @@ class BayesianOptimizer:
 
     @in_float32
     def observe(
-        self, state: EngineState, x: Mapping[str, Any], y: Any, *, noise: Any = 0.0, time: Any = None, group: Any = 0
-    ) -> EngineState:
+        self, state: OptimizerState, x: Mapping[str, Any], y: Any, *, noise: Any = 0.0, time: Any = None, group: Any = 0
+    ) -> OptimizerState:
         """Records the score of a point, suggested or not.
 
         Args:
@@ -278,7 +278,7 @@ class BayesianOptimizer:
         return state._replace(observations=obs, region=region)
 
     @in_float32
-    def best(self, state: EngineState, *, time: Any = None) -> dict[str, Array]:
+    def best(self, state: OptimizerState, *, time: Any = None) -> dict[str, Array]:
         """Physical values of the best observed point.
 
         That is the one with the lowest score; with `has_drift` or `has_groups`, where scores do not compare, the one
@@ -302,7 +302,7 @@ class BayesianOptimizer:
         last = obs.time[jnp.clip(obs.count - 1, 0, self.capacity - 1)]
         return jnp.where(obs.count > 0, last + 1.0, 0.0)
 
-    def _box(self, state: EngineState, posterior: Posterior, now: Float[Array, ""]):
+    def _box(self, state: OptimizerState, posterior: Posterior, now: Float[Array, ""]):
         """Where to look: everywhere, or in the trust region."""
         lower, upper = (jnp.asarray(np.full(self.space.dims, edge, np.float32)) for edge in (0.0, 1.0))
         if not self.has_trust_region:

@@ -1,7 +1,7 @@
 """Points that fill the unit cube, from tables made once and turned at random.
 
-Everything here costs the compiler next to nothing: the engine lives inside other people's training steps, where a call
-of JAX's counter-based generator takes as long to compile as a matrix factorisation.
+Everything here costs the compiler next to nothing: decisions live inside other people's training steps, where a call of
+JAX's counter-based generator takes as long to compile as a matrix factorisation.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Linear algebra on one thread for as long as a decision takes.
 
-JAX factorises matrices on the CPU by SciPy's BLAS. On matrices as small as the engine's its threads mostly wait for
+JAX factorises matrices on the CPU by SciPy's BLAS. On matrices as small as a decision's its threads mostly wait for
 each other, and where other processes want the cores too they wait for whole time slices of the scheduler.
 
 Measured on jax 0.10.2 with SciPy's OpenBLAS. Switched off by ``AUTOTUNENET_COMPILER_OFF=blas_threads``.

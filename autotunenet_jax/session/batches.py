@@ -9,6 +9,54 @@ class EndOfDataError(Exception):
     """An iterable that cannot be started again has no more batches."""
 
 
+class BatchWindow:
+    """The batches of a stream from some position on: all that were read where they are held, else the last one.
+
+    Args:
+      fetch: Gives the next batch.
+    """
+
+    def __init__(self, fetch: Callable[[], Any]):
+        self._fetch, self._is_held = fetch, False
+        self.restart(0)
+
+    def restart(self, position: int) -> None:
+        """Forgets everything; the next batch fetched is that of ``position``."""
+        self._batches: collections.deque[Any] = collections.deque()
+        self._first = position
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether batches are held."""
+        return self._is_held
+
+    def hold(self, position: int) -> None:
+        """Keeps every batch from ``position`` on, until `release`."""
+        self._is_held = True
+        self._forget_before(position)
+
+    def release(self, position: int) -> None:
+        """Forgets every batch before ``position``, now and from now on."""
+        self._is_held = False
+        self._forget_before(position)
+
+    def _forget_before(self, position: int) -> None:
+        while self._batches and self._first < position:
+            self._batches.popleft()
+            self._first += 1
+
+    def get(self, position: int) -> Any:
+        """The batch at a position, not before the first one kept."""
+        while self._first + len(self._batches) <= position:
+            self._batches.append(self._fetch())
+            if not self._is_held:
+                self._forget_before(min(position, self._first + len(self._batches) - 1))
+        return self._batches[position - self._first]
+
+
 class BatchSource:
     """Hands out the batch at a position of the data stream.
 
@@ -35,9 +83,7 @@ class BatchSource:
         self._iterable = batches
         self._iterator: Iterator[Any] = iter(batches)
         self._can_restart = self._iterator is not batches
-        self._buffer: collections.deque[Any] = collections.deque()
-        self._first = 0
-        self._is_held = False
+        self._window = BatchWindow(self._next)
         self._has_begun = False
 
     @property
@@ -47,20 +93,13 @@ class BatchSource:
 
     def hold(self, position: int) -> None:
         """Keeps every batch from ``position`` on, until `release`."""
-        self._is_held = True
-        self._forget_before(position)
+        if not self.is_callable:
+            self._window.hold(position)
 
     def release(self, position: int) -> None:
         """Forgets every batch before ``position``, now and from now on."""
-        self._is_held = False
-        self._forget_before(position)
-
-    def _forget_before(self, position: int) -> None:
-        if self.is_callable:
-            return
-        while self._buffer and self._first < position:
-            self._buffer.popleft()
-            self._first += 1
+        if not self.is_callable:
+            self._window.release(position)
 
     def _next(self) -> Any:
         try:
@@ -87,8 +126,4 @@ class BatchSource:
         """
         if self._function is not None:
             return self._function(position, hyperparams)
-        while self._first + len(self._buffer) <= position:
-            self._buffer.append(self._next())
-            if not self._is_held:
-                self._forget_before(min(position, self._first + len(self._buffer) - 1))
-        return self._buffer[position - self._first]
+        return self._window.get(position)

@@ -10,7 +10,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stop:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one raises.
 
-    Only the main thread can take signals over; elsewhere nothing is changed.
+    Only the main thread can take signals over; elsewhere nothing is changed. A signal that the process ignores, as one
+    started in the background does Ctrl-C, stays ignored.
     """
 
     def __init__(self):
@@ -21,7 +22,7 @@ class Stop:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 # A handler that was not set from Python cannot be put back.
-                if signal.getsignal(number) is not None:
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 

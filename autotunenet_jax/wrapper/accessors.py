@@ -15,7 +15,7 @@ from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
 from . import trees
-from .loss import settled, take_loss
+from .loss import interpret, take_loss
 from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
 
 # Updates without a single loss after which the user is told.
@@ -181,7 +181,7 @@ def _noted(
 ) -> packing.Packed:
     """The course with the copies that the next update has to make."""
     past, course = (packing.unpack(packed, settings.layout) for packed in (before, after))
-    course, order = settled(settings, past, course, lag, directive)
+    course, order = interpret(settings, past, course, lag, directive)
     merged = Order(*(new | old for new, old in zip(order, past.order, strict=True)))
     return packing.pack(course._replace(order=merged, lag=jnp.zeros_like(course.lag)))
 

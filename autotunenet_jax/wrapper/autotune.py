@@ -19,7 +19,7 @@ from ..space import injection
 from . import drifting, trees
 from .accessors import warn_if_silent
 from .copies import HeldSnapshots, Snapshot, snapshots_of
-from .loss import settled, take_loss
+from .loss import interpret, take_loss
 from .start import build, starting_values
 from .state import MEMORIES, AutotuneState, Course, Memory, Order, Settings, in_force, no_order, write_in_force
 
@@ -345,7 +345,7 @@ def _close(
     past, course = (packing.unpack(packed, settings.layout) for packed in (before, after))
     order, left = no_order(), opened.left
     if directive is not None:
-        course, order = settled(settings, past, course, opened.lag, directive)
+        course, order = interpret(settings, past, course, opened.lag, directive)
     returns = order.restore | order.adopt
     is_back, is_taken = returns | away, usable & ~away
     course = course._replace(

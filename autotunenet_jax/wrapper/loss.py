@@ -38,7 +38,7 @@ def take_loss(
         is spent.
 
     Returns:
-      The course after, and what the tuner asks for; `settled` reads it.
+      The course after, and what the tuner asks for; `interpret` reads it.
     """
     heard = _hear(settings, packed, jnp.asarray(loss, jnp.float32), lag, is_usable, is_away)
 
@@ -77,7 +77,7 @@ def _hear(
     return _Heard(packing.pack(course._replace(tuner=after, drift=drift)), directive, is_due & is_heard)
 
 
-def settled(
+def interpret(
     settings: Settings, before: Course, after: Course, lag: Array, directive: Directive
 ) -> tuple[Course, Order]:
     """Reads what the tuner asks for as the memory mode can carry it out.
@@ -96,10 +96,10 @@ def settled(
     if after.drift is not None:
         ts = drifting.tighten(settings.core.space, past, ts)
         return after._replace(tuner=ts, drift=drifting.mark(after.drift, past, ts)), no_order()
-    return _read(settings.memory, before, after, directive)
+    return _interpret(settings.memory, before, after, directive)
 
 
-def _read(memory: Memory, before: Course, after: Course, directive: Directive) -> tuple[Course, Order]:
+def _interpret(memory: Memory, before: Course, after: Course, directive: Directive) -> tuple[Course, Order]:
     if memory == "keep-winner":
         return after, Order(directive.save, directive.keep, directive.restore, directive.adopt)
     # Without a kept copy a winner that is no longer running is lost: its steps are, too.

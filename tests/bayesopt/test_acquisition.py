@@ -5,8 +5,7 @@ import pytest
 from scipy import special
 
 from autotunenet_jax.bayesopt import acquisition, kernels, quasi_random, surrogate, trials
-
-from .reference import gaussian_process as twin
+from tests.reference import gaussian_process as twin
 
 CAPACITY, DIMS = 16, 2
 # A unit in which the noise is large enough for float32 to know the posterior to three digits.

@@ -5,8 +5,7 @@ import pytest
 from scipy import optimize
 
 from autotunenet_jax.bayesopt import kernels, marginal_likelihood, scores, surrogate, trials
-
-from .reference import gaussian_process as twin
+from tests.reference import gaussian_process as twin
 
 CAPACITY, USED, DIMS = 24, 15, 3
 CONFIGS = {

@@ -66,7 +66,8 @@ def test_failures_are_forgotten_before_good_trials():
     assert obs.y.tolist() == [1.0, 0.0, 2.0, 3.0]
 
 
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40))
+# XLA takes numbers this small for zeros.
+@given(st.lists(st.floats(-1e3, 1e3, width=32, allow_subnormal=False), min_size=1, max_size=40))
 def test_the_best_trial_and_the_newest_are_never_forgotten(scores):
     obs = filled(scores, capacity=8)
     kept = obs.y[np.asarray(trials.mask(obs))]

@@ -125,6 +125,24 @@ def test_a_damaged_file_is_replaced(folder, damage):
     assert not TRACES
 
 
+def test_a_program_under_the_name_of_another_is_not_run(folder):
+    run(2)
+    (first,) = files(folder)
+    run(3)
+    (second,) = set(files(folder)) - {first}
+    second.write_bytes(first.read_bytes())
+    another_process()
+    assert_right(run(3), 3.0)
+    assert TRACES == [3]
+
+
+def test_programs_made_with_and_without_a_trick_are_stored_apart(folder, monkeypatch):
+    run()
+    monkeypatch.setenv("AUTOTUNENET_COMPILER_OFF", "single_kernel")
+    assert_right(run())
+    assert len(files(folder)) == 2
+
+
 def test_nothing_is_stored_under_a_mesh(folder):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):

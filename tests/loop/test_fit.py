@@ -335,7 +335,7 @@ def test_a_run_too_short_for_forks_takes_what_its_range_test_says(monkeypatch):
     kept = [row["data_step"] for row in result.history.records if row["is_kept"]]
     assert kept == list(range(1, len(kept) + 1))
     # Batches are held for what may be asked for again, and no longer.
-    assert len(sources[-1]._buffer) <= 1
+    assert len(sources[-1]._window) <= 1
 
 
 def test_a_state_with_plain_numbers_is_traced_once():

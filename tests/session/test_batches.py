@@ -89,7 +89,7 @@ def test_any_path_a_run_can_take_sees_the_stream_by_position(data):
         for _ in range(data.draw(st.integers(0, 8))):
             assert source.get(position, None) == position
             position += 1
-            assert len(source._buffer) <= 8  # outside rounds nothing piles up
+            assert len(source._window) <= 8  # outside rounds nothing piles up
         source.hold(position)
         ends = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
         for length in ends:
@@ -102,10 +102,10 @@ def test_memory_is_one_batch_outside_rounds():
     source = BatchSource(itertools.count())
     for i in range(1000):
         source.get(i, None)
-    assert len(source._buffer) == 1
+    assert len(source._window) == 1
     source.hold(1000)
     for i in range(1000, 1050):
         source.get(i, None)
-    assert len(source._buffer) == 50
+    assert len(source._window) == 50
     source.release(1050)
-    assert len(source._buffer) == 0
+    assert len(source._window) == 0

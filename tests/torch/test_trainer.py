@@ -85,7 +85,7 @@ def test_stream_replays_and_finds_its_place(rows):
     loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
     stream = ReplayBuffer(loader, seed=5)
     first = [stream.get()[1] for _ in range(10)]
-    assert len(stream._buffer) <= 1
+    assert len(stream._window) <= 1
     stream.hold()
     mark = stream.cursor
     held = [stream.get()[1] for _ in range(9)]  # over the end of a pass
@@ -241,22 +241,19 @@ def test_lazy_model_without_a_pass_before(loader):
     assert history.summary["steps"] == 72
 
 
-def test_first_ctrl_c_ends_after_the_step(loader):
-    # Started in the background, a process ignores Ctrl-C, and so does the trainer.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    steps = []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_ends_after_the_step(loader, number):
+    before, steps = signal.getsignal(number), []
 
     def loss_fn(outputs, targets):
         steps.append(1)
         if len(steps) == 30:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return cross_entropy(outputs, targets)
 
     run = Trainer(loss_fn, epochs=10, progress=False)
-    try:
-        history = run.fit(net(), loader, tuner=AutoTuneNet(SPACE))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    history = run.fit(net(), loader, tuner=AutoTuneNet(SPACE))
+    assert signal.getsignal(number) == before
     assert run.is_interrupted and history.summary["steps"] == 30
 
 
