@@ -135,6 +135,61 @@ def run(tuned, given, *, key=0):
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks), carry[0]
 
 
+class Training(NamedTuple):
+    """What happens to a simulated training at each step.
+
+    ``bad`` steps report NaN and do not happen; ``collapses`` undo all that was learnt; ``hard`` is added to the loss.
+    Losses are reported in a ``unit``.
+    """
+
+    bad: Any
+    collapses: Any
+    hard: Any
+    unit: Any
+
+
+def training(count, *, bad=(), collapses=(), hard=0.0, unit=1.0):
+    """Of so many steps; ``bad`` and ``collapses`` are indices or masks."""
+    flags = [np.zeros(count, bool), np.zeros(count, bool)]
+    for column, at in zip(flags, (bad, collapses), strict=True):
+        column[np.asarray(at, int if np.size(at) == 0 else None)] = True
+    return Training(*flags, *(np.broadcast_to(np.float32(value), (count,)) for value in (hard, unit)))
+
+
+def _lived(core, carry, given):
+    ts, learnt, saved, kept = carry
+    rate = core.hyperparams(ts)["learning_rate"]
+    learnt = jnp.where(given.collapses, 0.0, learnt)
+    # Batches differ, and each is the same whenever it is shown.
+    loss = 0.1 + 2.0 * jnp.exp(-0.03 * learnt) + 0.02 * jnp.sin(12.9 * ts.data_step) + given.hard
+    gain = jnp.exp(-0.5 * jnp.square(jnp.log10(rate + 1e-9) - _BEST))
+    learnt = jnp.where(given.bad, learnt, learnt + gain)
+    ts, directive = core.update(ts, jnp.where(given.bad, jnp.nan, loss * given.unit))
+    saved, kept = jnp.where(directive.save, learnt, saved), jnp.where(directive.keep, learnt, kept)
+    learnt = jnp.where(directive.restore, saved, jnp.where(directive.adopt, kept, learnt))
+    row = {
+        "directive": directive,
+        "learnt": learnt,
+        **{name: getattr(ts, name) for name in ("phase", "incumbent", "rollbacks", "discarded")},
+    }
+    return (ts, learnt, saved, kept), row
+
+
+@functools.cache
+def _compiled_life(core):
+    return jax.jit(lambda carry, given: jax.lax.scan(functools.partial(_lived, core), carry, given))
+
+
+def live(tuned, given):
+    """A training that does what it is told: how every step ended, as arrays over steps, in chunks of `CHUNK`."""
+    zero = jnp.float32(0.0)
+    carry, chunks = (tuned.init(jax.random.key(0)), zero, zero, zero), []
+    for begin in range(0, len(given.bad), CHUNK):
+        carry, rows = _compiled_life(tuned.core)(carry, Training(*(column[begin : begin + CHUNK] for column in given)))
+        chunks.append(jax.device_get(rows))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+
+
 def twin_of(tuned, *, key=0):
     """The plain twin of a tuner, with its points."""
     table = quasi_random.spread_table(fork_round.PROPOSALS, tuned.space.dims)

@@ -34,7 +34,7 @@ def losses_like_training(kind, seed, count):
             losses[position] = rng.choice([np.nan, np.inf, -np.inf])
             metrics[rng.integers(count)] = np.nan
         elif fault == "bursts":
-            losses[position : position + rng.integers(1, 8)] = np.nan
+            losses[position : position + rng.choice([1, 4, 7, 8, 9, 20])] = np.nan
         elif fault == "spikes":
             losses[position : position + rng.integers(1, 60)] += 5.0
         elif fault == "divergence":
@@ -179,7 +179,9 @@ def quantised(seed, count=400):
     return [np.round(column * 2**10) / 2**10 for column in losses_like_training("spikes", seed, count)]
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(1.0, 4.0), (1.0, -16.0), (0.25, 0.0), (64.0, 0.0)])
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(1.0, 4.0), (1.0, -16.0), (0.25, 0.0), (64.0, 0.0), (2.0**-100, 0.0), (2.0**40, 0.0)]
+)
 def test_neither_a_constant_in_the_loss_nor_its_unit_changes_a_decision(scale, shift):
     losses, metrics = quantised(3)
     rows, _ = run(tuner(), told(losses, metrics))
@@ -233,7 +235,7 @@ def test_one_trace_donated_whatever_happens_and_a_state_of_fixed_size():
 
 def test_three_runs_at_once_scanned_are_three_loops():
     columns = np.stack([losses_like_training("healthy", 1, 60)[0]] * 3)
-    columns[1, 12], columns[2, 30:] = np.nan, 1e30
+    columns[1, 4:12], columns[2, 30:] = np.nan, 1e30
     start = tuner().init(jax.random.key(0))
     scan = jax.jit(jax.vmap(lambda losses: jax.lax.scan(tuner().update, start, losses)))
     together, directives = scan(columns)

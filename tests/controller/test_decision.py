@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax.controller import decision, state
+from autotunenet_jax.controller import decision, loss_monitor, state
 from tests.controller.light import tuner
 
 pytestmark = pytest.mark.usefixtures("light_surrogate")
@@ -174,11 +174,11 @@ def test_where_all_forks_fail_training_goes_on_from_where_they_began_at_a_lower_
     assert int(end.directive.data_step) == end.before.steps[-1][1] + 1
 
 
-def test_a_bad_batch_in_a_fork_begins_it_again_on_the_data_after_it():
+def test_a_run_of_bad_batches_in_a_fork_begins_it_again_on_the_data_after_it():
     bad = []
 
     def breaks_once(trained, phase):
-        if phase == state.FORK and len(trained.steps) == 10 and not bad:
+        if phase == state.FORK and len(trained.steps) >= 10 and len(bad) < loss_monitor.BAD_RUN:
             bad.append(len(trained.steps))
             return np.nan
         return trained.loss()

@@ -16,20 +16,20 @@ LONG = 200
 
 
 @jax.jit
-def watched(losses, ceiling, state):
+def watched(losses, ceiling, state, limit=np.inf, known=-np.inf):
     """States and verdicts of a run of losses."""
 
     def step(state, loss):
-        state, verdict = loss_monitor.watch(GUARD, state, loss, ceiling=ceiling)
+        state, verdict = loss_monitor.watch(GUARD, state, loss, ceiling=ceiling, limit=limit, known=known)
         return state, (state, verdict)
 
     return jax.lax.scan(step, state, losses)
 
 
-def verdicts(losses, *, ceiling=np.inf, state=None):
-    state, (states, codes) = watched(
-        jnp.asarray(losses, jnp.float32), jnp.float32(ceiling), loss_monitor.init() if state is None else state
-    )
+def verdicts(losses, *, ceiling=np.inf, state=None, limit=np.inf, known=-np.inf):
+    state = loss_monitor.init() if state is None else state
+    levels = [jnp.float32(level) for level in (ceiling, limit, known)]
+    state, (states, codes) = watched(jnp.asarray(losses, jnp.float32), levels[0], state, *levels[1:])
     return np.asarray(codes), state, states
 
 
@@ -59,16 +59,14 @@ def test_no_rollback_is_a_valid_wish():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [0, 3, 100])
-def test_non_finite_losses_are_named_at_once_and_leave_no_trace(value, position):
+def test_non_finite_losses_are_skipped_and_leave_no_trace(value, position):
     losses = noise()
-    losses[position] = value
-    codes, state, _ = verdicts(losses)
-    assert codes[position] == loss_monitor.NON_FINITE
+    codes, state, _ = verdicts(np.insert(losses, position, value)[:-1])
+    assert codes[position] == loss_monitor.SKIPPED
     assert np.all(np.delete(codes, position) == loss_monitor.HEALTHY)
-    without, expected, _ = verdicts(np.append(np.delete(losses, position), losses[-1]))
-    assert np.all(without == loss_monitor.HEALTHY)
-    assert abs(float(state.level) - float(expected.level)) < 0.02
-    assert abs(float(state.spread) - float(expected.spread)) < 0.02
+    _, expected, _ = verdicts(np.append(losses[:-1], np.nan))
+    for name, leaf in state._asdict().items():
+        assert leaf == getattr(expected, name), name
 
 
 @pytest.mark.parametrize("position", [4, 20, 60, 199])
@@ -82,6 +80,36 @@ def test_a_single_huge_value_is_forgotten(position):
     # The watch is awake again: a jump that stays is found.
     later, _, _ = verdicts(np.full(20, 5.0), state=state)
     assert np.any(later >= loss_monitor.SPIKE)
+
+
+@pytest.mark.parametrize("position", [4, 20, 60, 199])
+def test_a_single_wildly_low_value_is_forgotten_too(position):
+    losses = noise(count=400)
+    losses[position] = -1e4
+    codes, state, _ = verdicts(losses, ceiling=2.5)
+    assert np.all(codes <= loss_monitor.WATCHING)
+    assert abs(float(state.level) - 1.0) < 0.1 and float(state.spread) < 0.2
+    assert np.any(verdicts(np.full(20, 5.0), state=state)[0] >= loss_monitor.SPIKE)
+
+
+def test_a_loss_above_the_limit_is_unusual_however_few_are_known():
+    losses = noise(count=20)
+    losses[10:] = 3.0
+    assert np.all(verdicts(losses)[0] == loss_monitor.HEALTHY)
+    codes, state, _ = verdicts(losses, limit=2.0)
+    assert np.all(codes[10:14] <= loss_monitor.WATCHING) and np.all(codes[10:12] == loss_monitor.WATCHING)
+    assert np.any(codes[10:] == loss_monitor.SPIKE)
+    assert float(state.level) < 1.2
+
+
+def test_what_the_data_was_seen_to_cost_is_not_unusual_again():
+    losses = noise()
+    losses[100:120] = 3.0
+    assert loss_monitor.SPIKE in verdicts(losses)[0]
+    assert np.all(verdicts(losses, known=3.0)[0] == loss_monitor.HEALTHY)
+    # What is far above that is.
+    losses[100:120] = 9.0
+    assert loss_monitor.SPIKE in verdicts(losses, known=3.0)[0]
 
 
 def test_huge_values_that_stay_are_found_before_and_after_warm_up():
@@ -177,12 +205,13 @@ def test_the_plain_twin_sees_the_same():
     losses = np.concatenate([noise(1, 120) + np.linspace(1, 0, 120, dtype=np.float32), noise(2, 400)])
     losses[[30, 200, 260]] = np.nan, np.inf, 1e30
     losses[300:310] += 4.0
-    see = functools.partial(loss_monitor.watch, guard, ceiling=6.0)
+    limit, known = 5.5, 0.5
+    see = functools.partial(loss_monitor.watch, guard, ceiling=6.0, limit=limit, known=known)
     codes = jax.jit(lambda losses: jax.lax.scan(see, loss_monitor.init(), losses)[1])(jnp.asarray(losses))
     twin = Monitor()
-    expected = [twin.see(guard, np.float32(loss), np.float32(6.0)) for loss in losses]
+    expected = [twin.see(guard, *np.float32([loss, 6.0, limit, known])) for loss in losses]
     assert np.asarray(codes).tolist() == expected
-    assert set(expected) == {code for code in loss_monitor.MESSAGES if code != loss_monitor.DIVERGED}
+    assert set(expected) == set(loss_monitor.MESSAGES) - {loss_monitor.DIVERGED, loss_monitor.NON_FINITE}
 
 
 @pytest.mark.parametrize("shift", [-64.0, 64.0])
@@ -207,34 +236,58 @@ def test_noise_is_no_failure(heavy):
     ceilings = jnp.mean(losses[:, :4], axis=1) + 6.0 * spread
     states = loss_monitor.init()._replace(level=jnp.float32(1.0), spread=spread)
     _, (_, codes) = jax.jit(jax.vmap(watched, in_axes=(0, 0, None)))(losses[:, 4:], ceilings, states)
-    assert np.mean(np.any(np.asarray(codes) >= loss_monitor.NON_FINITE, axis=1)) < 0.01
+    assert np.mean(np.any(loss_monitor.is_failure(codes), axis=1)) < 0.01
 
 
 def test_every_verdict_has_a_message_for_the_user():
-    assert set(loss_monitor.MESSAGES) == set(range(6))
+    assert set(loss_monitor.MESSAGES) == set(range(7))
     assert all(message.endswith(".") and len(message.split()) >= 4 for message in loss_monitor.MESSAGES.values())
-    failures = [bool(loss_monitor.is_failure(jnp.int32(code))) for code in range(6)]
-    assert failures == [False, False, True, True, True, False]
+    failures = [bool(loss_monitor.is_failure(jnp.int32(code))) for code in range(7)]
+    assert failures == [False, False, True, True, True, False, False]
 
 
-def heard(loss, *, before=(), in_train=True):
+def heard(loss, *, before=(), in_train=True, bad_run=0):
     """What the handlers are told of a loss after some others."""
     state = verdicts(noise())[1]
     for value in before:
         state, _ = loss_monitor.watch(GUARD, state, jnp.float32(value))
     return loss_monitor.hear(
-        GUARD, state, jnp.float32(loss), in_train=jnp.bool_(in_train), initial_loss=jnp.float32(1.0), ceiling=jnp.inf
+        GUARD,
+        state,
+        jnp.float32(loss),
+        bad_run=jnp.int32(bad_run),
+        in_train=jnp.bool_(in_train),
+        initial_loss=jnp.float32(1.0),
+        ceiling=jnp.inf,
+        limit=jnp.inf,
+        known=-jnp.inf,
     )
 
 
-def test_a_loss_that_is_not_finite_is_out_of_the_blue_unless_the_loss_climbed_before():
-    assert heard(np.nan).is_blue
-    assert not heard(np.nan, before=[1.5, 2.5, 4.0, 8.0]).is_blue
-    assert not heard(1.0).is_blue
+LAST = loss_monitor.BAD_RUN - 1
+
+
+@pytest.mark.parametrize("bad_run", [0, 1, LAST - 1, LAST, 100])
+def test_only_a_run_of_bad_losses_is_a_failure(bad_run):
+    told = heard(np.nan, bad_run=bad_run)
+    assert int(told.bad_run) == bad_run + 1 and not told.is_finite
+    is_run = bad_run >= LAST
+    assert bool(told.unhealthy) == is_run
+    assert int(told.verdict) == (loss_monitor.NON_FINITE if is_run else loss_monitor.SKIPPED)
+    assert all(np.array_equal(a, b) for a, b in zip(told.before, told.after, strict=True))
+    # A finite one ends it.
+    after = heard(1.0, bad_run=bad_run)
+    assert int(after.bad_run) == 0 and int(after.verdict) == loss_monitor.HEALTHY
+
+
+def test_a_run_of_bad_losses_is_out_of_the_blue_unless_the_loss_climbed_before():
+    assert heard(np.nan, bad_run=LAST).is_blue
+    assert not heard(np.nan, before=[1.5, 2.5, 4.0, 8.0], bad_run=LAST).is_blue
+    assert not heard(np.nan).is_blue and not heard(1.0).is_blue
 
 
 def test_where_a_few_losses_decide_one_beyond_all_measure_counts_as_not_finite():
     assert heard(1e20).is_finite and int(heard(1e20).verdict) == loss_monitor.WATCHING
-    in_fork = heard(1e20, in_train=False)
-    assert not in_fork.is_finite and in_fork.unhealthy
+    in_fork = heard(1e20, in_train=False, bad_run=LAST)
+    assert not in_fork.is_finite and in_fork.unhealthy and not heard(1e20, in_train=False).unhealthy
     assert np.isfinite(in_fork.value)

@@ -28,10 +28,31 @@ def rolled_back(rows):
     return np.flatnonzero(rows["directive"].outcome == state.OUTCOME_ROLLBACK)
 
 
+RUN = loss_monitor.BAD_RUN
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_loss_that_is_not_finite_is_rolled_back_at_once_and_its_data_is_not_shown_again(value):
+@pytest.mark.parametrize("count", [1, RUN - 1])
+def test_losses_that_are_not_finite_are_skipped(value, count):
     losses = losses_like_training()
-    losses[AT] = value
+    calm = trained(losses)
+    losses[AT : AT + count] = value
+    rows = trained(losses)
+    told_to = rows["directive"]
+    assert len(rolled_back(rows)) == 0
+    assert np.all(told_to.verdict[AT : AT + count] == loss_monitor.SKIPPED)
+    assert not np.any(told_to.save[AT : AT + count] | told_to.keep[AT : AT + count])
+    np.testing.assert_array_equal(np.diff(told_to.data_step[AT - 2 : AT + count + 3]), 1)
+    np.testing.assert_array_equal(rows["incumbent"], calm["incumbent"])
+    # What is known of the loss waits.
+    for name, leaf in rows["health"].monitor._asdict().items():
+        assert np.all(leaf[AT : AT + count] == leaf[AT - 1]), name
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_run_of_them_is_rolled_back_and_its_data_is_not_shown_again(value):
+    losses = losses_like_training()
+    losses[AT - RUN + 1 : AT + 1] = value
     rows = trained(losses)
     np.testing.assert_array_equal(rolled_back(rows), [AT])
     told_to = rows["directive"]
@@ -74,7 +95,7 @@ def test_a_snapshot_that_holds_the_damage_is_not_used_twice():
     """What was restored breaks at once: the other copy is restored, and the broken one is overwritten next."""
     losses = losses_like_training()
     at, is_saved = newest_snapshot(trained(losses))
-    losses[at + 12 : at + 14] = np.nan
+    losses[at + 12 : at + 12 + 2 * RUN] = np.nan
     rows = trained(losses)
     first, second = rolled_back(rows)
     assert rows["directive"].restore[first] == is_saved
@@ -124,12 +145,27 @@ def test_divergence_lowers_the_rate_the_first_time():
     assert rows["incumbent"][first] < rows["incumbent"][first - 1]
 
 
-def test_non_finite_losses_in_a_row_lower_the_rate_in_the_end():
-    losses = losses_like_training()
-    losses[AT : AT + 60 : 6] = np.nan
+@pytest.mark.parametrize(("good", "lowers"), [(3, True), (rollback._BLUE_RETREAT_WITHIN, False)])
+def test_runs_of_bad_losses_lower_the_rate_where_they_come_again_soon_after_good_ones(good, lowers):
+    losses, period = losses_like_training(), RUN + good
+    for begin in range(AT, AT + 3 * period, period):
+        losses[begin : begin + RUN] = np.nan
     rows = trained(losses)
-    assert len(rolled_back(rows)) == 10
-    assert 0 < rows["incumbent"][AT - 1, 0] - rows["incumbent"][-1, 0] <= 10 * rollback._BLUE_RETREAT_DECADES / 5.0
+    assert len(rolled_back(rows)) == 3
+    fallen = rows["incumbent"][AT - 1, 0] - rows["incumbent"][-1, 0]
+    assert fallen == pytest.approx(2 * rollback._RETREAT_DECADES / 5.0 if lowers else 0.0, abs=1e-5)
+
+
+def test_where_no_good_loss_comes_between_there_are_two_rollbacks_and_no_rate_falls():
+    losses = losses_like_training()
+    losses[AT : AT + 100] = np.nan
+    losses[AT + 150 : AT + 150 + RUN] = np.nan
+    rows = trained(losses)
+    back = rolled_back(rows)
+    np.testing.assert_array_equal(back, [AT + RUN - 1, AT + 2 * RUN - 1, AT + 150 + RUN - 1])
+    assert set(rows["directive"].restore[back[:2]]) == {True, False}
+    assert np.all(rows["directive"].verdict[AT + 3 * RUN : AT + 100] == loss_monitor.NON_FINITE)
+    assert rows["incumbent"][-1] == rows["incumbent"][AT - 1]
 
 
 def test_when_the_rollbacks_are_used_up_the_loss_is_taken_as_it_is_and_rounds_are_over():
@@ -143,6 +179,6 @@ def test_when_the_rollbacks_are_used_up_the_loss_is_taken_as_it_is_and_rounds_ar
     assert np.all(rows["phase"][310:] == state.TRAIN)  # the round of step 500 is not held
     assert np.all(rows["incumbent"][400:] == rows["incumbent"][-1])
     # What is not finite is rolled back all the same.
-    losses[700] = np.nan
+    losses[700 : 700 + RUN] = np.nan
     rows, ts = run(tuned, told(losses))
-    assert rows["directive"].outcome[700] == state.OUTCOME_ROLLBACK
+    assert rows["directive"].outcome[700 + RUN - 1] == state.OUTCOME_ROLLBACK
