@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ..bayesopt import trials
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
-from . import fork_round, judge, range_test
+from . import fork_round, judge, loss_monitor, range_test
 from .plan import FAST, MAX_FORKS, NEVER
 from .roles import roles_of
 from .rollback import select
@@ -79,14 +79,8 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     row, fork = ts.round.index, ts.round.fork
     is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
     in_fork = (ts.phase == FORK) & ~is_retry
-    window, held = ts.window, ts.round
-    is_opening = in_fork & (fork == 0)
-    has_eval = jnp.where(is_opening, window.eval_count > 0, held.has_eval)
-    # A slow hyperparameter is never judged by the training loss.
-    by_loss = jnp.where(ts.plan.kind[row] == FAST, window.loss_sum / window.loss_count, jnp.nan)
-    score = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)
-    reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
-    reference = jnp.where(jnp.isfinite(reference), reference, score)
+    held = ts.round
+    has_eval, score, reference = fork_round.score(ts, is_opening=in_fork & (fork == 0))
     succeeded = in_fork & ~ts.health.has_failed & jnp.isfinite(score)
     is_fork = in_fork & (jnp.arange(MAX_FORKS) == fork)
     held = held._replace(
@@ -100,12 +94,12 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     added = trials.add(
         ts.knowledge.observations,
         ts.trial,
-        jnp.where(succeeded, score - reference, 0.0),
+        jnp.where(succeeded, (score - reference) / loss_monitor.magnitude(reference), 0.0),
         time=judge.time_of(ts.data_step),
         group=row,
         failed=~succeeded,
     )
-    knowledge = ts.knowledge._replace(observations=select(in_fork, added, ts.knowledge.observations))
+    knowledge = ts.knowledge._replace(observations=select(in_fork & ~is_void(ts), added, ts.knowledge.observations))
     ts = ts._replace(key=key, round=held, knowledge=knowledge)
     turn = jax.random.uniform(turn_key, (space.dims,))
     return _Ended(ts, fork_round.candidates(space, ts, turn), is_retry, fit_key)
@@ -142,7 +136,12 @@ def _choose(space: SearchSpace, ended: _Ended, judged: judge.Judgement) -> tuple
     monitor = new.health.monitor
     fresh = monitor._replace(count=jnp.zeros_like(monitor.count), strikes=jnp.zeros_like(monitor.strikes))
     no = jnp.zeros((), bool)
-    health = new.health._replace(monitor=select(changes, fresh, monitor), has_failed=no, has_faulted=no)
+    health = new.health._replace(
+        monitor=select(changes, fresh, monitor),
+        has_failed=no,
+        has_faulted=no,
+        bad_run=jnp.where(changes, 0, new.health.bad_run),
+    )
     new = new._replace(outcome=directive.outcome, window=empty_window(), health=health)
     return new, directive._replace(data_step=new.data_step), select(ts.phase == FORK, report, ts.round)
 
@@ -189,14 +188,16 @@ def _training(ts: TunerState) -> TunerState:
 
 def _after_range_test(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive]:
     """The rates are where the test says; the first fork begins from the state before it."""
+    read = space.snap(range_test.begin_at(roles_of(space), ts))
     ts = ts._replace(
-        incumbent=space.snap(range_test.begin_at(roles_of(space), ts)),
+        incumbent=jnp.where(is_void(ts), ts.incumbent, read),
         discarded=ts.discarded + position(ts),
         data_step=ts.slots.saved_data,
     )
-    has_forks = ts.plan.forks[ts.round.index] > 0
+    has_forks = (ts.plan.forks[ts.round.index] > 0) & ~is_void(ts)
     new = select(has_forks, _opened(space, ts), _training(ts))
-    outcome = jnp.where(has_forks, OUTCOME_FORK_STARTED, OUTCOME_RATE_READ).astype(jnp.int32)
+    outcome = jnp.where(is_void(ts), OUTCOME_ROUND_SKIPPED, OUTCOME_RATE_READ)
+    outcome = jnp.where(has_forks, OUTCOME_FORK_STARTED, outcome).astype(jnp.int32)
     return new, nothing_to_do(ts)._replace(restore=jnp.ones((), bool), outcome=outcome)
 
 
@@ -212,6 +213,11 @@ def _after_training(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Dir
     opened = select(ts.plan.range_test[row] > 0, with_test, opened)
     directive = _said(ts, OUTCOME_ROUND_STARTED)._replace(save=jnp.ones((), bool))
     return select(holds, (opened, directive), (_training(ts), _said(ts, OUTCOME_ROUND_SKIPPED)))
+
+
+def is_void(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the stretch that ended met no good batch."""
+    return position(ts) == 0
 
 
 def _budget(ts: TunerState) -> Array:
@@ -251,7 +257,7 @@ def _after_fork(
     length = ts.plan.length[row]
     may_fork = fork + 1 < jnp.where(has_kept, ts.plan.forks[row], MAX_FORKS)
     affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > length)
-    again = is_allowed & is_worth_it & may_fork & affordable
+    again = is_allowed & is_worth_it & may_fork & affordable & ~is_void(ts)
     started, directive = _next_fork(ts, next_forks.x[chosen])
     ended = _end_round(space, ts, wins)
     new, directive = select(again, (started, directive), ended)
@@ -274,9 +280,11 @@ def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[T
     heights = jnp.where(fork_round.has_run(held)[:, None], held.x, 1.0)
     safer = roles.shifted(jnp.where(roles.is_rate, jnp.min(heights, axis=0), ts.incumbent), -_FAILED_DECADES)
     safer = jnp.where(ts.plan.kind[held.index] == FAST, safer, ts.incumbent)
-    incumbent = space.snap(jnp.where(has_kept, won, safer))
+    # A fork that met no good batch says nothing.
+    incumbent = space.snap(jnp.where(has_kept, won, jnp.where(is_void(ts), ts.incumbent, safer)))
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
-    outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), OUTCOME_ROUND_FAILED)
+    failed = jnp.where(is_void(ts), OUTCOME_ROUND_SKIPPED, OUTCOME_ROUND_FAILED)
+    outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), failed)
     # The winner is the state of the best reading from here on; without one the copy that is kept still is what it was.
     # A state that every fork spoiled is not shown the same data again.
     is_read = has_kept & held.has_eval

@@ -10,7 +10,7 @@ from ..bayesopt.quasi_random import spread_table, turned
 from ..space.search_space import SearchSpace
 from . import loss_monitor
 from .loss_monitor import Heard
-from .plan import MAX_FORKS, SLOW
+from .plan import FAST, MAX_FORKS, SLOW
 from .roles import Roles, roles_of
 from .schedule import COOL_SHARE
 from .state import FORK_FINISHED, Directive, Round, TunerState, nothing_to_do, position
@@ -59,6 +59,25 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     )
     directive = nothing_to_do(ts, heard.verdict)._replace(evaluate=ts.segment_left == 1)
     return ts, directive, (ts.segment_left <= 0) | heard.unhealthy
+
+
+def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """The score of the fork that ended, to be minimised.
+
+    Args:
+      ts: State; `step` and `validation_monitor.observe` have summed up what the fork reported.
+      is_opening: Whether it is the first fork of its round.
+
+    Returns:
+      Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
+    """
+    window, held = ts.window, ts.round
+    has_eval = jnp.where(is_opening, window.eval_count > 0, held.has_eval)
+    # A slow hyperparameter is never judged by the training loss.
+    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.loss_sum / window.loss_count, jnp.nan)
+    value = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)
+    reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
+    return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
 
 
 def finished(held: Round) -> Bool[Array, "forks"]:

@@ -25,7 +25,8 @@ _RESOLUTION, _SLOW_RESOLUTION = 0.05, 1.0
 # A fork that lost more than this many times what the best one gained is as bad as any.
 _WORST = 4.0
 
-_TINY = float(np.finfo(np.float32).tiny)
+# Differences below this share of where a round started are rounding.
+_ROUNDING = 1e-6
 
 # Prior of the shape; the signal and the curvature of the rates were chosen on the bank.
 _RATE_LENGTHSCALE_DECADES, _OTHER_LENGTHSCALE, _LENGTHSCALE_SCALE = 0.6, 0.7, 0.4
@@ -84,8 +85,8 @@ def time_of(data_step: Array) -> Float[Array, ""]:
 def shortfalls(obs: trials.Observations, *, resolution: Float[Array, "n"] | float) -> trials.Observations:
     """Scores as logarithms of how far they are from the best of their round, in shares of what the best one gained.
 
-    Raw scores are differences to the round's reference, so the best one, negated, is the gain over the state they all
-    started from, or the spread of the round where that is larger. 0 is the best fork, 1 one that gained
+    Raw scores are differences to the round's reference in units of it, so the best one, negated, is the gain over the
+    state they all started from, or the spread of the round where that is larger. 0 is the best fork, 1 one that gained
     nothing. Adding a constant to the loss changes nothing, nor does scaling it.
     """
     usable = trials.mask(obs) & ~obs.failed
@@ -97,7 +98,7 @@ def shortfalls(obs: trials.Observations, *, resolution: Float[Array, "n"] | floa
     mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ ones, 1.0)
     # A fork that blew up says nothing of the unit: where something was gained, the median stands for the spread.
     gained = jnp.maximum(-lowest, group_median(excess, same))
-    unit = jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), _TINY)
+    unit = jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), _ROUNDING)
     share = jnp.clip(excess / unit, 0.0, _WORST)
     return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
 

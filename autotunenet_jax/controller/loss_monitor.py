@@ -128,6 +128,13 @@ class MonitorState(NamedTuple):
     since_lowest: Int[Array, ""]
 
 
+def magnitude(value: Array) -> Float[Array, ""]:
+    """A power of two near a value, which divides exactly; 1 for zero and what is not finite."""
+    is_usable = jnp.isfinite(value) & (value != 0.0)
+    exponent = jnp.clip(jnp.frexp(jnp.where(is_usable, value, 0.5))[1], -100, 100)
+    return jnp.ldexp(jnp.float32(1.0), exponent)
+
+
 def init() -> MonitorState:
     """Statistics of no value yet."""
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
@@ -178,7 +185,7 @@ def watch(
     clipped = jnp.clip(value, state.level - reach, state.level + reach)
     reach = state.level + reach
     is_unusual = is_warm & (value > jnp.maximum(state.level, known) + guard.sigmas * sigma + slack)
-    is_unusual |= value > limit
+    is_unusual |= value > jnp.minimum(limit, ceiling)
     height = jnp.minimum(value, jnp.where(jnp.isfinite(ceiling), ceiling, reach)) - state.level
     is_returning = is_unusual & (height < _RETURNING_SHARE * state.peak)
     peak = jnp.where(is_warm, jnp.maximum(_PEAK_MEMORY * state.peak, height), 0.0)
@@ -281,7 +288,8 @@ def hear(
     after, verdict = watch(guard, state, loss, ceiling=ceiling, limit=limit, known=known)
     is_finite = jnp.isfinite(loss)
     bad_run = jnp.where(is_finite, 0, bad_run + 1)
-    verdict = jnp.where(bad_run >= BAD_RUN, NON_FINITE, verdict)
+    # Before the first good loss there is nothing to go back to.
+    verdict = jnp.where((bad_run >= BAD_RUN) & jnp.isfinite(initial_loss), NON_FINITE, verdict)
     climbed = state.short > jnp.fmax(state.level, initial_loss) + _CALM_SIGMAS * state.spread
     return Heard(
         value=jnp.where(is_finite, loss, after.level),

@@ -141,10 +141,15 @@ def _first_rounds(recipe: Recipe, space: SearchSpace, total_steps: int, cap: flo
     if test + (_LEAST_FORKS - 1) * first > cap:
         # A run so short only takes what its range test says.
         return [_Row(0, FAST, 0, 1, test)] if test else []
-    rows = [_Row(0, FAST, min(recipe.first_forks + extra, MAX_FORKS), first, test)]
     second = max(round(_scaled(recipe.second, total_steps)), _LEAST_FORK)
     start = math.ceil(recipe.second_start * total_steps)
-    return [*rows, _Row(start, FAST, min(recipe.second_forks + extra, MAX_FORKS), second)]
+    # Room is left for a fork of the second round: what short forks ask for is to be asked again.
+    room = max(int((cap - test - second) // first) + 1, _LEAST_FORKS)
+    forks = min(recipe.first_forks + extra, MAX_FORKS, room)
+    return [
+        _Row(0, FAST, forks, first, test),
+        _Row(start, FAST, min(recipe.second_forks + extra, MAX_FORKS), second),
+    ]
 
 
 def _slow_rounds(recipe: Recipe, total_steps: int, *, has_fast: bool) -> list[_Row]:

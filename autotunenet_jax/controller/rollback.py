@@ -73,12 +73,22 @@ def _restored(ts: TunerState, answer: _Answer) -> tuple[Array, Slots]:
     return jnp.where(newer_is_safe, saved_is_newer, ~saved_is_newer), slots
 
 
-def _incumbent(roles: Roles, ts: TunerState, heard: Heard, answer: _Answer) -> Array:
-    """Rates fall where they are to blame: training diverged, or broke again soon after the last rollback."""
+def _lowered_rates(roles: Roles, ts: TunerState, heard: Heard, answer: _Answer) -> tuple[Array, Array]:
+    """Rates fall where they are to blame: training diverged, or broke again soon after the last rollback.
+
+    Where the data turns out to be, they go back up.
+
+    Returns:
+      The hyperparameters in force, and the decades by which the last rollback lowered them.
+    """
+    lowered = ts.health.lowered
     within = jnp.where(heard.is_blue, _BLUE_RETREAT_WITHIN, _RETREAT_WITHIN)
     repeated = ts.health.since_rollback < within
     falls = answer.rolls_back & (repeated | (heard.verdict == DIVERGED)) & ~answer.is_at_once
-    return jnp.where(falls, roles.shifted(ts.incumbent, -_RETREAT_DECADES), ts.incumbent)
+    shift = jnp.where(answer.accepts, lowered, jnp.where(falls, -_RETREAT_DECADES, 0.0))
+    begins = answer.rolls_back & ~answer.is_at_once
+    lowered = jnp.where(begins, jnp.where(falls, _RETREAT_DECADES, 0.0), jnp.where(answer.accepts, 0.0, lowered))
+    return jnp.where(shift != 0.0, roles.shifted(ts.incumbent, shift), ts.incumbent), lowered
 
 
 def _statistics(ts: TunerState, heard: Heard, answer: _Answer) -> TunerState:
@@ -151,11 +161,12 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     ts = validation_monitor.hear(roles, ts, heard)
     answer = _answer(guard, ts, heard)
     restores, slots = _restored(ts, answer)
-    incumbent = _incumbent(roles, ts, heard, answer)
+    incumbent, lowered = _lowered_rates(roles, ts, heard, answer)
     # The budget of rollbacks is spent: what is in force, lowered by them, is held from here on.
     holds = answer.gives_up & (guard.max_rollbacks > 0)
     plan = ts.plan._replace(start=jnp.where(holds, NEVER, ts.plan.start))
     ts = _statistics(ts._replace(incumbent=incumbent, slots=slots, plan=plan), heard, answer)
+    ts = ts._replace(health=ts.health._replace(lowered=lowered))
     # No round begins before the way back has been taken, from a rollback's snapshot or to the best state, and none with
     # a state that a bad batch may have spoilt.
     waits = answer.rolls_back | (ts.validation.returns & ts.validation.is_kept) | ~heard.is_finite

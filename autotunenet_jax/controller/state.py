@@ -94,6 +94,7 @@ class Health(NamedTuple):
       held_spread: The spread of the loss then.
       known_level: Highest level that was found to be the data's doing; minus infinity before one.
       scale: What losses are divided by: a power of two near the first one; 0 before it.
+      lowered: Decades by which the last rollback lowered the rates.
       bad_run: Losses in a row that are not finite.
       bad_steps: Those of the whole run.
       has_failed: The running fork ended early because training became unhealthy.
@@ -110,6 +111,7 @@ class Health(NamedTuple):
     held_spread: Float[Array, ""]
     known_level: Float[Array, ""]
     scale: Float[Array, ""]
+    lowered: Float[Array, ""]
     bad_run: Int[Array, ""]
     bad_steps: Int[Array, ""]
     has_failed: Bool[Array, ""]
@@ -274,6 +276,7 @@ def no_health() -> Health:
         held_spread=jnp.zeros((), jnp.float32),
         known_level=jnp.full((), -jnp.inf, jnp.float32),
         scale=jnp.zeros((), jnp.float32),
+        lowered=jnp.zeros((), jnp.float32),
         bad_run=zero,
         bad_steps=zero,
         has_failed=no,

@@ -39,8 +39,7 @@ def _scaled(ts: TunerState, loss: Array) -> tuple[TunerState, Array]:
     """The loss in units of the first one, rounded to a power of two: whatever the unit, nothing overflows."""
     scale = ts.health.scale
     is_first = (scale == 0.0) & jnp.isfinite(loss) & (loss != 0.0)
-    exponent = jnp.clip(jnp.frexp(jnp.where(is_first, loss, 1.0))[1], -100, 100)
-    scale = jnp.where(is_first, jnp.ldexp(jnp.float32(1.0), exponent), scale)
+    scale = jnp.where(is_first, loss_monitor.magnitude(loss), scale)
     return ts._replace(health=ts.health._replace(scale=scale)), loss / jnp.where(scale == 0.0, 1.0, scale)
 
 
@@ -64,9 +63,8 @@ def _advanced(ts: TunerState, heard: loss_monitor.Heard) -> TunerState:
         bad_run=heard.bad_run,
         bad_steps=health.bad_steps + ~heard.is_finite,
     )
-    # A range test or fork begins with a batch that is good, unless bad ones go on for too long.
-    may_wait = (heard.bad_run < loss_monitor.BAD_RUN) | is_unknown
-    waits = (ts.phase != TRAIN) & (position(ts) == 0) & ~heard.is_finite & may_wait
+    # A range test or fork begins with a batch that is good.
+    waits = (ts.phase != TRAIN) & (position(ts) == 0) & ~heard.is_finite
     is_opening = (ts.phase == SWEEP) | (ts.round.fork == 0)
     data_step = ts.data_step + 1
     return ts._replace(

@@ -106,7 +106,8 @@ def test_only_what_is_tuned_has_rounds():
 
 def test_more_fast_hyperparameters_may_take_more_forks():
     forks = [rows(plan_of(name, 1000))[0]["forks"] for name in ("rate", "rate and momentum", "many")]
-    assert forks == [6, 8, planning.MAX_FORKS]
+    # The second round is left room for a fork.
+    assert forks == [6, 7, planning.MAX_FORKS]
 
 
 def test_a_short_run_compares_one_proposal_for_what_shows_slowly():

@@ -53,7 +53,7 @@ class Monitor:
         sigma = self.spread / F(math.sqrt(2 / math.pi))
         slack = F(1e-5) * abs(self.level) + F(1e-12)
         unusual = is_warm and loss > max(self.level, known) + F(guard.sigmas) * sigma + slack
-        unusual = bool(unusual or loss > limit)
+        unusual = bool(unusual or loss > min(limit, ceiling))
         reach = self.level + F(loss_monitor._REACH_SIGMAS) * sigma + slack
         is_known = self.count >= loss_monitor._FIRST_VALUES
         clipped = min(max(loss, 2 * self.level - reach), reach) if is_known else loss
@@ -130,6 +130,12 @@ class RangeTest:
         else:
             share = end / max(length - 1, 1) - range_test._BELOW_END / decades
         return min(max(share, 0.0), 1.0)
+
+
+def magnitude(value: Any) -> Any:
+    """A power of two near a value."""
+    exponent = math.frexp(float(value))[1] if np.isfinite(value) and value != 0 else 0
+    return F(2.0 ** min(max(exponent, -100), 100))
 
 
 @dataclasses.dataclass
@@ -230,7 +236,7 @@ class Algorithm:
         self.since_rollback = NEVER
         self.monitor, self.initial_loss, self.best_level = Monitor(), UNKNOWN, LARGE
         self.held_level, self.held_spread, self.known_level = LARGE, ZERO, -LARGE
-        self.scale, self.bad_run, self.bad_steps = ZERO, 0, 0
+        self.scale, self.bad_run, self.bad_steps, self.lowered = ZERO, 0, 0, 0.0
         self.readings, self.metric_level, self.retreats = Readings(), UNKNOWN, 0
         self.has_fallen = False
         self.saved, self.kept = Copy(), Copy()
@@ -385,7 +391,7 @@ class Algorithm:
         said, loss = Said(), F(loss)
         is_known = self.phase == TRAIN and self.monitor.count >= loss_monitor._FIRST_VALUES
         if self.scale == 0 and np.isfinite(loss) and loss != 0:
-            self.scale = F(2.0 ** min(max(math.frexp(float(loss))[1], -100), 100))
+            self.scale = magnitude(loss)
         loss = loss / (self.scale or F(1))
         if not is_known and abs(loss) >= loss_monitor._LOSS_LIMIT:
             loss = UNKNOWN
@@ -401,7 +407,7 @@ class Algorithm:
         verdict = self.monitor.see(self.guard, loss, ceiling, self._limit(), self.known_level)
         self.bad_run = 0 if is_finite else self.bad_run + 1
         self.bad_steps += not is_finite
-        if self.bad_run >= loss_monitor.BAD_RUN:
+        if self.bad_run >= loss_monitor.BAD_RUN and not is_new:
             verdict = loss_monitor.NON_FINITE
         is_blue = verdict == loss_monitor.NON_FINITE and not has_climbed
         failed = verdict in (loss_monitor.NON_FINITE, loss_monitor.SPIKE, loss_monitor.DIVERGED)
@@ -417,8 +423,7 @@ class Algorithm:
                     self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
 
         at = self.length - self.left
-        may_wait = self.bad_run < loss_monitor.BAD_RUN or is_new
-        waits = self.phase != TRAIN and at == 0 and not is_finite and may_wait
+        waits = self.phase != TRAIN and at == 0 and not is_finite
         self.left -= not waits
         self.step += 1
         self.data_step += 1
@@ -502,6 +507,7 @@ class Algorithm:
             self._take_as_it_is(loss)
             self.relapses, self.readings, self.metric_level = 0, Readings(), UNKNOWN
             self.retreats = self.has_fallen = False
+            self.incumbent, self.lowered = self._shifted(self.incumbent, self.lowered), 0.0
             said.outcome = names.OUTCOME_ACCEPTED
             return
         if is_finite and self.rollbacks >= self.guard.max_rollbacks:
@@ -523,8 +529,10 @@ class Algorithm:
             self.kept.step = self.saved.step - 1
         within = rollback._BLUE_RETREAT_WITHIN if is_blue else rollback._RETREAT_WITHIN
         is_repeated = self.since_rollback < within
-        if (is_repeated or verdict == loss_monitor.DIVERGED) and not at_once:
-            self.incumbent = self._shifted(self.incumbent, -rollback._RETREAT_DECADES)
+        if not at_once:
+            is_to_blame = is_repeated or verdict == loss_monitor.DIVERGED
+            self.lowered = rollback._RETREAT_DECADES if is_to_blame else 0.0
+            self.incumbent = self._shifted(self.incumbent, -self.lowered)
         self.bad_run = 0
         self.monitor.strikes, self.monitor.short, self.monitor.peak = 0, self.monitor.level, ZERO
         self.relapses = self.relapses + 1 if at_once else 0
@@ -552,12 +560,17 @@ class Algorithm:
             said.restore, said.outcome = True, names.OUTCOME_RETRIED
         elif phase == SWEEP:
             width = float(np.mean(self.decades[self.is_rate]))
-            share = self.test.read(self.length, width)
-            self.incumbent = np.where(self.is_rate, F(share), self.incumbent)
+            is_void = ran == 0
+            if not is_void:
+                share = self.test.read(self.length, width)
+                self.incumbent = np.where(self.is_rate, F(share), self.incumbent)
             self.discarded += ran
             self.data_step = self.saved.data
             said.restore = True
-            if self.plan.forks[row] > 0:
+            if is_void:
+                said.outcome = names.OUTCOME_ROUND_SKIPPED
+                self._to_next_round()
+            elif self.plan.forks[row] > 0:
                 said.outcome = names.OUTCOME_FORK_STARTED
                 self._start_fork(self.incumbent)
             else:
@@ -568,6 +581,7 @@ class Algorithm:
         else:
             self._fork_ended(fork_failed, ran, points, said)
         if phase != TRAIN or said.save:
+            self.bad_run = 0
             self.monitor.count = self.monitor.strikes = 0
         return said
 
@@ -595,6 +609,8 @@ class Algorithm:
 
     def _fork_ended(self, fork_failed: bool, ran: int, points: np.ndarray, said: Said) -> None:
         row, kind, fork = self.row, self.plan.kind[self.row], self.forks[-1]
+        # It met no good batch, and says nothing.
+        self.is_void = ran == 0
         if len(self.forks) == 1:
             self.has_eval = bool(self.scored_metrics)
             if self.has_eval:
@@ -611,7 +627,9 @@ class Algorithm:
         fork.score = score if succeeded else UNKNOWN
         fork.status = names.FORK_FINISHED if succeeded else names.FORK_FAILED
         time = math.log1p(self.data_step / 10)
-        self.observations.append(Observation(self.trial, score - self.reference if succeeded else None, time, row))
+        if not self.is_void:
+            y = (score - self.reference) / magnitude(self.reference) if succeeded else None
+            self.observations.append(Observation(self.trial, y, time, row))
 
         candidates = self._candidates(points)
         places = np.stack([f.x for f in self.forks] + [x for x, _ in candidates])
@@ -649,7 +667,7 @@ class Algorithm:
             is_worth_it = len(self.forks) == 1 or gains[chosen] > price
             goes_on = is_allowed and is_worth_it and len(self.forks) < self.plan.forks[row]
         length = self.plan.length[row]
-        if goes_on and self.discarded + length <= self._budget and self._remaining > length:
+        if goes_on and not self.is_void and self.discarded + length <= self._budget and self._remaining > length:
             self.data_step = self.saved.data
             self._start_fork(x)
             said.restore, said.outcome = True, names.OUTCOME_FORK_STARTED
@@ -706,8 +724,9 @@ class Algorithm:
                 # Nothing has taken the place of the best state.
                 self.readings.best, self.readings.is_kept = past.best, True
             # The data goes on: what every fork failed on is not shown again.
-            said.restore, said.outcome = True, names.OUTCOME_ROUND_FAILED
-            if is_fast:
+            said.restore = True
+            said.outcome = names.OUTCOME_ROUND_SKIPPED if self.is_void else names.OUTCOME_ROUND_FAILED
+            if is_fast and not self.is_void:
                 lowest = np.min([f.x for f in self.forks], axis=0)
                 self.incumbent = self._shifted(np.where(self.is_rate, lowest, before), -decision._FAILED_DECADES)
         else:
@@ -731,7 +750,7 @@ def shortfall(y: float, scores: list[float], *, is_fast: bool) -> float:
     excesses = sorted(score - lowest for score in scores)
     median, mean = excesses[(len(scores) - 1) // 2], sum(excesses) / len(scores)
     unit = max(-lowest, median) if lowest < 0 else 2 * mean
-    share = min((y - lowest) / max(unit, 1e-12), judge._WORST)
+    share = min((y - lowest) / max(unit, judge._ROUNDING), judge._WORST)
     resolution = judge._RESOLUTION if is_fast else judge._SLOW_RESOLUTION
     return math.log1p(share / resolution) / math.log1p(1 / resolution)
 
