@@ -5,6 +5,7 @@ Glossary:
   range test: steps at the very beginning in which the rates climb from bound to bound; they say where to begin.
   round: a stretch in which several settings are tried from one training state, on the same batches.
   fork, trial: one of them, and its hyperparameters. Its horizon is its length in steps.
+  score: the validation metric in a fork's last step, or the mean training loss of its cool-down.
   candidate: a setting that the next fork of a round may try.
   cool-down: the end of a fork, over which its rates fall to almost zero, so that it is scored as a decayed run is.
   surrogate: the Gaussian process that judges forks; its acquisition says whether another one is worth its steps.

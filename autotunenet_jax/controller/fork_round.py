@@ -1,4 +1,4 @@
-"""A round of forks: the running fork's score, where the next one goes, and how the round is opened."""
+"""A round of forks: the score of a fork, and where the next one goes."""
 
 from typing import NamedTuple
 

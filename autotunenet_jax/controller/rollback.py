@@ -1,4 +1,4 @@
-"""Ordinary training: what an unhealthy loss is answered with, and which snapshots are taken."""
+"""Ordinary training: snapshots, rollbacks after an unhealthy loss, what becomes of the rates, and when to validate."""
 
 from typing import NamedTuple
 

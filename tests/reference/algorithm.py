@@ -20,7 +20,7 @@ from autotunenet_jax.controller import (
     range_test,
     rollback,
     schedule,
-    update,
+    tick,
     validation_monitor,
 )
 from autotunenet_jax.controller import state as names
@@ -398,7 +398,7 @@ class Algorithm:
         is_finite = bool(np.isfinite(loss))
         ceiling = LARGE
         good_steps = self.step - self.bad_steps
-        if good_steps >= update._FIRST_LOSSES:
+        if good_steps >= tick._FIRST_LOSSES:
             progress = max(self.initial_loss - self.best_level, ZERO)
             ceiling = self.initial_loss + F(0.5) * progress + F(6) * self.monitor.spread
         limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
@@ -414,9 +414,9 @@ class Algorithm:
         if is_finite:
             if np.isnan(self.initial_loss):
                 self.initial_loss = loss
-            elif good_steps < update._FIRST_LOSSES:
+            elif good_steps < tick._FIRST_LOSSES:
                 self.initial_loss += (loss - self.initial_loss) / F(good_steps + 1)
-            if self.monitor.count >= update._FIRST_LOSSES:
+            if self.monitor.count >= tick._FIRST_LOSSES:
                 self.best_level = min(self.best_level, self.monitor.short)
                 is_lowest = self.monitor.short < self.held_level
                 if self.phase == TRAIN and verdict == loss_monitor.HEALTHY and is_lowest:
