@@ -174,7 +174,7 @@ def _opened(space: SearchSpace, ts: TunerState) -> TunerState:
     held = held._replace(x=jnp.broadcast_to(ts.incumbent, held.x.shape))
     prior = judge.prior_about(roles_of(space), ts.incumbent)
     ts = ts._replace(round=held, trial=ts.incumbent, knowledge=ts.knowledge._replace(prior=prior))
-    return _stretch(ts, FORK, ts.plan.length[held.index])
+    return _stretch(ts, FORK, fork_round.length_at(space, ts, ts.incumbent))
 
 
 def _training(ts: TunerState) -> TunerState:
@@ -205,7 +205,8 @@ def _after_training(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Dir
     """A round begins, unless there is nothing to compare by or no budget: one of two forks has to be affordable."""
     row = ts.round.index
     is_blind = (ts.plan.kind[row] != FAST) & ~jnp.isfinite(ts.validation.level)
-    is_affordable = (ts.discarded + ts.plan.length[row] <= _budget(ts)) & (_remaining(ts) > 2 * ts.plan.length[row])
+    length = fork_round.length_at(space, ts, ts.incumbent)
+    is_affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > 2 * length)
     holds = ~is_blind & is_affordable
     slots = ts.slots._replace(saved_data=ts.data_step, saved_step=ts.step)
     opened = _opened(space, ts._replace(slots=slots))
@@ -254,20 +255,20 @@ def _after_fork(
     is_allowed = next_forks.is_allowed[chosen]
     price = jnp.where(ts.plan.kind[row] == FAST, PRICE, SLOW_PRICE)
     is_worth_it = ~has_kept | (fork == 0) | (gain[chosen] > price)
-    length = ts.plan.length[row]
+    length = fork_round.length_at(space, ts, next_forks.x[chosen])
     may_fork = fork + 1 < jnp.where(has_kept, ts.plan.forks[row], MAX_FORKS)
     affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > length)
     again = is_allowed & is_worth_it & may_fork & affordable & ~is_void(ts)
-    started, directive = _next_fork(ts, next_forks.x[chosen])
+    started, directive = _next_fork(ts, next_forks.x[chosen], length)
     ended = _end_round(space, ts, wins)
     new, directive = select(again, (started, directive), ended)
     return new, directive._replace(keep=wins), held
 
 
-def _next_fork(ts: TunerState, x: Float[Array, "d"]) -> tuple[TunerState, Directive]:
+def _next_fork(ts: TunerState, x: Float[Array, "d"], length: Array) -> tuple[TunerState, Directive]:
     held = ts.round._replace(fork=ts.round.fork + 1)
     ts = ts._replace(round=held, trial=x, data_step=ts.slots.saved_data)
-    ts = _stretch(ts, FORK, ts.plan.length[held.index])
+    ts = _stretch(ts, FORK, length)
     return ts, _said(ts, OUTCOME_FORK_STARTED)._replace(restore=jnp.ones((), bool))
 
 

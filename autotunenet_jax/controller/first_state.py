@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..space.search_space import Choice, SearchSpace
 from ..space.search_space import Float as FloatParameter
-from . import judge
+from . import fork_round, judge
 from .plan import Plan
 from .state import (
     FORK,
@@ -125,5 +125,8 @@ def _first(
         knowledge=judge.no_knowledge(space, capacity, incumbent),
         plan=plan,
     )
+    in_fork = fork_round.length_at(space, state, incumbent)
+    segment = jnp.where(phase == FORK, in_fork, segment)
+    state = state._replace(segment_left=segment, segment_length=segment)
     # Leaves share buffers neither with each other nor with the caller, or donating one would donate another.
     return jax.tree.map(jnp.copy, state)

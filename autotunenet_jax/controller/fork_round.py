@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..bayesopt.quasi_random import spread_table, turned
 from ..space.search_space import SearchSpace
@@ -25,8 +25,21 @@ what the next ones do. Chosen on the bank."""
 PROPOSALS = 128
 """Points that compete for the next fork where more than the rates are searched."""
 
+# Forks at small and at large batches have so many times more and fewer steps at most; and the fewest of all.
+_MOST_STRETCH, _LEAST_STEPS = 4.0, 8.0
+
 # Half-width of the trust region around the incumbent, in the unit cube and for rates in decades.
 _REACH, _REACH_DECADES = 0.3, 0.75
+
+
+def length_at(space: SearchSpace, ts: TunerState, x: Float[Array, "d"]) -> Int[Array, ""]:
+    """Steps of a fork of the round at ``x``. Batch sizes are compared at equal samples, as far as steps allow."""
+    planned, batch_size = ts.plan.length[ts.round.index], roles_of(space).batch_size
+    if batch_size is None:
+        return planned
+    name, middle = batch_size
+    ratio = jnp.clip(middle / space.decode(x)[name], 1.0 / _MOST_STRETCH, _MOST_STRETCH)
+    return jnp.maximum(jnp.round(planned * ratio), _LEAST_STEPS).astype(jnp.int32)
 
 
 def scored_from(length: Array) -> Array:

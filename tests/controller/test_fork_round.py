@@ -163,3 +163,18 @@ def test_a_run_of_losses_that_are_not_finite_ends_the_fork_as_a_failure():
     assert [ended for _, ended in ends] == [False] * (len(ends) - 1) + [True]
     # Nothing led up to it: it may begin again.
     assert ts.health.has_failed and ts.health.has_faulted
+
+
+@pytest.mark.parametrize("options", [[8, 32, 128], [128, 8, 32]])
+def test_batch_sizes_are_compared_at_equal_samples(options):
+    tuned = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1), "batch_size": options}, total_steps=2000)
+    ts = tuned.init(jax.random.key(0))
+
+    def samples(size):
+        x = tuned.space.encode({"learning_rate": 1e-3, "batch_size": size})
+        return int(fork_round.length_at(tuned.space, ts, x)) * size
+
+    found = [samples(size) for size in options]
+    assert max(found) <= 1.05 * min(found)
+    middle = tuned.space.encode({"learning_rate": 1e-3, "batch_size": 32})
+    assert int(fork_round.length_at(tuned.space, ts, middle)) == int(tuned.plan.length[0])

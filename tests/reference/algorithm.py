@@ -264,7 +264,18 @@ class Algorithm:
     def _start_fork(self, x: np.ndarray) -> None:
         self.trial = x
         self.forks.append(Fork(x))
-        self._begin(FORK, int(self.plan.length[self.row]))
+        self._begin(FORK, self._length(x))
+
+    def _length(self, x: np.ndarray) -> int:
+        """Steps of a fork: batch sizes are compared at equal samples."""
+        planned = int(self.plan.length[self.row])
+        for (name, param), u in zip(self.params, x, strict=True):
+            if name == "batch_size":
+                at = float(u)
+                size = param.lo * (param.hi / param.lo) ** at if param.log else param.lo + at * (param.hi - param.lo)
+                ratio = min(max(math.sqrt(param.lo * param.hi) / size, 0.25), 4.0)
+                return max(round(planned * ratio), 8)
+        return planned
 
     @property
     def _remaining(self) -> int:
@@ -593,7 +604,7 @@ class Algorithm:
         self._begin(TRAIN, NEVER if start >= NEVER else max(start - self.step, 1))
 
     def _open(self, said: Said) -> None:
-        length = self.plan.length[self.row]
+        length = self._length(self.incumbent)
         is_blind = self.plan.kind[self.row] != FAST and not np.isfinite(self.metric_level)
         is_affordable = self.discarded + length <= self._budget and self._remaining > 2 * length
         if is_blind or not is_affordable:
@@ -666,7 +677,7 @@ class Algorithm:
             price = decision.PRICE if kind == FAST else decision.SLOW_PRICE
             is_worth_it = len(self.forks) == 1 or gains[chosen] > price
             goes_on = is_allowed and is_worth_it and len(self.forks) < self.plan.forks[row]
-        length = self.plan.length[row]
+        length = self._length(x)
         if goes_on and not self.is_void and self.discarded + length <= self._budget and self._remaining > length:
             self.data_step = self.saved.data
             self._start_fork(x)
