@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import jax
@@ -24,12 +24,13 @@ import numpy as np
 Corruption = Literal["truncate", "empty", "delete", "flip"]
 CORRUPTIONS: tuple[Corruption, ...] = ("truncate", "empty", "delete", "flip")
 
-StepFault = Literal["nan", "inf", "huge", "spike", "poison", "nan_batch", "flip_labels", "oom"]
-STEP_FAULTS: tuple[StepFault, ...] = ("nan", "inf", "huge", "spike", "poison", "nan_batch", "flip_labels", "oom")
+StepFault = Literal["nan", "inf", "huge", "spike", "poison", "nan_batch", "flip_labels", "oom", "wreck"]
+STEP_FAULTS: tuple[StepFault, ...] = get_args(StepFault)
 
 # Finite, so that a test for finite values lets it pass, and large enough to overflow when squared.
 _HUGE_LOSS = 1e30
 _SPIKE_FACTOR = 1e3
+_WRECK_FACTOR = 30.0
 
 
 # Training.
@@ -53,7 +54,8 @@ def inject(
       train_step: ``(state, batch, hp) -> (state, loss)``, pure; the one returned stays jit-able and compiles once.
       batches: ``(step, hp) -> batch``, or an iterable of batches.
       plan: What happens at which step (for an iterable: at which batch, from 0). ``"nan"``, ``"inf"``, ``"huge"``
-        (1e30) and ``"spike"`` (times 1000) replace the loss; ``"poison"`` makes the new state NaN;
+        (1e30) and ``"spike"`` (times 1000) replace the loss; ``"poison"`` makes the new state NaN, ``"wreck"``
+        multiplies it by 30;
         ``"nan_batch"`` makes the batch's real numbers NaN; ``"flip_labels"`` reverses the batch's integers along
         their first axis; ``"oom"`` fails the step from within, as running out of memory does, after the
         inputs were donated.
@@ -87,10 +89,12 @@ def inject(
         for fault, value in wrong.items():
             loss = jnp.where(code == STEP_FAULTS.index(fault), jnp.asarray(value, loss.dtype), loss)
         is_poisoned = code == STEP_FAULTS.index("poison")
-        state = jax.tree.map(
-            lambda leaf: jnp.where(is_poisoned, jnp.full_like(leaf, jnp.nan), leaf) if _is_real(leaf) else leaf, state
-        )
-        return state, loss
+        factor = jnp.where(code == STEP_FAULTS.index("wreck"), _WRECK_FACTOR, 1.0)
+
+        def damaged(leaf: Any) -> Any:
+            return jnp.where(is_poisoned, jnp.nan, leaf * factor).astype(leaf.dtype) if _is_real(leaf) else leaf
+
+        return jax.tree.map(damaged, state), loss
 
     if callable(batches):
         return faulty_step, lambda step, hp: faulty_batch(int(step), batches(step, hp))

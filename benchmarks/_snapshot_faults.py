@@ -113,7 +113,9 @@ def _look(folder, acknowledged):
         with atn.Snapshots(folder) as store:
             step = store.latest() or 0
             wrong = bool(step) and not is_right(*store.restore(state_at(0)))
-            litter = any(folder.glob(".tmp-*"))
+            # Opening deletes nothing; the next save does.
+            store.save(step, state_at(step), wait=True)
+            litter = any(folder.glob(".tmp-*")) or any(folder.glob(".old-*"))
     return f"{int(step < acknowledged)} {int(wrong)} {len(caught) + litter}"
 
 

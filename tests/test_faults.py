@@ -64,6 +64,14 @@ def test_a_state_is_lost(fault):
     assert np.isnan(losses[2]) == (fault == "nan_batch")
 
 
+def test_a_state_is_wrecked_but_finite():
+    state, losses = run({2: "wreck"}, steps=3)
+    sound, _ = run({}, steps=3)
+    assert losses == SOUND[:3]
+    np.testing.assert_allclose(state["w"], 30.0 * sound["w"], rtol=1e-6)
+    assert state["n"] == 3
+
+
 def test_labels_are_reversed_and_inputs_left_alone():
     _, batches = faults.inject(train_step, iter([batch_at(0, HP), batch_at(1, HP)]), {1: "flip_labels"})
     (first, _), (second, _) = batches

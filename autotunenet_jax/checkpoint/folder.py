@@ -1,7 +1,9 @@
 """A folder of snapshots: one writer at a time, an index that can be lost, damaged snapshots put aside.
 
 Layout: ``index.json`` lists the records; ``00000007/`` is snapshot 7, with ``manifest.json`` and the arrays;
-``.tmp-00000008/`` is being written; ``quarantine-00000006/`` failed verification; ``.lock`` belongs to the writer.
+``.tmp-00000008/`` is being written, ``.old-00000003/`` deleted; ``quarantine-00000006/`` failed verification; ``.lock``
+belongs to the writer. Opening a folder deletes nothing: a copy of it, made while a run went on, may hold sound
+snapshots that its index does not list.
 """
 
 import contextlib
@@ -14,11 +16,11 @@ from collections.abc import Sequence
 
 import filelock
 
+from .entries import DamagedFileError, entry_of
 from .errors import SnapshotFolderBusyError, SnapshotVersionError
 from .index import (
     INDEX_NAME,
     MANIFEST_NAME,
-    DamagedFileError,
     SnapshotRecord,
     file_crc32,
     fsync_folder,
@@ -28,7 +30,7 @@ from .index import (
 
 _LOCK_NAME = ".lock"
 _SNAPSHOT_NAME = re.compile(r"\d{8,}")
-_PARTIAL_NAME = re.compile(r"\.tmp-\d{8,}")
+_LITTER_NAME = re.compile(r"\.(tmp|old)-\d{8,}")
 _QUARANTINE_NAME = re.compile(r"quarantine-(\d{8,}).*")
 
 
@@ -102,54 +104,69 @@ class SnapshotFolder:
             self._lock = None
 
     def load(self) -> None:
-        """Reads the index, or rebuilds it from the snapshots when it is lost, and clears away litter."""
-        on_disk = self._snapshots_on_disk()
+        """Reads the index, or rebuilds it from the snapshots when it is lost; takes in what it does not list."""
+        next_id = self.next_id
         try:
             body = read_json(self.root / INDEX_NAME)
-            self.records = [SnapshotRecord.from_json(r) for r in body["records"]]
-            self.next_id = body["next_id"]
+            self.records = [SnapshotRecord.from_json(r) for r in entry_of(body, "records", list)]
+            self.next_id = entry_of(body, "next_id", int, least=1)
+        except SnapshotVersionError:
+            raise
         except FileNotFoundError:
-            if on_disk:
-                self._rebuild(on_disk, f"{INDEX_NAME} is missing")
-        except (DamagedFileError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, SnapshotVersionError):
-                raise
-            self._rebuild(on_disk, str(error))
+            reason = f"{INDEX_NAME} is missing"
+        except DamagedFileError as error:
+            reason = str(error)
         else:
+            reason = None
+        on_disk = self._snapshots_on_disk()
+        if reason is None:
             self._reconcile(on_disk)
+        elif on_disk or os.path.lexists(self.root / INDEX_NAME):
+            self.next_id = next_id
+            self._rebuild(on_disk, reason)
         self.next_id = max([self.next_id, *(n + 1 for n in (*on_disk, *self._quarantined_ids()))])
-        if not self.is_read_only:
-            for path in self.root.iterdir():
-                if _PARTIAL_NAME.fullmatch(path.name) and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
 
     def _snapshots_on_disk(self) -> list[int]:
-        return sorted(int(name) for name in os.listdir(self.root) if _SNAPSHOT_NAME.fullmatch(name))
+        """Folders that are snapshots; one that only has such a name, as a date may, is somebody's own."""
+        listed = {r.folder_name for r in self.records}
+        names = [name for name in os.listdir(self.root) if _SNAPSHOT_NAME.fullmatch(name)]
+        ours = [n for n in names if n in listed or os.path.lexists(self.root / n / MANIFEST_NAME)]
+        return sorted(int(name) for name in ours if name == f"{int(name):08d}")
 
     def _quarantined_ids(self) -> list[int]:
         return [int(m[1]) for name in os.listdir(self.root) if (m := _QUARANTINE_NAME.fullmatch(name))]
+
+    def take_id(self) -> int:
+        """An id that no snapshot has had, and whose folder is free."""
+        while os.path.lexists(self.root / f"{self.next_id:08d}"):
+            self.next_id += 1
+        self.next_id += 1
+        return self.next_id - 1
+
+    def sweep(self) -> None:
+        """Deletes what kills left of snapshots that were being written, or being deleted."""
+        for path in self.root.iterdir():
+            if _LITTER_NAME.fullmatch(path.name):
+                _delete(path)
 
     def _record_of(self, number: int) -> SnapshotRecord:
         path = self.root / f"{number:08d}"
         if path.is_symlink():
             raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
         manifest = path / MANIFEST_NAME
-        record = SnapshotRecord.from_json({**read_json(manifest)["record"], "manifest_crc32": file_crc32(manifest)})
+        record = SnapshotRecord.from_json(
+            {**entry_of(read_json(manifest), "record", dict), "manifest_crc32": file_crc32(manifest)}
+        )
         if record.id != number:
             raise DamagedFileError(f"{manifest.name} belongs to snapshot {record.id}")
         return record
 
     def _rebuild(self, on_disk: Sequence[int], reason: str) -> None:
         self.records = []
-        for number in on_disk:
-            try:
-                self.records.append(self._record_of(number))
-            except SnapshotVersionError:
-                raise
-            except (OSError, KeyError, TypeError, ValueError) as error:
-                self._put_aside(number, str(error))
+        self._adopt(on_disk)
         if not self.is_read_only:
             self.next_id = max([self.next_id, *(n + 1 for n in on_disk)])
+            _clear_the_way(self.root / INDEX_NAME)
             self.commit(self.records)
         self.messages.append(
             f"The index of the snapshot folder {self.root} was damaged ({reason}). It was rebuilt from the "
@@ -157,18 +174,20 @@ class SnapshotFolder:
         )
 
     def _reconcile(self, on_disk: Sequence[int]) -> None:
-        """Settles what a kill left between two steps: a snapshot complete but unlisted, or unlisted but not gone."""
+        """Takes in snapshots that are complete but not listed: a kill, or a copy of a folder in use, leaves such."""
         listed = {r.id for r in self.records}
-        for number in on_disk:
-            if number in listed or self.is_read_only:
-                continue
-            if number < self.next_id:
-                self.remove(number)
-                continue
+        self._adopt([number for number in on_disk if number not in listed])
+
+    def _adopt(self, numbers: Sequence[int]) -> None:
+        """Lists snapshots by what their manifests say; damaged ones are put aside."""
+        for number in numbers:
             try:
                 self.records.append(self._record_of(number))
-            except (OSError, KeyError, TypeError, ValueError) as error:
-                self._put_aside(number, str(error))
+            except SnapshotVersionError:
+                raise
+            except (OSError, DamagedFileError) as error:
+                if not self.is_read_only:
+                    self._put_aside(number, str(error))
         self.records.sort(key=lambda r: r.id)
 
     def make_ready(self) -> None:
@@ -203,7 +222,7 @@ class SnapshotFolder:
     def new_partial(self, number: int) -> pathlib.Path:
         """An empty folder to write a snapshot into."""
         path = self.root / f".tmp-{number:08d}"
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
         path.mkdir()
         return path
 
@@ -213,12 +232,13 @@ class SnapshotFolder:
         fsync_folder(self.root)
 
     def remove(self, number: int) -> None:
-        """Deletes a snapshot that is no longer listed; what cannot be deleted now is deleted at the next opening."""
-        path = self.root / f"{number:08d}"
-        if path.is_symlink():
-            path.unlink(missing_ok=True)
-            return
-        shutil.rmtree(path, ignore_errors=True)
+        """Deletes a snapshot that is no longer listed; what cannot be deleted now is deleted before the next save."""
+        old = self.root / f".old-{number:08d}"
+        # First out of the way, in one step: a kill must not leave half a snapshot under its name.
+        with contextlib.suppress(OSError):
+            _delete(old)
+            os.rename(self.root / f"{number:08d}", old)
+        _delete(old)
 
     def quarantine(self, record: SnapshotRecord, reason: str, *, is_kept_in_place: bool = False) -> None:
         """Takes a bad snapshot out of the index and its folder out of the way, keeping it for inspection.
@@ -249,6 +269,24 @@ class SnapshotFolder:
                 os.rename(path, target)
                 what = f"It is passed over and kept as {target.name}; delete that folder when you have no use for it."
         self.messages.append(f"Snapshot {number} in {self.root} is damaged: {reason}. {what}")
+
+
+def _delete(path: pathlib.Path) -> None:
+    """Deletes a folder with all in it, or whatever else has its name; errors are left for another time."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _clear_the_way(path: pathlib.Path) -> None:
+    """Renames a folder that stands where a file has to be."""
+    if path.is_dir() and not path.is_symlink():
+        number = 1
+        while os.path.lexists(target := path.with_name(f"quarantine-{path.name}-{number}")):
+            number += 1
+        os.rename(path, target)
 
 
 def _identity(path: pathlib.Path) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ Nothing here knows how arrays are stored; see `Snapshots` for the folder as a wh
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import operator
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from .entries import DamagedFileError, entry_of
 from .errors import SnapshotVersionError
 
 SCHEMA_VERSION = 1
@@ -22,12 +24,10 @@ INDEX_NAME = "index.json"
 MANIFEST_NAME = "manifest.json"
 
 # An index of a thousand records is some 300 kB; a manifest of a hundred thousand leaves some 20 MB.
-_MAX_JSON_BYTES = 256 * 2**20
+_MAX_JSON_BYTES = 128 * 2**20
+# Values take some 70 bytes of memory each, however short they are in the file; ours are far longer than this.
+_BYTES_PER_VALUE = 4
 _CHUNK_BYTES = 4 * 2**20
-
-
-class DamagedFileError(ValueError):
-    """A file is not what was written; the message names the file and says in what way."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,28 @@ class SnapshotRecord:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "SnapshotRecord":
-        """What `to_json` gave."""
-        metric = body["metric"]
-        return cls(**{**body, "metric": None if metric is None else float(metric)})
+        """What `to_json` gave.
+
+        Raises:
+          DamagedFileError: It is something else.
+        """
+        metric = entry_of(body, "metric", int | float | str | None)
+        try:
+            metric = None if metric is None else float(metric)
+        except (ValueError, OverflowError) as error:
+            raise DamagedFileError("its metric is no number") from error
+        saved_at = float(entry_of(body, "saved_at", int | float))
+        if not math.isfinite(saved_at):
+            raise DamagedFileError("its saved_at is no time")
+        return cls(
+            **{name: entry_of(body, name, int, least=0) for name in ("id", "step", "size_bytes", "manifest_crc32")},
+            **{name: entry_of(body, name, str) for name in ("branch", "status", "structure")},
+            parent=entry_of(body, "parent", int | None, least=0),
+            metric=metric,
+            is_abandoned=entry_of(body, "is_abandoned", bool),
+            space=entry_of(body, "space", str | None),
+            saved_at=saved_at,
+        )
 
     @property
     def folder_name(self) -> str:
@@ -212,15 +231,17 @@ def read_json(path: pathlib.Path, *, expected_crc32: int | None = None) -> dict[
         raise DamagedFileError(f"{path.name} is larger than any such file written")
     if expected_crc32 is not None and zlib.crc32(data) != expected_crc32:
         raise DamagedFileError(f"{path.name} differs from what was written (checksum)")
+    if sum(map(data.count, (b"[", b"{", b","))) > len(data) // _BYTES_PER_VALUE:
+        raise DamagedFileError(f"{path.name} holds more values than any such file written")
     try:
         envelope = json.loads(data)
         body = envelope["body"]
         is_sound = zlib.crc32(_canonical(body)) == envelope["crc32"]
-        schema = body["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFileError(f"{path.name} cannot be read ({type(error).__name__})") from error
     if not is_sound:
         raise DamagedFileError(f"{path.name} differs from what was written (checksum)")
+    schema = entry_of(body, "schema", int, least=1)
     if schema > SCHEMA_VERSION:
         raise SnapshotVersionError(
             f"{path} has schema version {schema}; this version of autotunenet_jax reads up to {SCHEMA_VERSION}. "
@@ -233,7 +254,13 @@ def open_plain(path: pathlib.Path) -> Any:
     """Opens a regular file for reading; refuses links and devices."""
     if path.is_symlink():
         raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        # Without waiting for whoever may write to a pipe.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO, errno.ENOTDIR, errno.ELOOP, errno.ENODEV):
+            raise DamagedFileError(f"{path.name} is not a regular file") from error
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DamagedFileError(f"{path.name} is not a regular file")
@@ -277,7 +304,9 @@ def verify_files(folder: pathlib.Path, sealed: Sequence[dict[str, Any]]) -> None
     Raises:
       DamagedFileError: A file is missing, was cut, changed or added, or anything in the folder is a symbolic link.
     """
-    listed = {MANIFEST_NAME, *(entry["path"] for entry in sealed)}
+    listed = {MANIFEST_NAME, *(entry_of(entry, "path", str) for entry in sealed)}
+    if any(pathlib.PurePosixPath(path).is_absolute() or {"..", "\0"} & {*path.split("/"), *path} for path in listed):
+        raise DamagedFileError("it lists files that are not its own")
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = pathlib.Path(parent, name)
@@ -288,13 +317,13 @@ def verify_files(folder: pathlib.Path, sealed: Sequence[dict[str, Any]]) -> None
             if not is_ours:
                 raise DamagedFileError(f"{name} does not belong to it")
     for entry in sealed:
-        path = folder / entry["path"]
+        name, listed_size = entry["path"], entry_of(entry, "size", int, least=0)
         try:
-            with open_plain(path) as file:
+            with open_plain(folder / name) as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != entry["size"]:
-                    raise DamagedFileError(f"{entry['path']} holds {size} bytes instead of {entry['size']}")
-                if _crc32_of(file) != entry["crc32"]:
-                    raise DamagedFileError(f"{entry['path']} differs from what was written (checksum)")
+                if size != listed_size:
+                    raise DamagedFileError(f"{name} holds {size} bytes instead of {listed_size}")
+                if _crc32_of(file) != entry_of(entry, "crc32", int, least=0):
+                    raise DamagedFileError(f"{name} differs from what was written (checksum)")
         except FileNotFoundError:
-            raise DamagedFileError(f"{entry['path']} is missing") from None
+            raise DamagedFileError(f"{name} is missing") from None

@@ -8,13 +8,14 @@ import base64
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from .entries import DamagedFileError, entry_of
 from .errors import SnapshotMismatchError
 
 Kind = Literal["array", "key", "python"]
@@ -61,8 +62,26 @@ class LeafSpec:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "LeafSpec":
-        """What `to_json` gave."""
-        return cls(**{**body, "shape": tuple(body["shape"])})
+        """What `to_json` gave.
+
+        Raises:
+          DamagedFileError: It is something else.
+        """
+        kind, container = entry_of(body, "kind", str), entry_of(body, "container", str)
+        shape = entry_of(body, "shape", list)
+        if kind not in get_args(Kind) or container not in get_args(Container):
+            raise DamagedFileError("a leaf is of no known kind")
+        if any(type(length) is not int or not 0 <= length < 2**48 for length in shape):
+            raise DamagedFileError("a leaf has no such shape")
+        return cls(
+            **{name: entry_of(body, name, str) for name in ("name", "dtype", "impl")},
+            kind=kind,
+            container=container,
+            shape=tuple(shape),
+            is_weak=entry_of(body, "is_weak", bool),
+            value=entry_of(body, "value", str | None),
+            crc32=entry_of(body, "crc32", int | None, least=0),
+        )
 
     @property
     def is_stored(self) -> bool:

@@ -12,11 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from .entries import DamagedFileError, entry_of
 from .errors import SnapshotMismatchError
-from .index import MANIFEST_NAME, DamagedFileError, SnapshotRecord, read_json, seal_files, verify_files, write_json
+from .index import MANIFEST_NAME, SnapshotRecord, read_json, seal_files, verify_files, write_json
 from .leaves import LeafSpec, check_same, checksum, restore_leaf, stored_layout
+from .zstd import decoded_limit
 
 _ARRAYS_NAME = "arrays"
+_LARGEST_KEY_WORDS = 8
+# A compressed block counts for the most that it may hold.
+_SPARE_BYTES = 2**20
 # Trouble of this process, not of the snapshot: it must not cost a sound snapshot its place.
 _OWN_TROUBLE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
@@ -109,7 +114,7 @@ def read_snapshot(
         if path.is_symlink():
             raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
         body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
-        verify_files(path, body["files"])
+        verify_files(path, entry_of(body, "files", list))
     except FileNotFoundError as error:
         raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
     except OSError as error:
@@ -121,11 +126,17 @@ def read_snapshot(
             f"{where} is of another search space: {record.space} in the snapshot, {space} given. Nothing was loaded. "
             "Give the space it was saved with, or use another folder."
         )
-    specs = [LeafSpec.from_json(s) for s in body["leaves"]]
-    check_same(specs, wanted, where=where)
+    specs = [LeafSpec.from_json(s) for s in entry_of(body, "leaves", list)]
+    try:
+        check_same(specs, wanted, where=where)
+    except TypeError as error:
+        raise DamagedFileError(f"a leaf is of no known dtype ({error})") from error
     stored = _read_arrays(path / _ARRAYS_NAME, {_key(n): s for n, s in enumerate(specs) if s.is_stored})
     by_name = {s.name: (s, stored.get(_key(n))) for n, s in enumerate(specs)}
-    return [restore_leaf(*by_name[w.name], like) for w, like in zip(wanted, likes, strict=True)]
+    try:
+        return [restore_leaf(*by_name[w.name], like) for w, like in zip(wanted, likes, strict=True)]
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DamagedFileError(f"its leaves cannot be rebuilt ({type(error).__name__}: {error})") from error
 
 
 def _key(number: int) -> str:
@@ -143,6 +154,38 @@ def _write_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays)))
 
 
+def _check_layouts(path: pathlib.Path, specs: Mapping[str, LeafSpec]) -> None:
+    """Checks how the arrays are laid out: in chunks that hold no more than the arrays they belong to.
+
+    Raises:
+      DamagedFileError: They are not as written here: reading them could take any amount of memory.
+    """
+    import tensorstore
+
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
+    keys = [bytes(key).decode() for key in store.list().result()]
+    for name, spec in specs.items():
+        found = json.loads(bytes(store.read(f"{name}/.zarray").result().value))
+        shape, chunks = entry_of(found, "shape", list), entry_of(found, "chunks", list)
+        layout = stored_layout(spec)
+        # The words of a key: their number is the generator's affair.
+        limit = math.prod(spec.shape) * _LARGEST_KEY_WORDS if layout is None else math.prod(layout[1])
+        is_ours = len(shape) == len(chunks) and all(type(n) is int and n >= 0 for n in (*shape, *chunks))
+        is_ours = is_ours and all(chunk <= max(length, 1) for chunk, length in zip(chunks, shape, strict=True))
+        compressor = found.get("compressor")
+        # The first version compressed.
+        is_ours &= not found.get("filters") and (compressor is None or entry_of(compressor, "id", str) == "zstd")
+        if not is_ours or math.prod(shape) > limit:
+            raise DamagedFileError(f"{spec.name} is not stored as it was written")
+        if compressor is None:
+            continue
+        most = limit * (4 if layout is None else layout[0].itemsize) + _SPARE_BYTES
+        for key in keys:
+            if key.startswith(f"{name}/") and not key.endswith("/.zarray"):
+                if decoded_limit(bytes(store.read(key).result().value)) > most:
+                    raise DamagedFileError(f"{spec.name} holds more than its shape")
+
+
 def _read_arrays(path: pathlib.Path, specs: Mapping[str, LeafSpec]) -> dict[str, np.ndarray]:
     if not specs:
         return {}
@@ -154,11 +197,7 @@ def _read_arrays(path: pathlib.Path, specs: Mapping[str, LeafSpec]) -> dict[str,
     try:
         with _checkpointer() as checkpointer:
             # Before anything is allocated: a crafted snapshot may claim any size.
-            found = {name: math.prod(m.shape) for name, m in checkpointer.metadata(path).item_metadata.tree.items()}
-            for name, spec in specs.items():
-                layout = stored_layout(spec)
-                if layout is not None and found.get(name) != math.prod(layout[1]):
-                    raise DamagedFileError(f"{spec.name} is not stored with its shape")
+            _check_layouts(path, specs)
             arrays = checkpointer.restore(path, args=arguments)
     except (MemoryError, DamagedFileError):
         raise

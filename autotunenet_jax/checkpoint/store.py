@@ -19,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .entries import DamagedFileError
 from .errors import NoSnapshotError, SnapshotDamagedError, SnapshotWarning
 from .folder import SnapshotFolder
-from .index import DamagedFileError, SnapshotRecord, candidates_for, live_records, probe, retain
+from .index import SnapshotRecord, candidates_for, live_records, probe, retain
 from .leaves import LeafSpec, allocate, copy_to_host, describe
 from .orbax_io import UnreadableArraysError, load_orbax, read_snapshot, structure_of, write_snapshot
 from .threads import ThreadHolder, in_turn
@@ -172,8 +173,7 @@ class Snapshots:
         self._background.join()
         # Taken away while in use: a signal handler may save in the middle of this save.
         buffers, self._buffers = self._buffers, {}
-        number = self._folder.next_id
-        self._folder.next_id += 1
+        number = self._folder.take_id()
         record = SnapshotRecord(
             id=number,
             step=step,
@@ -234,6 +234,7 @@ class Snapshots:
         folder = self._folder
         try:
             folder.make_ready()
+            folder.sweep()
             free = shutil.disk_usage(folder.root).free
             need = record.size_bytes + _SPARE_BYTES
             if free < need:

@@ -35,25 +35,33 @@ class ThreadHolder:
     _all: ClassVar["weakref.WeakSet[ThreadHolder]"] = weakref.WeakSet()
 
     def __init__(self):
-        self._thread: threading.Thread | None = None
+        # An event of our own: a `Thread.join` that a signal interrupts takes the thread for ended.
+        self._ended: threading.Event | None = None
         self._all.add(self)
 
     def start(self, work: Callable[..., None], *args: Any, name: str) -> None:
         """Starts a thread; the one before must have been joined."""
-        self._thread = threading.Thread(target=work, args=args, name=name, daemon=False)
-        self._thread.start()
+        ended = threading.Event()
+
+        def run() -> None:
+            try:
+                work(*args)
+            finally:
+                ended.set()
+
+        threading.Thread(target=run, name=name, daemon=False).start()
+        self._ended = ended
 
     def join(self) -> None:
-        """Waits for the thread, if there is one."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Waits for the work under way, if there is any."""
+        if self._ended is not None:
+            self._ended.wait()
+            self._ended = None
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread is at work."""
-        thread = self._thread
-        return thread is not None and thread.is_alive()
+        """Whether work is under way."""
+        return self._ended is not None and not self._ended.is_set()
 
     @classmethod
     def join_all(cls) -> None:

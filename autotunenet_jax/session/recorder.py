@@ -103,6 +103,8 @@ class Recorder:
                         "phase": PHASES[phase],
                         "round": number,
                         "fork": fork,
+                        # A step that was skipped has left nothing behind.
+                        "is_kept": int(row["verdict"]) not in (loss_monitor.SKIPPED, loss_monitor.NON_FINITE),
                         **values,
                     }
                 )

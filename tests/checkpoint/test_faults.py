@@ -347,11 +347,16 @@ def test_what_a_kill_leaves_between_two_steps_is_settled(folder):
     # Killed after the snapshot got its name, before the index listed it: it is complete, and kept.
     rewrite(folder / "index.json", lambda body: body.update(records=body["records"][:2], next_id=3))
     # Killed while one was being written, and while one was being deleted.
-    (folder / ".tmp-00000009").mkdir()
-    (folder / ".tmp-00000009" / "arrays").write_text("half")
-    shutil.copytree(folder / "00000001", folder / "00000000")
+    for name in (".tmp-00000009", ".old-00000000"):
+        (folder / name).mkdir()
+        (folder / name / "arrays").write_text("half")
     assert restore(folder) == (30, [])
-    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["00000001", "00000002", "00000003"]
+    sound = ["00000001", "00000002", "00000003"]
+    # Opening deletes nothing; the next save does.
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [".old-00000000", ".tmp-00000009", *sound]
+    with atn.Snapshots(folder) as store:
+        store.save(40, state_at(40))
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["00000002", "00000003", "00000004"]
 
 
 def test_the_state_is_copied_before_save_returns(tmp_path):
