@@ -5,6 +5,10 @@ from .controller.state import SWEEP as SWEEP
 from .controller.state import TRAIN as TRAIN
 from .session.batches import BatchWindow as BatchWindow
 from .session.host import Host as Host
+from .session.notices import Notice as Notice
+from .session.notices import Notices as Notices
+from .session.notices import announce_compilation as announce_compilation
+from .session.notices import notices as notices
 from .session.packed_controller import PackedController as PackedController
 from .session.recorder import Display as Display
 from .session.recorder import Recorder as Recorder

@@ -92,6 +92,9 @@ def fit(
     Forks of one round start from one state and see the same batches. The winner's state is kept, and the losers' steps
     are spent, as are those of the range test. They count: exactly ``tuner.total_steps`` training steps are run in all.
 
+    A step whose loss is not finite, or that leaves more numbers in the state that are not, is skipped: the state stays
+    as it was, counters and random keys included, and training goes on with the next batch.
+
     Example:
         >>> import jax.numpy as jnp
         >>> def train_step(w, batch, hp):
@@ -135,8 +138,8 @@ def fit(
       SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
-      Two more copies of ``state`` on the device and, with ``eval_step``, one in host memory. Outside rounds nothing
-      waits for the device but validation and durable snapshots.
+      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step``, one in host memory.
+      Outside rounds nothing waits for the device but validation and durable snapshots.
     """
     total = _check_arguments(tuner, steps, eval_every)
     key = jax.random.key(0) if key is None else key

@@ -20,6 +20,7 @@ from ..session.session import Session
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
+from .sound_steps import count_non_finite, sound_step
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -36,9 +37,10 @@ def _step_jit(
     Compiled once for each train step and core, however many runs use them.
     """
     state, loss = train_step(copies.state, batch, hyperparams)
+    state, told = sound_step(state, copies.state, loss)
     # A snapshot that the tuner distrusts is dated before the run.
     saved_step, kept_step = (jnp.maximum(step, 0) for step in (ts.slots.saved_step, ts.slots.kept_step))
-    ts, directive, due = core.tick(ts, loss)
+    ts, directive, due = core.tick(ts, told)
     copies = carry_out(directive, Copies(state, copies.saved, copies.kept))
     copies = copies._replace(state=refresh_keys(directive, copies.state, ts.rollbacks))
     log = {
@@ -58,10 +60,7 @@ def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array:
     return eval_step(state)
 
 
-@jax.jit
-def _count_non_finite_jit(tree: Any) -> Array:
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves), jnp.zeros((), jnp.int32))
+_count_non_finite_jit = jax.jit(count_non_finite)
 
 
 class JaxHost(Host):

@@ -1,0 +1,215 @@
+"""What a user should be told of a run, each thing once, with what to do about it."""
+
+import functools
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..controller import AutoTuneNet
+from ..controller.core import Core
+from ..controller.fork_round import DRIFT_DECADES
+from ..controller.roles import roles_of
+from ..controller.state import TunerState
+from ..space.search_space import Choice, SearchSpace
+from .recorder import Recorder
+
+LOGGER = logging.getLogger("autotunenet")
+"""Where things go that ask for nothing; notices, which ask for something, are warnings."""
+
+# From so many rollbacks on, something is wrong that going back does not mend.
+_MANY_ROLLBACKS = 5
+
+# So many bad steps are told of where they are a hundredth of all, and ten times as many in any case.
+_BAD_STEPS, _BAD_SHARE = 10, 0.01
+
+# A value this close to a bound, in decades (of which a linear range counts four), lies at it.
+_AT_BOUND_DECADES = 0.05
+
+# Share of the budget after which a metric that has not come yet is missed.
+_MISSED_SHARE = 0.3
+
+_PACKAGES = ("autotunenet_jax", "autotunenet_torch", "autotunenet_flax")
+
+
+class Notice(NamedTuple):
+    """One thing to be told.
+
+    Attributes:
+      kind: Of which one is told in a run.
+      message: What is the matter, and what to do.
+    """
+
+    kind: str
+    message: str
+
+
+def notices(
+    tuner: AutoTuneNet,
+    ts: TunerState,
+    *,
+    rounds: Sequence[Mapping[str, Any]] | None = None,
+    outside: Mapping[str, Any] | None = None,
+    is_over: bool = False,
+) -> list[Notice]:
+    """Everything that a user should be told of a run now; whoever tells it tells each kind once (see `Notices`).
+
+    Pure, on the host; meant to be asked after decisions and validations and at the end, not after every step.
+
+    Args:
+      tuner: The tuner.
+      ts: Its state.
+      rounds: `History.rounds`; None where there is no history: then the hyperparameters in force are looked at.
+      outside: Values that the user's objects had and that lie outside the ranges, by name: the run starts elsewhere.
+      is_over: Whether the run has ended.
+
+    Cost: reads a dozen numbers of ``ts``, which waits for the steps under way.
+    """
+    total, step = tuner.total_steps, int(ts.step)
+    is_late = is_over or (total is not None and step >= _MISSED_SHARE * total)
+    found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
+    found += _bad_steps(int(ts.health.bad_steps), step)
+    found += _rollbacks(int(ts.rollbacks), step)
+    if is_late and step:
+        found += _no_metric(tuner, ts)
+    chosen = _in_force(tuner.space, ts, is_over=is_over) if rounds is None else _won(tuner.space, rounds)
+    return found + [_bound(tuner.space, name, side) for name, side in chosen.items()]
+
+
+@functools.lru_cache(maxsize=64)
+def announce_compilation(core: Core, *, seconds: float = 8.0) -> None:
+    """Logs that the tuner is to be compiled, once for each core: later runs of the process find it compiled.
+
+    Args:
+      core: The tuner's.
+      seconds: How long that takes where it is not in JAX's own cache.
+    """
+    LOGGER.info(
+        "compiling the tuner, once, about %.0f s; where JAX_COMPILATION_CACHE_DIR is set later processes need not",
+        seconds,
+    )
+
+
+def _moved(tuner: AutoTuneNet, name: str, value: Any) -> Notice:
+    return Notice(
+        f"outside {name}",
+        f"{name} stands at {value:g}, which lies outside its range {tuner.space[name]!r}: the run starts inside. "
+        f"Widen the range, or give initial={{{name!r}: ...}}.",
+    )
+
+
+def _bad_steps(bad: int, step: int) -> list[Notice]:
+    if bad < _BAD_STEPS or (bad < _BAD_SHARE * step and bad < 10 * _BAD_STEPS):
+        return []
+    message = (
+        f"{bad} of {step} steps ({100 * bad / step:.2g} %) were skipped, since their loss, gradients or state were not "
+        "finite. They move no hyperparameter, but cost what they are of the budget. Look for empty or corrupt batches, "
+        "logarithms of zero, or overflow in half precision."
+    )
+    return [Notice("bad steps", message)]
+
+
+def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
+    if rollbacks < _MANY_ROLLBACKS:
+        return []
+    message = (
+        f"Training went back to an earlier state {rollbacks} times in {step} steps, which costs what had been trained "
+        "since. The history's events say when and why. Look at the data of those steps, clip gradients, or lower the "
+        "upper bound of the learning rate."
+    )
+    return [Notice("many rollbacks", message)]
+
+
+def _no_metric(tuner: AutoTuneNet, ts: TunerState) -> list[Notice]:
+    if math.isfinite(ts.validation.level):
+        return []
+    roles = roles_of(tuner.space)
+    slow = [name for name, is_slow in zip(tuner.space.names, roles.is_slow, strict=True) if is_slow]
+    how = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
+    found = []
+    if slow:
+        message = f"{', '.join(slow)} stay as they start: only a validation metric shows what they do, and none came. "
+        found.append(Notice("no metric", f"{message}{how}, or leave them out of the search space."))
+    if tuner.mode == "max":
+        message = 'mode="max" is about a validation metric, and none came; the training loss is minimised. '
+        found.append(Notice("nothing to maximise", f"{message}{how}, or leave mode out."))
+    return found
+
+
+def _side(space: SearchSpace, name: str, u: float, *, drift: float = 0.0) -> str | None:
+    """Which bound of its range a value lies at, if that can be moved; ``u`` is its place in the unit cube."""
+    param, index = space[name], space.names.index(name)
+    if isinstance(param, Choice):
+        return None
+    decades = float(roles_of(space).decades[index])
+    if (1.0 - u) * decades <= _AT_BOUND_DECADES + drift:
+        return "upper"
+    # Nothing lies below zero, or below one layer.
+    is_natural = param.lo == 0 or (isinstance(param.lo, int) and param.lo <= 1)
+    return "lower" if u * decades <= _AT_BOUND_DECADES and not is_natural else None
+
+
+def _won(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Bounds that the winners of rounds lie at, of what their forks differed in."""
+    found: dict[str, str] = {}
+    for row in rounds:
+        forks = [fork["hyperparams"] for fork in row["forks"]]
+        if row["best"] < 0:
+            continue
+        places = np.asarray(space.encode(forks[row["best"]]))
+        for name, u in zip(space.names, places, strict=True):
+            side = _side(space, name, float(u))
+            if side and len({fork[name] for fork in forks}) > 1:
+                found[name] = side
+    return found
+
+
+def _in_force(space: SearchSpace, ts: TunerState, *, is_over: bool) -> dict[str, str]:
+    """Bounds that rates in force lie at, or stood at before the first round's drift."""
+    if not (is_over or int(ts.round.index) > 0):
+        return {}
+    sides = {
+        name: _side(space, name, float(u), drift=DRIFT_DECADES)
+        for name, u, is_rate in zip(space.names, np.asarray(ts.incumbent), roles_of(space).is_rate, strict=True)
+        if is_rate
+    }
+    return {name: side for name, side in sides.items() if side}
+
+
+def _bound(space: SearchSpace, name: str, side: str) -> Notice:
+    message = (
+        f"The best {name} lies at the {side} bound of its range {space[name]!r}: better values may lie beyond. "
+        f"{'Raise' if side == 'upper' else 'Lower'} that bound."
+    )
+    return Notice(f"bound of {name}", message)
+
+
+def warn(message: str) -> None:
+    """Warns, pointing at the user's line, however deep in the library it is called."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+class Notices:
+    """Tells each kind of notice once a run, also of a run that is resumed: what was told is in its history.
+
+    Args:
+      recorder: Of the run.
+      through: Where notices go; a framework's own logger, perhaps.
+    """
+
+    def __init__(self, recorder: Recorder, *, through: Callable[[str], None] = warn):
+        self._recorder, self._through = recorder, through
+
+    def tell(self, step: int, found: Iterable[Notice]) -> None:
+        """Tells those that have not been told."""
+        for notice in found:
+            if all(event["kind"] != notice.kind for event in self._recorder.history.events):
+                self._recorder.note(step, notice.kind, notice.message)
+                self._through(notice.message)

@@ -1,0 +1,87 @@
+"""A step that breaks the state does not happen, whatever part of the state it breaks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax.loop.sound_steps import sound_step
+from tests import problem
+
+
+def state_of(fill):
+    """Every kind of leaf a state may hold, of awkward shapes."""
+    return {
+        "matrix": jnp.full((5, 3), fill),
+        "deep": jnp.full((2, 1, 3, 1), fill, jnp.bfloat16),
+        "half": jnp.full(7, fill, jnp.float16),
+        "scalar": jnp.float32(fill),
+        "complex": jnp.full(4, fill, jnp.complex64),
+        "tiny": jnp.full(6, fill, jnp.float8_e5m2),
+        "empty": jnp.zeros((0, 3)),
+        "count": jnp.int32(fill),
+        "key": jax.random.key(int(fill)),
+        "mask": jnp.array([0.0, -jnp.inf, 0.0]),
+    }
+
+
+RUN = jax.jit(sound_step, donate_argnums=1)
+FLOATS = ["matrix", "deep", "half", "scalar", "complex", "tiny"]
+
+
+def ended(new, loss):
+    state, told = RUN(new, state_of(1.0), jnp.float32(loss))
+    return state, float(told)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [jnp.inf, -jnp.inf, jnp.nan])
+def test_one_number_that_is_not_finite_undoes_the_whole_step(name, value):
+    new = state_of(2.0)
+    leaf = new[name]
+    new[name] = leaf.reshape(-1).at[-1].set(jnp.asarray(value, leaf.dtype)).reshape(leaf.shape)
+    state, told = ended(new, 0.5)
+    assert problem.same(state, state_of(1.0)) and np.isnan(told)
+
+
+@pytest.mark.parametrize("loss", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_loss_that_is_not_finite_undoes_the_step(loss):
+    state, told = ended(state_of(2.0), loss)
+    assert problem.same(state, state_of(1.0)) and np.isnan(told)
+
+
+def test_a_sound_step_stays_a_mask_of_infinities_included():
+    state, told = ended(state_of(2.0), 0.5)
+    assert problem.same(state, state_of(2.0)) and told == 0.5
+
+
+def test_infinities_may_move_and_go_and_large_numbers_are_none():
+    new = {**state_of(2.0), "mask": jnp.array([-jnp.inf, 0.0, 0.0]), "matrix": jnp.full((5, 3), 3e38)}
+    assert problem.same(ended(new, 0.5)[0], new)
+    gone = {**new, "mask": jnp.zeros(3)}
+    assert problem.same(ended(gone, 0.5)[0], gone)
+    more = {**new, "mask": jnp.array([-jnp.inf, 0.0, -jnp.inf])}
+    assert problem.same(ended(more, 0.5)[0], state_of(1.0))
+
+
+def test_a_run_skips_bad_steps_and_nothing_of_them_is_left():
+    """In one of seven batches the loss, in one of eleven a moment that no loss ever tells of."""
+
+    def train_step(state, batch, hp):
+        inner, loss = problem.train_step(state["inner"], batch[:3], hp)
+        moment = jnp.where(batch[3] == 2, jnp.inf, state["moment"] * 0.9 + 0.1)
+        return {"inner": inner, "moment": moment}, jnp.where(batch[3] == 1, jnp.nan, loss)
+
+    def batches(step, hp):
+        code = 1 if step % 7 == 0 else 2 if step % 11 == 0 else 0
+        return (*problem.batch(step), np.int32(code))
+
+    state = {"inner": problem.new_state(), "moment": jnp.ones(3)}
+    result = atn.fit(train_step, state, batches, tuner=problem.tuner(), progress=False)
+    rows = [row for row in result.history.records if row["is_kept"]]
+    taken = [row["data_step"] - 1 for row in rows if (row["data_step"] - 1) % 7 and (row["data_step"] - 1) % 11]
+    assert int(result.state["inner"]["seen"]) == sum(taken)
+    assert bool(jnp.all(jnp.isfinite(result.state["moment"])))
+    assert result.history.summary["rollbacks"] == 0
+    assert float(problem.eval_step(result.state["inner"])) < 0.1

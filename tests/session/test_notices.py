@@ -1,0 +1,108 @@
+"""What a user is told, and that it is told once."""
+
+import pathlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax.loop.progress import Progress
+from autotunenet_jax.session.notices import Notices, notices, warn
+from autotunenet_jax.session.recorder import Recorder
+
+SPACE = {"learning_rate": (1e-4, 1e-1), "weight_decay": (1e-5, 1e-1), "dropout": (0.0, 0.5)}
+
+
+def made(*, mode="min", step=0, bad=0, rollbacks=0, level=None):
+    tuner = atn.AutoTuneNet(SPACE, 1000, mode=mode)
+    ts = tuner.init(jax.random.key(0))
+    health = ts.health._replace(bad_steps=jnp.int32(bad))
+    ts = ts._replace(step=jnp.int32(step), health=health, rollbacks=jnp.int32(rollbacks))
+    if level is not None:
+        ts = ts._replace(validation=ts.validation._replace(level=jnp.float32(level)))
+    return tuner, ts
+
+
+def kinds(*state, **options):
+    return [notice.kind for notice in notices(*state, **options)]
+
+
+def a_round(best, *values):
+    names = ("learning_rate", "weight_decay", "dropout")
+    return {"best": best, "forks": [{"hyperparams": dict(zip(names, row, strict=True))} for row in values]}
+
+
+def test_a_healthy_run_is_told_nothing():
+    rounds = [a_round(0, (1e-2, 1e-3, 0.1), (3e-2, 1e-4, 0.2))]
+    assert kinds(*made(step=1000, bad=3, rollbacks=2, level=0.4), rounds=rounds, is_over=True) == []
+
+
+@pytest.mark.parametrize(("step", "bad", "is_told"), [(200, 9, False), (200, 11, True), (5000, 40, False)])
+def test_a_share_of_bad_steps(step, bad, is_told):
+    found = notices(*made(step=step, bad=bad, level=1.0), rounds=[])
+    assert bool(found) == is_told
+    assert not is_told or f"{bad} of {step} steps" in found[0].message
+
+
+def test_many_rollbacks():
+    assert kinds(*made(step=300, rollbacks=4, level=1.0), rounds=[]) == []
+    assert "6 times" in notices(*made(step=300, rollbacks=6, level=1.0), rounds=[])[0].message
+
+
+def test_a_metric_that_never_came_is_missed_late():
+    assert kinds(*made(step=100), rounds=[]) == []
+    assert kinds(*made(step=400, mode="max"), rounds=[]) == ["no metric", "nothing to maximise"]
+    message = notices(*made(step=400), rounds=[])[0].message
+    assert "weight_decay" in message and "dropout" in message and "learning_rate" not in message
+
+
+@pytest.mark.parametrize(
+    ("best", "is_told"),
+    [
+        ((1e-1, 1e-3, 0.1), ["bound of learning_rate"]),
+        ((1e-4, 1e-3, 0.1), ["bound of learning_rate"]),
+        ((1e-2, 1e-5, 0.1), ["bound of weight_decay"]),
+        ((1e-2, 1e-3, 0.0), []),  # nothing lies below
+        ((1e-2, 1e-3, 0.5), ["bound of dropout"]),
+    ],
+)
+def test_a_choice_at_a_bound(best, is_told):
+    rounds = [a_round(1, (1e-3, 1e-2, 0.2), best)]
+    assert kinds(*made(step=200, level=1.0), rounds=rounds) == is_told
+
+
+def test_what_was_never_varied_was_never_chosen():
+    assert kinds(*made(step=200, level=1.0), rounds=[a_round(0, (1e-2, 1e-5, 0.5), (3e-3, 1e-5, 0.5))]) == []
+
+
+def test_without_a_history_the_rates_in_force_tell():
+    tuner, ts = made(step=300, level=1.0)
+    ts = ts._replace(incumbent=ts.incumbent.at[tuner.space.names.index("learning_rate")].set(0.93))
+    assert kinds(tuner, ts) == []
+    assert kinds(tuner, ts, is_over=True) == ["bound of learning_rate"]
+
+
+def test_a_value_outside_its_range_names_it():
+    (notice,) = notices(*made(), outside={"weight_decay": 0.5})
+    assert "weight_decay stands at 0.5" in notice.message and "1e-05" in notice.message
+
+
+def test_each_is_told_once_also_after_a_resume():
+    told = []
+    recorder = Recorder(atn.History(("learning_rate",)), atn.SearchSpace(SPACE), Progress(1, is_on=False), ())
+    found = notices(*made(step=300, rollbacks=6, level=1.0), rounds=[])
+    for _ in range(2):
+        Notices(recorder, through=told.append).tell(300, found)
+        books = recorder.to_dict()
+        recorder.load(books)
+    assert len(told) == 1
+    assert [(event["step"], event["kind"]) for event in recorder.history.events] == [(300, "many rollbacks")]
+
+
+def test_a_warning_points_at_the_users_line():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn("something")
+    assert pathlib.Path(caught[0].filename) == pathlib.Path(__file__)
