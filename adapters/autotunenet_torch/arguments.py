@@ -1,12 +1,14 @@
 """What users hand over, checked or unwrapped before training."""
 
+import gc
 import math
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 import autotunenet_jax as atn
 
@@ -75,6 +77,53 @@ def check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def check_places(targets: Mapping[str, Any]) -> None:
+    """Whether every hyperparameter has a place of its own.
+
+    Raises:
+      ValueError: Two names stand for the same number.
+    """
+    owners: dict[Any, str] = {}
+    for name, target in targets.items():
+        for place in getattr(target, "places", tuple)():
+            other = owners.setdefault(place, name)
+            if other != name:
+                raise ValueError(
+                    f"param_space names {other!r} and {name!r}, and both set the same number. Leave one of them out; "
+                    "to tune parts on their own name each part."
+                )
+
+
+def check_schedulers(optimizer: torch.optim.Optimizer, given: Collection[Any]) -> None:
+    """Whether every scheduler that was made for an optimizer was handed over.
+
+    Raises:
+      ValueError: One was not: it would go on setting rates behind the tuner's back.
+    """
+    known = {id(scheduler) for scheduler in given}
+    # Those that are made of others keep them under names of their own.
+    inner = [value for scheduler in given for value in vars(scheduler).values()]
+    known |= {id(value) for value in inner if isinstance(value, lr_scheduler.LRScheduler)}
+    strange = [s for s in _schedulers_of(optimizer) if id(s) not in known]
+    if strange:
+        del strange
+        gc.collect()  # of one that nobody has any more
+        strange = [s for s in _schedulers_of(optimizer) if id(s) not in known]
+    if not strange:
+        return
+    names = ", ".join(dict.fromkeys(type(scheduler).__name__ for scheduler in strange))
+    raise ValueError(
+        f"the optimizer has a scheduler that attach was not given: {names}. Its rates and the tuner's would overwrite "
+        "each other. Hand it over, attach(model, optimizer, scheduler), or delete it: the tuner has a decay of its own."
+    )
+
+
+def _schedulers_of(optimizer: torch.optim.Optimizer) -> list[Any]:
+    kinds = lr_scheduler.LRScheduler
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    return [scheduler for scheduler in found if vars(scheduler).get("optimizer") is optimizer]
+
+
 def live_scaler(scaler: Any) -> Any:
     """The gradient scaler; None in place of one that is switched off and has no state."""
     return scaler if scaler is not None and scaler.is_enabled() else None
@@ -84,13 +133,28 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside the wrappers of other libraries.
 
     Raises:
-      TypeError: There is none.
+      TypeError: There is none, or one that was never initialised.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    # Optimizers around others are optimizers of their own; wrappers only hand on.
+    while not _is_own(optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} never called torch.optim.Optimizer.__init__, so its steps cannot be watched. "
+            "Call super().__init__(params, defaults) in it, or attach the optimizer inside it."
+        )
     return optimizer
+
+
+def _is_own(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.partition(".")[0] not in (
+        "accelerate",
+        "transformers",
+        "lightning",
+        "pytorch_lightning",
+    )
 
 
 def budget(

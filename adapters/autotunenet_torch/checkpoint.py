@@ -10,7 +10,7 @@ from autotunenet_jax.hosting import TRAIN, Session
 from . import random_state
 from .host import TorchHost
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 def to_plain(copy: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def _check(session: Session, state: Mapping[str, Any]) -> None:
 def state_dict(session: Session, host: TorchHost) -> dict[str, Any]:
     """The tuner's own state, with those copies of the training that are part of what is being decided."""
     in_round = session.controller.phase != TRAIN
-    has_best = bool(session.controller.state.validation.is_kept)
+    seen = session.controller.state.validation
+    has_best = bool(seen.is_kept | seen.keeps)
     return {
         **_common(session, host),
         "saved": to_plain(session.saved) if in_round else None,
@@ -88,9 +89,10 @@ def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any])
 
 
 def snapshot(session: Session, host: TorchHost) -> dict[str, Any]:
-    """The whole training with the tuner, outside rounds."""
+    """The whole training with the tuner, between two steps."""
     copies = {"now": host.copy(), "saved": session.saved, "kept": session.kept}
-    return {**_common(session, host), **{name: to_plain(copy) for name, copy in copies.items()}, "best": session.best}
+    plain = {name: to_plain(copy) for name, copy in copies.items()}
+    return {**_common(session, host), **plain, "best": session.best, "behind": list(host.behind)}
 
 
 def resume(session: Session, host: TorchHost, tree: Mapping[str, Any]) -> None:
@@ -101,4 +103,6 @@ def resume(session: Session, host: TorchHost, tree: Mapping[str, Any]) -> None:
     session.saved, session.kept, session.best = from_plain(tree["saved"]), from_plain(tree["kept"]), tree["best"]
     _load_common(session, host, tree)
     host.load(now)
+    if session.controller.phase != TRAIN:
+        host.behind = list(tree["behind"])
     session.write()

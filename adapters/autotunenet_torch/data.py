@@ -80,7 +80,9 @@ class ReplayBuffer:
         self._is_threaded = getattr(loader, "num_workers", 0) > 0
         self._iterator: Iterator[Any] | None = None
         self._epoch, self._read = -1, 0
-        self._starts: list[tuple[int, int]] = []
+        self._held_from: int | None = None
+        # Of each pass: the number of its first batch, its own, and the states of the loader's own generators.
+        self._starts: list[tuple[int, int, list[torch.Tensor]]] = []
         self._window = BatchWindow(self._next)
         self.cursor: Cursor = (0, 0)
 
@@ -88,10 +90,12 @@ class ReplayBuffer:
 
     def hold(self) -> None:
         """Keeps every batch from the cursor on."""
+        self._held_from = self.cursor[0]
         self._window.hold(self.cursor[0])
 
     def release(self) -> None:
         """Forgets every batch before the cursor, now and from now on."""
+        self._held_from = None
         self._window.release(self.cursor[0])
         self._forget_passes()
 
@@ -136,7 +140,7 @@ class ReplayBuffer:
 
     def _begin_pass(self) -> None:
         self._epoch += 1
-        self._starts.append((self._read, self._epoch))
+        self._starts.append((self._read, self._epoch, [g.get_state() for g in _generators(self._loader)]))
         sampler = getattr(self._loader, "sampler", None)
         set_epoch = getattr(sampler, "set_epoch", None)
         if set_epoch is not None:
@@ -154,20 +158,42 @@ class ReplayBuffer:
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as plain data."""
-        start, epoch = next(((a, b) for a, b in reversed(self._starts) if a <= self.cursor[0]), (0, -1))
-        return {"seed": self._seed, "epoch": epoch, "start": start, "cursor": list(self.cursor)}
+        first = self.cursor[0] if self._held_from is None else self._held_from
+        passes = (entry for entry in reversed(self._starts) if entry[0] <= first)
+        start, epoch, generators = next(passes, (0, -1, []))
+        return {
+            "seed": self._seed,
+            "epoch": epoch,
+            "start": start,
+            "generators": generators,
+            "held_from": self._held_from,
+            "cursor": list(self.cursor),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Finds the place again that `state` gave, reading over what came before it in the same pass."""
         self._seed, self._iterator = state["seed"], None
         self._epoch, self._read = state["epoch"] - 1, state["start"]
-        self._starts = []
+        self._starts, self._held_from = [], state["held_from"]
         index, offset = state["cursor"]
         self.cursor = (index, offset)
+        first = index if self._held_from is None else self._held_from
         self._window.release(0)
         if state["epoch"] < 0:
             self._epoch = -1
         else:
-            for _ in range(index - state["start"]):
+            for generator, saved in zip(_generators(self._loader), state["generators"], strict=False):
+                generator.set_state(saved)
+            for _ in range(first - state["start"]):
                 self._next()
-        self._window.restart(index)
+        self._window.restart(first)
+        if self._held_from is not None:
+            self._window.hold(first)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers draw from besides the global ones."""
+    batches = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

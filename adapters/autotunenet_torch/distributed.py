@@ -36,13 +36,24 @@ def to_float(value: Any, *, name: str) -> float:
 
 
 def gather(*values: float) -> list[tuple[float, ...]]:
-    """The numbers of every process, in the order of their ranks; the same bits on each."""
+    """The numbers of every process, in the order of their ranks; the same bits on each.
+
+    Raises:
+      RuntimeError: Another process made a different number of steps, or has ended.
+    """
     if not is_distributed():
         return [values]
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
+    try:
+        dist.all_gather(parts, mine)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"AutoTuneNet on rank {dist.get_rank()} could not gather the losses of all processes. They have to make "
+            "the same number of steps: uneven ranks, with or without model.join(), are not supported. Drop the last "
+            "batches (a DistributedSampler with drop_last=True), or stop all ranks after the same step."
+        ) from error
     return [tuple(row) for row in torch.stack(parts).tolist()]
 
 

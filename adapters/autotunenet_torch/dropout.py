@@ -63,6 +63,10 @@ class DropoutTarget:
                 _take_over(module)
                 module.to(device)
 
+    def places(self) -> list[Any]:
+        """What it sets, each hashable."""
+        return [(id(module), "p") for module in self._modules]
+
     def read(self) -> float:
         return max(module.p for module in self._modules)
 

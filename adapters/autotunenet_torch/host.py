@@ -1,13 +1,16 @@
 """PyTorch as the host of a run: values put in force on live objects, copies of the training made and put back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from autotunenet_jax.hosting import Host
 
-from . import distributed, lr_schedulers
-from .targets import RateTarget, Target
-from .training_state import TrainingState, clone, count_non_finite
+from . import distributed, lr_schedulers, modes
+from .copying import clone
+from .finite import count_non_finite
+from .soundness import Soundness
+from .targets import GroupTarget, RateTarget, Target
+from .training_state import TrainingState
 from .warm_up import WarmUp
 
 
@@ -39,6 +42,7 @@ class TorchHost(Host):
       values: Hyperparameters in force.
       behind: Steps that each scheduler has to make up once the round is over.
       warm_up: Of the schedulers.
+      soundness: Whether the training may be copied.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class TorchHost(Host):
         stream: Stream | None = None,
         keeps_best: bool = False,
     ):
-        self.state, self.targets = state, targets
+        self.state, self.targets, self.soundness = state, targets, Soundness(state)
         self._validate, self._stream, self._keeps_best = validate, stream, keeps_best
         self.values: dict[str, Any] = {}
         self.behind = [0 for _ in state.schedulers]
@@ -77,6 +81,9 @@ class TorchHost(Host):
         """Writes those that changed."""
         if not self.warm_up.in_round:
             self._catch_up()
+        for target in self.targets.values():
+            if isinstance(target, GroupTarget | RateTarget):
+                target.join()
         for name, value in hyperparams.items():
             if value != self.values.get(name):
                 self.targets[name].write(value)
@@ -100,6 +107,10 @@ class TorchHost(Host):
         if rewinds and self._stream is not None:
             self._stream.cursor = tuple(copy["cursor"])
 
+    def put_buffers_back(self, copy: dict[str, Any], names: Collection[str]) -> None:
+        """Puts the buffers of a copy back into the modules of the ones named."""
+        self.state.buffers_back(copy["training"], names)
+
     def load(self, copy: dict[str, Any]) -> None:
         """Puts a copy of another process back; hyperparameters have to be written after that."""
         self._put_back(copy)
@@ -116,13 +127,14 @@ class TorchHost(Host):
         """The metric of the function given, the same on all processes."""
         if self._validate is None:
             return None
-        return distributed.mean(distributed.to_float(self._validate(), name="value"))
+        with modes.kept(self.state.model):
+            value = self._validate()
+        return distributed.mean(distributed.to_float(value, name="value"))
 
     def count_non_finite(self, copy: Mapping[str, Any] | None = None) -> int:
         """Over the model and its optimizer."""
         if copy is None:
-            optimizer = {str(i): dict(state) for i, state in enumerate(self.state.optimizer.state.values())}
-            return count_non_finite([self.state.tensors(), optimizer])
+            return count_non_finite([self.state.tensors(), self.state.optimizer_tensors()])
         return count_non_finite([copy["training"]["model"], copy["training"]["optimizer"]])
 
     def keep_best(self) -> dict[str, Any] | None:

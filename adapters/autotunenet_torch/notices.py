@@ -13,12 +13,15 @@ class Notices:
 
     Args:
       session: Of the run.
+
+    Attributes:
+      has_told_slow: Whether the user knows why slow hyperparameters stay where they are.
     """
 
     def __init__(self, session: Session):
         self._controller = session.controller
         self._slow = slow_names(session.controller.tuner.space)
-        self._has_told_end = self._has_told_slow = False
+        self._has_told_end = self.has_told_slow = False
 
     def after(self, report: Report) -> None:
         """Says when the loop is longer than the budget, and why slow hyperparameters stay where they are."""
@@ -33,9 +36,9 @@ class Notices:
         decision = report.decision
         if decision is None or not decision.kind or not report.before == report.after == TRAIN:
             return
-        has_told = self._has_told_slow or not self._slow
+        has_told = self.has_told_slow or not self._slow
         if not has_told and not math.isfinite(controller.state.validation.level):
-            self._has_told_slow = True
+            self.has_told_slow = True
             warnings.warn(
                 f"{', '.join(self._slow)} stay at their initial values: what they do shows only on validation data, "
                 "and none was reported when the tuner asked. Give attach a validate function, or call "

@@ -37,6 +37,8 @@ class _Writer:
             return {"counter": [[self.encode(k, path), v] for k, v in value.items()]}
         if isinstance(value, dict):
             return {"dict": [[self.encode(k, path), self.encode(v, f"{path}/{k}")] for k, v in value.items()]}
+        if isinstance(value, collections.deque):
+            return {"deque": [[self.encode(inner, path) for inner in value], value.maxlen]}
         if isinstance(value, tuple):
             return {"tuple": [self.encode(inner, path) for inner in value]}
         if isinstance(value, list):
@@ -47,6 +49,14 @@ class _Writer:
         )
 
     def _tensor(self, tensor: torch.Tensor) -> dict[str, Any]:
+        if tensor.is_meta:
+            return {"meta": [str(tensor.dtype), list(tensor.shape)]}
+        if tensor.layout == torch.sparse_coo:
+            indices, values = tensor.detach()._indices(), tensor.detach()._values()
+            return {"coo": [self._tensor(indices), self._tensor(values), list(tensor.shape)]}
+        if tensor.layout == torch.sparse_csr:
+            parts = (tensor.crow_indices(), tensor.col_indices(), tensor.detach().values())
+            return {"csr": [*map(self._tensor, parts), list(tensor.shape)]}
         host = tensor.detach().to("cpu").contiguous()
         data = host.reshape(-1).view(torch.uint8).numpy() if host.numel() else np.zeros(0, np.uint8)
         spec = {"tensor": [self.size, data.size, str(tensor.dtype), list(tensor.shape)]}
@@ -66,10 +76,18 @@ def _decode(value: Any, data: np.ndarray) -> Any:
         raw = torch.from_numpy(data[offset : offset + size].copy())
         empty = torch.empty(shape, dtype=_DTYPES[dtype])
         return raw.view(_DTYPES[dtype]).reshape(shape) if size else empty
+    if kind == "meta":
+        return torch.empty(body[1], dtype=_DTYPES[body[0]], device="meta")
+    if kind == "coo":
+        return torch.sparse_coo_tensor(_decode(body[0], data), _decode(body[1], data), body[2])
+    if kind == "csr":
+        return torch.sparse_csr_tensor(*(_decode(part, data) for part in body[:3]), size=body[3])
     if kind == "numpy":
         return _decode(body, data).numpy()
     if kind == "counter":
         return collections.Counter({_decode(k, data): v for k, v in body})
+    if kind == "deque":
+        return collections.deque((_decode(inner, data) for inner in body[0]), body[1])
     if kind == "dict":
         return {_decode(k, data): _decode(v, data) for k, v in body}
     return tuple(_decode(inner, data) for inner in body)

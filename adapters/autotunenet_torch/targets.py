@@ -37,18 +37,43 @@ class GroupTarget:
       key: Of the group's dictionary.
       indices: Which groups.
       position: Index within the value, for betas.
+      grows: Whether groups that are added later belong to them.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, key: str, indices: list[int], *, position: int | None = None):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        key: str,
+        indices: list[int],
+        *,
+        position: int | None = None,
+        grows: bool = False,
+    ):
         self._optimizer, self._key, self._indices, self._position = optimizer, key, indices, position
         values = [self._value(group) for group in self._groups()]
-        top = max(values, key=abs)
-        is_shared = key not in _PROPORTIONAL or top == 0.0 or not math.isfinite(top)
-        self._shares = [1.0 if is_shared else value / top for value in values]
+        self._start = top = max(values, key=abs)
+        self._is_shared = key not in _PROPORTIONAL or top == 0.0 or not math.isfinite(top)
+        self._shares = [1.0 if self._is_shared else value / top for value in values]
+        self._known = len(optimizer.param_groups) if grows else None
+
+    def places(self) -> list[Any]:
+        """What it sets, each hashable."""
+        return [(id(self._optimizer), index, self._key, self._position) for index in self._indices]
 
     def _groups(self) -> list[dict[str, Any]]:
         # Loading an optimizer's state replaces the dictionaries: they are looked up each time.
         return [self._optimizer.param_groups[index] for index in self._indices]
+
+    def join(self) -> None:
+        """Takes in groups that were added since, in the proportion that they were added in."""
+        if self._known is None or len(self._optimizer.param_groups) <= self._known:
+            return
+        now = self.read()
+        for index, group in enumerate(self._optimizer.param_groups[self._known :], self._known):
+            share = 1.0 if self._is_shared else _share(self._value(group), self._start, now)
+            self._indices, self._shares = [*self._indices, index], [*self._shares, share]
+        self._known = len(self._optimizer.param_groups)
+        self.write(now)
 
     def _value(self, group: dict[str, Any]) -> float:
         value = group[self._key]
@@ -70,6 +95,12 @@ class GroupTarget:
                     group[self._key] = tuple(pair)
 
 
+def _share(value: float, start: float, now: float) -> float:
+    """A new group's value in proportion to the others': to their first one where it is that, else to the present."""
+    is_first = math.isclose(value, start, rel_tol=1e-9)
+    return 1.0 if is_first or not now or not math.isfinite(now) else value / now
+
+
 class RateTarget:
     """The learning rate of some groups, under the shape that schedulers give it.
 
@@ -77,17 +108,36 @@ class RateTarget:
       optimizer: Whose groups.
       indices: Which groups.
       schedulers: Their state is scaled with the rate.
+      grows: Whether groups that are added later belong to them.
 
     Attributes:
       indices: The same groups.
       applied: The value that rates, scheduler and all, now stand in proportion to.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, indices: list[int], schedulers: list[Any]):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, indices: list[int], schedulers: list[Any], *, grows: bool = False
+    ):
         self._optimizer, self.indices, self._schedulers = optimizer, frozenset(indices), schedulers
+        self._known = len(optimizer.param_groups) if grows else None
         peaks = lr_schedulers.peak_rates(schedulers, optimizer.param_groups)
         self.applied = max(peaks[index] for index in indices)
         self._start = self.applied
+
+    def places(self) -> list[Any]:
+        """What it sets, each hashable."""
+        return [(id(self._optimizer), index, "lr", None) for index in self.indices]
+
+    def join(self) -> None:
+        """Takes in groups that were added since; where they are at the others' first rate, they go to the present."""
+        groups = self._optimizer.param_groups
+        if self._known is None or len(groups) <= self._known:
+            return
+        for group in groups[self._known :]:
+            if math.isclose(float(group["lr"]), self._start, rel_tol=1e-9):
+                lr_schedulers.write_number(group, "lr", self.applied)
+        self.indices |= frozenset(range(self._known, len(groups)))
+        self._known = len(groups)
 
     def read(self) -> float:
         return self.applied
@@ -120,6 +170,10 @@ class AttributeTarget:
 
     def __init__(self, owner: Any, name: str, *, start: Any = None):
         self._owner, self._name, self._start = owner, name, start
+
+    def places(self) -> list[Any]:
+        """What it sets, hashable."""
+        return [(id(self._owner), self._name)]
 
     def read(self) -> Any:
         value = getattr(self._owner, self._name)
@@ -285,7 +339,9 @@ def _find(
     indices = _group_indices(optimizer, scope)
     groups = [optimizer.param_groups[index] for index in indices]
     if leaf in _RATES and groups:
-        return RateTarget(optimizer, indices, schedulers) if schedulers else GroupTarget(optimizer, "lr", indices)
+        if schedulers:
+            return RateTarget(optimizer, indices, schedulers, grows=scope is None)
+        return GroupTarget(optimizer, "lr", indices, grows=scope is None)
     if leaf == "dropout":
         modules = [
             module
@@ -295,14 +351,14 @@ def _find(
         if modules:
             return DropoutTarget(modules, model)
     if leaf in _BETAS and groups and all(len(group.get("betas", ())) == 2 for group in groups):
-        return GroupTarget(optimizer, "betas", indices, position=_BETAS[leaf])
+        return GroupTarget(optimizer, "betas", indices, position=_BETAS[leaf], grows=scope is None)
     if groups and all(leaf in _numbers(group) for group in groups):
         if leaf == "momentum" and lr_schedulers.cycles_momentum(schedulers):
             raise ValueError(
                 "momentum cannot be tuned beside a scheduler that cycles it: give the scheduler cycle_momentum=False, "
                 "or leave momentum out of param_space."
             )
-        return GroupTarget(optimizer, leaf, indices)
+        return GroupTarget(optimizer, leaf, indices, grows=scope is None)
     # Any other number that a module keeps, such as the dropout of an LSTM.
     owner = dict(model.named_modules()).get(scope) if scope else None
     value = getattr(owner, leaf, None)

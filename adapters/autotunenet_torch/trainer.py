@@ -1,6 +1,7 @@
 """A complete training loop around the tuner, with nothing hidden in it."""
 
 import inspect
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,12 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN, Session, Stop
+from autotunenet_jax.hosting import TRAIN, Stop
 
-from . import arguments, checkpoint, distributed, objective, random_state, serialization
+from . import arguments, checkpoint, distributed, modes, objective, random_state, serialization
 from .data import ReplayBuffer, map_tensors, rows
+from .sound_session import SoundSession
+from .step_boundary import StepBoundary
 from .targets import AttributeTarget, KeywordTarget
 from .tuner import AutoTuneNet
 
@@ -22,6 +26,7 @@ _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
 # Steps between exchanges of several processes on whether to save or to stop.
 _AGREE_EVERY = 10
+_LOGGER = logging.getLogger("autotunenet_torch")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -112,7 +117,8 @@ class Trainer:
         self._batch_size: int | None = None
         self.model: Any = None
         self._tuner: Any = None
-        self._session: Session | None = None
+        self._session: SoundSession | None = None
+        self._boundary: StepBoundary | None = None
         self.is_interrupted = False
 
     @property
@@ -164,6 +170,10 @@ class Trainer:
             train_loader, steps=self.steps, epochs=self.epochs, accumulate=self.accumulate, planned=tuner._planned_steps
         )
         arguments.check_slow(tuner.space, has_validation=val_loader is not None)
+        if val_loader is None and tuner.mode == "max":
+            raise ValueError(
+                "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
+            )
         self.model = model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
         self._session = None
@@ -176,7 +186,8 @@ class Trainer:
         store, is_owned = serialization.open_store(snapshots, tuner)
         interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         try:
-            self.model.train()
+            if not self.model.training:
+                self.model.train()
             tuner._stream, tuner._keeps_best = source, True
             tuner.attach(
                 self.model,
@@ -191,6 +202,7 @@ class Trainer:
                 progress=shown,
             )
             self._session = session = tuner._attached()
+            tuner._notices.has_told_slow = val_loader is None
             if resume and store is not None:
                 self._resume(session, store, source)
             with Stop() as stop:
@@ -201,15 +213,13 @@ class Trainer:
             if is_owned and store is not None:
                 store.close()
         tuner.finish()
-        if not self.is_interrupted and session.evaluate():
-            session.end_at_best()
         if self.restore_best and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         return tuner.history
 
     def _run(
         self,
-        session: Session,
+        session: SoundSession,
         total: int,
         source: ReplayBuffer,
         store: atn.Snapshots | None,
@@ -219,28 +229,53 @@ class Trainer:
     ) -> bool:
         """Trains to the end of the budget, or until asked to stop; returns whether it was."""
         controller = session.controller
+        boundary = self._boundary = StepBoundary(self.model, source) if store is not None else None
         shown_at, is_stopping = time.monotonic(), False
-        while controller.step < total and not is_stopping:
-            loss = self.train_step(source)
-            session.report(distributed.mean(loss), recorded=loss)
-            step, is_training = controller.step, controller.phase == TRAIN
-            if is_training and step % interval == 0 and step < total and session.evaluate():
-                session.write()
-            is_stopping, is_due = self._agree(step, stop, store)
-            if store is not None and is_due and is_training and not is_stopping and step < total:
+        try:
+            while controller.step < total and not is_stopping:
+                loss = self._train_one(source)
+                step, is_training = controller.step, controller.phase == TRAIN
+                if is_training and step % interval == 0 and step < total and self._evaluate(session):
+                    session.write()
+                is_stopping, is_due = self._agree(step, stop, store)
+                if store is not None and is_due and is_training and not is_stopping and step < total:
+                    self._save(session, store, source)
+                if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
+                    shown_at = time.monotonic()
+                    shown.show(
+                        step=step,
+                        phase=atn.PHASES[controller.phase],
+                        loss=loss,
+                        hyperparams=self._tuner.hyperparams,
+                        discarded=session.recorder.discarded,
+                    )
+        finally:
+            # Also where a loader or a second signal has raised: what was trained by then is not lost.
+            is_between = boundary is not None and boundary.go_back()
+            if store is not None and is_between and (controller.phase == TRAIN or controller.step < total):
                 self._save(session, store, source)
-            if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
-                shown_at = time.monotonic()
-                shown.show(
-                    step=step,
-                    phase=atn.PHASES[controller.phase],
-                    loss=loss,
-                    hyperparams=self._tuner.hyperparams,
-                    discarded=session.recorder.discarded,
-                )
-        if store is not None and controller.phase == TRAIN:
-            self._save(session, store, source)
+        if is_stopping:
+            message = f"Stopped by a signal after step {controller.step} of {total}."
+            session.recorder.note(controller.step, "stop", message)
+            _LOGGER.warning("AutoTuneNet: %s", message)
         return is_stopping
+
+    def _train_one(self, source: ReplayBuffer) -> float:
+        """One step, told to the tuner; returns its loss."""
+        if self._boundary is not None:
+            self._boundary.begin()
+        loss = self.train_step(source)
+        self._tuner._notices.after(self._tuner._report(loss))
+        if self._boundary is not None:
+            self._boundary.end()
+        return loss
+
+    def _evaluate(self, session: SoundSession) -> bool:
+        """Validates, and steps a scheduler that waits for the metric."""
+        is_new = session.evaluate()
+        if is_new and session.last_eval is not None and isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(session.last_eval)
+        return is_new
 
     def _agree(self, step: int, stop: Stop, store: atn.Snapshots | None) -> tuple[bool, bool]:
         """Whether to stop and whether to save, the same on all processes, whose clocks and signals differ."""
@@ -252,20 +287,26 @@ class Trainer:
     def train_step(self, source: ReplayBuffer) -> float:
         """One optimizer step on the next batches of ``source``; returns its loss."""
         total = torch.zeros((), device=self.device)
-        for _ in range(self.accumulate):
-            batch = self._to_device(source.get(self._batch_size))
+        # All of them first: a loader that raises leaves nothing half done.
+        batches = [source.get(self._batch_size) for _ in range(self.accumulate)]
+        for batch in batches:
+            batch = self._to_device(batch)
             with self._autocast():
                 outputs, targets = self._forward(self.model, batch)
                 loss = self._loss(outputs, targets)
             self.scaler.scale(loss / self.accumulate).backward()
             total += loss.detach().float()
+        if self._boundary is not None:
+            self._boundary.update()
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        # Of several processes each has its own loss, and all must take the same steps: the gradients decide alone.
+        self._tuner._guard.loss = None if distributed.is_distributed() else total
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         return float(total) / self.accumulate
 
@@ -288,11 +329,11 @@ class Trainer:
         loader = self._val_loader if loader is None else loader
         if self.model is None or loader is None:
             raise RuntimeError("there is nothing to validate: call fit first, and give a loader to it or here.")
-        was_training, sums, count = self.model.training, {}, 0
+        sums, count = {}, 0
         is_smoothed = self._tuner is not None and "label_smoothing" in self._tuner.space
-        self.model.eval()
         unsmoothed = objective.unsmoothed(self.loss_fn, self._loss_options, is_tuned=is_smoothed)
-        with random_state.untouched(), torch.no_grad(), unsmoothed as options:
+        with modes.kept(self.model), random_state.untouched(), torch.no_grad(), unsmoothed as options:
+            self.model.eval()
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
@@ -304,7 +345,6 @@ class Trainer:
                 count += size
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + size * value
-        self.model.train(was_training)
         if not count:
             raise ValueError("the validation loader is empty: it gave no batch.")
         return {name: float(value) / count for name, value in sums.items()}
@@ -313,16 +353,15 @@ class Trainer:
         """The model's outputs over a loader, put together, on the CPU; batches as in training, or inputs alone."""
         if self.model is None:
             raise RuntimeError("there is no model yet: call fit first.")
-        was_training, outputs = self.model.training, []
-        self.model.eval()
-        with random_state.untouched(), torch.no_grad():
+        outputs = []
+        with modes.kept(self.model), random_state.untouched(), torch.no_grad():
+            self.model.eval()
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
                     is_input = isinstance(batch, torch.Tensor)
                     found = self.model(batch) if is_input else self._forward(self.model, batch)[0]
                 outputs.append(map_tensors(lambda tensor: tensor.cpu(), found))
-        self.model.train(was_training)
         return torch.cat(outputs) if outputs and isinstance(outputs[0], torch.Tensor) else outputs
 
     def _measure(self) -> float:
@@ -330,6 +369,11 @@ class Trainer:
         values = self.validate()
         first = next((name for name in values if name != "loss"), "loss")
         name = self.monitor or ("loss" if self._tuner.mode == "min" else first)
+        if name == "loss" and self._tuner.mode == "max":
+            raise ValueError(
+                "mode='max' asks for the highest metric, and the only one here is the loss. Give "
+                "Trainer(metrics={name: function}), or leave mode at 'min'."
+            )
         if name not in values:
             raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
         return values[name]
@@ -376,11 +420,11 @@ class Trainer:
 
     # Durable snapshots.
 
-    def _save(self, session: Session, store: atn.Snapshots, source: ReplayBuffer) -> None:
+    def _save(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
         tree = {**checkpoint.snapshot(session, self._tuner._host), "source": source.state()}
         serialization.save(store, session.controller.step, tree, metric=session.last_eval)
 
-    def _resume(self, session: Session, store: atn.Snapshots, source: ReplayBuffer) -> None:
+    def _resume(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
         found = serialization.restore_together(store)
         if found is None:
             return

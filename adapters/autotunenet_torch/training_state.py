@@ -1,7 +1,6 @@
 """Copies of everything a training step reads and writes, in memory; real copies both ways."""
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,49 +9,8 @@ from torch.nn.parameter import is_lazy
 
 import autotunenet_jax as atn
 
-from . import random_state
-
-
-def clone(value: Any, device: Any = None) -> Any:
-    """A copy that shares no memory, of tensors in dictionaries, lists and tuples, and of plain data."""
-    if isinstance(value, torch.Tensor):
-        # Step counts and the like stay where they are: optimizers are particular about their place.
-        target = device if device is not None and value.ndim else value.device
-        return value.detach().to(device=target, copy=True)
-    if type(value) is dict:
-        return {key: clone(inner, device) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(clone(inner, device) for inner in value)
-    return copy.deepcopy(value)
-
-
-def _fits(live: Any, saved: torch.Tensor) -> bool:
-    return isinstance(live, torch.Tensor) and live.shape == saved.shape and live.dtype == saved.dtype
-
-
-def write_back(live: Any, saved: Any, device: Any = None) -> Any:
-    """The saved value, written into the live tensors where there are any of the same kind."""
-    if isinstance(saved, torch.Tensor):
-        if _fits(live, saved):
-            live.detach().copy_(saved)
-            return live
-        return saved.to(device=device if device is not None and saved.ndim else saved.device, copy=True)
-    if type(saved) is dict:
-        known = live if isinstance(live, dict) else {}
-        return {key: write_back(known.get(key), inner, device) for key, inner in saved.items()}
-    if type(saved) in (list, tuple):
-        is_alike = type(live) is type(saved) and len(live) == len(saved)
-        pairs = zip(live if is_alike else [None] * len(saved), saved, strict=True)
-        return type(saved)(write_back(old, inner, device) for old, inner in pairs)
-    return copy.deepcopy(saved)
-
-
-def count_non_finite(value: Any) -> int:
-    """Infinities and NaNs in the tensors of nested dictionaries and lists."""
-    if isinstance(value, torch.Tensor):
-        return int((~torch.isfinite(value.detach())).sum()) if value.is_floating_point() or value.is_complex() else 0
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(count_non_finite(item) for item in inner)
+from . import optimizer_state, random_state
+from .copying import clone, takes, write_back
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor | None]]:
@@ -113,6 +71,7 @@ class TrainingState:
         device: Any = None,
     ):
         self.model, self.optimizer, self.schedulers, self.scaler = model, optimizer, list(schedulers), scaler
+        self._optimizers = optimizer_state.Whole(optimizer)
         self._device = device
         if next(model.parameters(), None) is None:
             raise ValueError("the model has no parameters, so there is nothing to train. Is it the right module?")
@@ -122,17 +81,31 @@ class TrainingState:
                 f"the model has lazy parameters that no forward pass has initialised yet: {', '.join(lazy[:5])}. Run "
                 "the model on one batch first, then make the optimizer."
             )
+        for name, parameter in model.named_parameters():
+            if not (parameter.is_meta or takes(parameter, parameter)):
+                raise ValueError(
+                    f"parameter {name} ({parameter.layout}, {parameter.device}) cannot be written to in place, so a "
+                    "fork or a rollback could not put it back. Make it a plain tensor with memory of its own."
+                )
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """Every parameter and buffer, live, once each, by its first name."""
         return {path: tensor for path, _, _, tensor in _tensors(self.model)}
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizer, and those it is made of."""
+        return self._optimizers.parts
+
+    def optimizer_tensors(self) -> dict[str, Any]:
+        """What the optimizer keeps, and those it is made of; live."""
+        return self._optimizers.tensors()
 
     def copy_out(self) -> dict[str, Any]:
         """A copy of everything.
 
         Cost: one pass over parameters, buffers and optimizer state, and their memory.
         """
-        parameters = self._optimized()
         with torch.no_grad():
             return {
                 "model": {
@@ -144,16 +117,7 @@ class TrainingState:
                     for path, module in self.model.named_modules()
                     if _has_extra_state(module)
                 },
-                # State that the optimizer has not made yet is not made by looking.
-                "optimizer": {
-                    str(index): clone(dict(self.optimizer.state[parameter]), self._device)
-                    for index, parameter in enumerate(parameters)
-                    if parameter in self.optimizer.state
-                },
-                "groups": [
-                    clone({key: value for key, value in group.items() if key != "params"}, self._device)
-                    for group in self.optimizer.param_groups
-                ],
+                "optimizer": self._optimizers.copy_out(self._device),
                 "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
                 "scaler": clone(self.scaler.state_dict()) if self.scaler is not None else {},
                 "rng": random_state.capture(),
@@ -162,39 +126,44 @@ class TrainingState:
     def copy_back(self, saved: dict[str, Any]) -> None:
         """Puts a copy back; the copy stays as it is and can be put back again."""
         with torch.no_grad():
-            for path, module, name, tensor in list(_tensors(self.model)):
-                if path not in saved["model"]:
-                    continue
-                value = saved["model"][path]
-                if tensor is not None and value is not None and _fits(tensor, value):
-                    tensor.detach().copy_(value)
-                elif name in module._buffers:
-                    # A buffer that was None, or of another size: the forward pass replaced it.
-                    device = None if tensor is None else tensor.device
-                    module._buffers[name] = None if value is None else write_back(tensor, value, device)
-                elif value is not None:
-                    raise ValueError(
-                        f"parameter {path} has changed since it was saved, from {tuple(value.shape)} {value.dtype}. "
-                        "Parameters must keep their shape and dtype while a tuner is attached."
-                    )
+            self._tensors_back(saved["model"])
             for path, module in self.model.named_modules():
                 if path in saved["extra"]:
                     module.set_extra_state(clone(saved["extra"][path]))
-            for index, parameter in enumerate(self._optimized()):
-                value = saved["optimizer"].get(str(index))
-                if value is None:
-                    self.optimizer.state.pop(parameter, None)
-                else:
-                    known = self.optimizer.state.get(parameter)
-                    device = None if self._device is None else parameter.device
-                    self.optimizer.state[parameter] = write_back(known, value, device)
-            for group, values in zip(self.optimizer.param_groups, saved["groups"], strict=True):
-                group.update(write_back(group, values))
+            self._optimizers.copy_back(saved["optimizer"], self._device)
             for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
                 scheduler.load_state_dict(clone(state))
             if self.scaler is not None:
                 self.scaler.load_state_dict(clone(saved["scaler"]))
             random_state.restore(saved["rng"])
+
+    def _tensors_back(self, saved: dict[str, Any]) -> None:
+        for path, module, name, tensor in list(_tensors(self.model)):
+            if path not in saved:
+                continue
+            value = saved[path]
+            if tensor is not None and value is not None and takes(tensor, value):
+                tensor.detach().copy_(value)
+            elif tensor is not None and tensor.is_meta:
+                continue
+            elif name in module._buffers:
+                # A buffer that was None, of another size or kind: the forward pass replaced it, or it has to be.
+                device = None if tensor is None else tensor.device
+                module._buffers[name] = None if value is None else write_back(tensor, value, device)
+            elif value is not None:
+                raise ValueError(
+                    f"parameter {path} has changed since it was saved, from {tuple(value.shape)} {value.dtype}. "
+                    "Parameters must keep their shape and dtype while a tuner is attached."
+                )
+
+    def buffers_back(self, saved: dict[str, Any], names: Collection[str]) -> None:
+        """Puts those buffers of a copy back that belong to the modules of the ones named."""
+        modules = {name.rpartition(".")[0] for name in names}
+        found = {path for path, module, name, _ in _tensors(self.model) if name in module._buffers}
+        with torch.no_grad():
+            self._tensors_back(
+                {p: v for p, v in saved["model"].items() if p in found and p.rpartition(".")[0] in modules}
+            )
 
     def check(self, saved: dict[str, Any]) -> None:
         """Whether a copy, perhaps of another process, is of a model like this one.
@@ -210,6 +179,3 @@ class TrainingState:
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise atn.SnapshotMismatchError(f"The snapshot is of another model: {'; '.join(wrong[:5])}{more}.")
-
-    def _optimized(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

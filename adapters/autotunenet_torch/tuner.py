@@ -1,5 +1,6 @@
 """AutoTuneNet for a training loop that the user owns."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -7,11 +8,13 @@ import torch
 from torch import nn
 
 import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Session
+from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Report
 
 from . import arguments, checkpoint, distributed, lr_schedulers
 from .host import Stream, TorchHost
 from .notices import Notices
+from .sound_session import SoundSession
+from .step_guard import StepGuard
 from .targets import find
 from .training_state import TrainingState
 
@@ -106,7 +109,7 @@ class AutoTuneNet:
         self._seed, self._snapshot_device = seed, snapshot_device
         # Every argument is checked now, not at attach. The core has an order of its own for the names.
         self.space = self._core(total_steps, self._initial, has_scheduler=False).space
-        self._session: Session | None = None
+        self._session: SoundSession | None = None
         # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
         self._stream: Stream | None = None
         self._keeps_best = False
@@ -143,7 +146,8 @@ class AutoTuneNet:
 
         Args:
           model: The model; lazy parameters initialised.
-          optimizer: Its optimizer.
+          optimizer: Its optimizer. A step with gradients that are not finite is passed over: no parameter and no
+            moment is touched, and the tuner learns of it.
           scheduler: A scheduler of ``torch.optim.lr_scheduler``, or several. It keeps its shape, and the tuner moves
             its height; step it as usual. Forks of a round all start from its place at the round's beginning, and while
             it is still warming up they train at the rate that they claim; after the round it is stepped on to the
@@ -152,8 +156,8 @@ class AutoTuneNet:
           total_steps: Optimizer steps of the whole run, in place of the constructor's.
           loss_fn: The loss module, when its ``label_smoothing`` is tuned.
           loader: The training data loader, when its ``batch_size`` is tuned.
-          validate: Called without arguments whenever the tuner wants the validation metric of the present state; puts
-            the model back into training mode itself. Without it, watch `wants_validation` and call `validate`.
+          validate: Called without arguments whenever the tuner wants the validation metric of the present state. Every
+            module ends in the mode it was in. Without it, watch `wants_validation` and call `validate`.
           targets: Further setters, besides the constructor's.
           callbacks: Called with the record of each round as it ends.
           progress: An `autotunenet_jax.Progress` to report on.
@@ -161,8 +165,8 @@ class AutoTuneNet:
         Raises:
           TypeError: Something is not what it should be.
           ValueError: A name of the space is not found (the message lists what is), or has values that PyTorch does not
-            take; the scheduler cannot be tuned; the model has no parameters, uninitialised ones, or others than the
-            optimizer.
+            take; two names set the same number; the scheduler cannot be tuned, or the optimizer has one that was not
+            handed over; the model has no parameters, uninitialised ones, or others than the optimizer.
 
         Cost:
           Two copies of the training state. The controller is compiled on first use, once per search space.
@@ -191,8 +195,9 @@ class AutoTuneNet:
             )
             for name in self.space.names
         }
-        if self._session is not None:
-            self._host.warm_up.release()
+        arguments.check_places(found)
+        arguments.check_schedulers(optimizer, list(lr_schedulers.everything(schedulers)))
+        self._release()
         stream, keeps_best = self._stream, self._keeps_best
         self._host = TorchHost(state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best)
         starts = self._host.starts(self._initial, self.space)
@@ -200,7 +205,8 @@ class AutoTuneNet:
         self.total_steps = core.total_steps
         shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
         recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks)
-        self._session = Session(self._host, PackedController(core, seed=self._seed), recorder)
+        self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
+        self._guard = StepGuard(state.optimizers)
         self._notices = Notices(self._session)
         if self._session.evaluate():
             self._session.write()
@@ -214,7 +220,8 @@ class AutoTuneNet:
         ``scheduler.step()``, but always on the same side of it. On several processes each gives its own loss.
 
         Args:
-          loss: Scalar tensor or number. Non-finite is answered with a rollback, never an error.
+          loss: Scalar tensor or number. One that is not finite says that the step did not happen: it counts for
+            nothing, and what it left behind is put back.
 
         Raises:
           RuntimeError: `attach` was not called.
@@ -223,12 +230,24 @@ class AutoTuneNet:
         Cost:
           About 0.1 ms on the host; more at decisions, a few dozen in a run. Reading a loss on a GPU waits for it.
         """
-        session = self._attached()
-        own = distributed.to_float(loss, name="loss")
-        report = session.report(distributed.mean(own), recorded=own)
+        report = self._report(distributed.to_float(loss, name="loss"))
         self._notices.after(report)
 
-    def _attached(self) -> Session:
+    def _report(self, own: float) -> Report:
+        session = self._attached()
+        told = distributed.mean(math.nan if self._guard.was_skipped() else own)
+        report = session.report(told, recorded=own)
+        if session.is_settled:
+            self._guard.release()
+        return report
+
+    def _release(self) -> None:
+        """Takes off what an earlier run has put around its optimizer."""
+        if self._session is not None:
+            self._host.warm_up.release()
+            self._guard.release()
+
+    def _attached(self) -> SoundSession:
         if self._session is None:
             raise RuntimeError("the tuner is not attached yet: call attach(model, optimizer, ...) before training.")
         return self._session
@@ -285,12 +304,14 @@ class AutoTuneNet:
         session = self._attached()
         if not session.is_settled:
             session.settle()
+        self._guard.release()
 
     @property
     def history(self) -> atn.History:
         """What happened so far; see `autotunenet_jax.History`."""
         session = self._attached()
-        session.recorder.finish(session.controller.step, int(session.controller.state.rollbacks))
+        rollbacks = int(session.controller.state.rollbacks) + session.mended
+        session.recorder.finish(session.controller.step, rollbacks)
         return session.recorder.history
 
     # Saving and loading.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import lr_schedulers
-from .training_state import clone, write_back
+from .copying import clone, write_back
 
 # A warm-up is looked for over so many steps, and its end behind so many that change nothing.
 _LONGEST, _LONGEST_STAIR = 20_000, 1000
