@@ -3,6 +3,7 @@
 python -m benchmarks.bank.compare run open 0/1 policy base,argmin   # tasks, part of them, kind, names
 python -m benchmarks.bank.compare report open base argmin
 python -m benchmarks.bank.compare groups open fit "known 15% lost"
+python -m benchmarks.bank.compare constants open                    # each one half and double, paired with base
 """
 
 import dataclasses
@@ -136,7 +137,23 @@ def report(kind: str, names: list[str]) -> None:
         print(f"{name:22s} {line}")
 
 
+def constants(kind: str) -> None:
+    found = [rows for rows in map(read, tasks_of(kind)) if "base" in rows]
+    for field in dataclasses.fields(policy.Knobs):
+        cells = []
+        for factor in ("half", "double"):
+            name = f"{field.name} {factor}"
+            gaps = np.array([_calm(rows[name]) - _calm(rows["base"]) for rows in found if name in rows])
+            if len(gaps):
+                cells.append(f"{gaps.mean():+.3f} +- {gaps.std() / len(gaps) ** 0.5:.3f} ({len(gaps)})")
+        if cells and any(gap.strip("+-0. ()") for gap in cells):
+            print(f"| {field.name} | {getattr(BASE, field.name):g} | {' | '.join(cells)} |")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "constants":
+        constants(sys.argv[2])
+        sys.exit()
     if sys.argv[1] == "groups":
         by_group(*sys.argv[2:5])
     elif sys.argv[1] == "run":
