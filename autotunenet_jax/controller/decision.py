@@ -32,6 +32,7 @@ from .state import (
     SWEEP,
     TRAIN,
     Directive,
+    Health,
     Round,
     TunerState,
     empty_range_test,
@@ -245,7 +246,7 @@ def _after_fork(
         kept_data=jnp.where(wins, ts.data_step, ts.slots.kept_data),
         kept_step=jnp.where(wins, ts.step, ts.slots.kept_step),
     )
-    ts = ts._replace(round=held, slots=slots, discarded=ts.discarded + lost)
+    ts = ts._replace(round=held, slots=slots, discarded=ts.discarded + lost, health=_held(ts.health, wins))
 
     best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
     gain = jnp.where(next_forks.is_allowed, judge.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
@@ -263,6 +264,16 @@ def _after_fork(
     ended = _end_round(space, ts, wins)
     new, directive = select(again, (started, directive), ended)
     return new, directive._replace(keep=wins), held
+
+
+def _held(health: Health, wins: Array) -> Health:
+    """With the level of a fork whose state is kept."""
+    level, spread = health.monitor.short, health.monitor.spread
+    is_lower = wins & (level < health.held_level)
+    return health._replace(
+        held_level=jnp.where(is_lower, level, health.held_level),
+        held_spread=jnp.where(is_lower, spread, health.held_spread),
+    )
 
 
 def _next_fork(ts: TunerState, x: Float[Array, "d"], length: Array) -> tuple[TunerState, Directive]:

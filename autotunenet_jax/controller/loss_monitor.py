@@ -57,7 +57,7 @@ class Guard:
     """Thresholds of the watch over the training loss.
 
     A value is unusual when it lies more than ``sigmas`` of the loss's own recent spread above its recent level, or so
-    far above half way back from the best level that was held to where the run began.
+    far above the best level that was held and more than half way back from there to where the run began.
     Unusual and non-finite values never enter the running statistics. One unusual value does nothing; ``patience`` of
     them, with healthy values taking one back each, are a spike. While the loss comes back from a peak, values well
     below that peak do not count: a single bad batch is not answered with a rollback, a loss that stays up is. A loss

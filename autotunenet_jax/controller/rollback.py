@@ -30,32 +30,29 @@ _RETREAT_DECADES, _RETREAT_WITHIN, _BLUE_RETREAT_WITHIN = 0.3, 250, 30
 
 
 class _Answer(NamedTuple):
-    """What is done about a loss. At most one of the first three.
+    """What is done about a loss: at most one of these.
 
     Attributes:
       rolls_back: Training goes back to a snapshot.
       gives_up: The rollbacks are used up: what is in force is held from here on.
       accepts: The loss is high on healthy snapshots: it is the new level.
-      is_at_once: It was bad from the restored snapshot on, before any step from there.
     """
 
     rolls_back: Bool[Array, ""]
     gives_up: Bool[Array, ""]
     accepts: Bool[Array, ""]
-    is_at_once: Bool[Array, ""]
 
 
 def _answer(guard: Guard, ts: TunerState, heard: Heard) -> _Answer:
     health = ts.health
     bad_since = jnp.where(heard.is_finite, heard.after.strikes, heard.bad_run)
     is_at_once = heard.unhealthy & (bad_since > health.since_rollback)
-    # Bad from the snapshot on is not the hyperparameters' doing; where the other one is no better, it is the data's:
-    # a high loss is taken as it is, and others are waited for.
-    is_known = is_at_once & (health.relapses > 0)
-    accepts = is_known & heard.is_finite
+    # Bad from a snapshot on that good losses had been heard from: the data's doing. A high loss is taken as it is, and
+    # where there is none it is waited for.
+    accepts = is_at_once & heard.is_finite
     may_retry = (heard.verdict == NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
-    asks = heard.unhealthy & ~is_known
-    return _Answer(asks & may_retry, asks & ~may_retry, accepts, is_at_once)
+    asks = heard.unhealthy & ~is_at_once
+    return _Answer(asks & may_retry, asks & ~may_retry, accepts)
 
 
 def _restored(ts: TunerState, answer: _Answer) -> tuple[Array, Slots]:
@@ -63,7 +60,7 @@ def _restored(ts: TunerState, answer: _Answer) -> tuple[Array, Slots]:
     slots, age = ts.slots, ts.step - 1
     saved_age, kept_age = age - slots.saved_step, age - slots.kept_step
     saved_is_newer = saved_age < kept_age
-    newer_is_safe = (jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE) & ~answer.is_at_once
+    newer_is_safe = jnp.minimum(saved_age, kept_age) >= _MIN_SNAPSHOT_AGE
     # A snapshot passed over may hold the damage: it becomes the older one, which is overwritten next.
     distrusts = answer.rolls_back & ~newer_is_safe
     slots = slots._replace(
@@ -84,10 +81,10 @@ def _lowered_rates(roles: Roles, ts: TunerState, heard: Heard, answer: _Answer) 
     lowered = ts.health.lowered
     within = jnp.where(heard.is_blue, _BLUE_RETREAT_WITHIN, _RETREAT_WITHIN)
     repeated = ts.health.since_rollback < within
-    falls = answer.rolls_back & (repeated | (heard.verdict == DIVERGED)) & ~answer.is_at_once
+    falls = answer.rolls_back & (repeated | (heard.verdict == DIVERGED))
     shift = jnp.where(answer.accepts, lowered, jnp.where(falls, -_RETREAT_DECADES, 0.0))
-    begins = answer.rolls_back & ~answer.is_at_once
-    lowered = jnp.where(begins, jnp.where(falls, _RETREAT_DECADES, 0.0), jnp.where(answer.accepts, 0.0, lowered))
+    fell = jnp.where(falls, _RETREAT_DECADES, 0.0)
+    lowered = jnp.where(answer.rolls_back, fell, jnp.where(answer.accepts, 0.0, lowered))
     return jnp.where(shift != 0.0, roles.shifted(ts.incumbent, shift), ts.incumbent), lowered
 
 
@@ -101,11 +98,9 @@ def _statistics(ts: TunerState, heard: Heard, answer: _Answer) -> TunerState:
     )
     renews = answer.gives_up | answer.accepts
     monitor = select(renews, accepting, select(answer.rolls_back, fresh, monitor))
-    relapses = jnp.where(answer.is_at_once, health.relapses + 1, 0)
     health = health._replace(
         monitor=monitor,
         initial_loss=jnp.where(renews, jnp.fmax(health.initial_loss, heard.value), health.initial_loss),
-        relapses=jnp.where(answer.rolls_back, relapses, jnp.where(answer.accepts, 0, health.relapses)),
         known_level=jnp.where(renews, jnp.fmax(health.known_level, heard.value), health.known_level),
         bad_run=jnp.where(answer.rolls_back, 0, health.bad_run),
         # Counted up once for every step, whatever its phase.

@@ -90,7 +90,7 @@ class Health(NamedTuple):
       monitor: Running statistics of the loss.
       initial_loss: Mean of the first finite losses; NaN before there is one.
       best_level: Lowest running level of the loss so far.
-      held_level: Lowest one in ordinary training.
+      held_level: Lowest one in ordinary training, and at the end of forks whose state was kept.
       held_spread: The spread of the loss then.
       known_level: Highest level that was found to be the data's doing; minus infinity before one.
       scale: What losses are divided by: a power of two near the first one; 0 before it.
@@ -100,7 +100,6 @@ class Health(NamedTuple):
       has_failed: The running fork ended early because training became unhealthy.
       has_faulted: The running range test or fork ended on a non-finite loss that nothing led up to: the data's fault.
       retries: Times it began again for that reason.
-      relapses: Rollbacks in a row for a loss that was high on the restored snapshot itself.
       since_rollback: Steps since the last rollback.
     """
 
@@ -117,7 +116,6 @@ class Health(NamedTuple):
     has_failed: Bool[Array, ""]
     has_faulted: Bool[Array, ""]
     retries: Int[Array, ""]
-    relapses: Int[Array, ""]
     since_rollback: Int[Array, ""]
 
 
@@ -282,7 +280,6 @@ def no_health() -> Health:
         has_failed=no,
         has_faulted=no,
         retries=zero,
-        relapses=zero,
         since_rollback=jnp.full((), NEVER, jnp.int32),
     )
 

@@ -26,13 +26,13 @@ def ceiling(ts: TunerState) -> Float[Array, ""]:
 
 
 def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
-    """A loss above this has lost half of what training had gained, or more than the data was seen to cost."""
+    """A loss above this is no noise, has lost half of what training had gained, and is more than data was seen to cost."""
     health = ts.health
     reach = guard.sigmas / loss_monitor.MEAN_ABS_DEVIATION
     half_way = health.held_level + 0.5 * jnp.maximum(health.initial_loss - health.held_level, 0.0)
     known = health.known_level + reach * jnp.maximum(health.held_spread, health.monitor.spread)
-    limit = jnp.maximum(half_way + reach * health.held_spread, known)
-    return jnp.where(health.held_level < jnp.inf, limit, jnp.inf)
+    limit = jnp.maximum(jnp.maximum(half_way, health.held_level + reach * health.held_spread), known)
+    return jnp.where((ts.phase == TRAIN) & (health.held_level < jnp.inf), limit, jnp.inf)
 
 
 def _scaled(ts: TunerState, loss: Array) -> tuple[TunerState, Array]:

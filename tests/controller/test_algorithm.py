@@ -130,7 +130,7 @@ def test_the_runs_of_the_twin_reach_every_outcome():
         fell += int(ts.validation.has_fallen)
     assert outcomes == set(state.OUTCOMES)
     assert verdicts >= set(loss_monitor.MESSAGES) - {loss_monitor.STALLED}
-    assert cooled >= 5 and returned >= 5 and fell >= 3
+    assert cooled >= 5 and returned >= 5 and fell >= 2
 
 
 def test_values_never_leave_their_bounds():

@@ -232,7 +232,7 @@ class Algorithm:
         self.is_slow = np.array([role == "slow" for role in space.roles])
         self.decades = np.array([math.log10(p.hi / p.lo) if p.log else 4.0 for _, p in space.params], F)
         self.incumbent = self.trial = np.asarray(start, F)
-        self.step = self.data_step = self.discarded = self.rollbacks = self.retries = self.relapses = 0
+        self.step = self.data_step = self.discarded = self.rollbacks = self.retries = 0
         self.since_rollback = NEVER
         self.monitor, self.initial_loss, self.best_level = Monitor(), UNKNOWN, LARGE
         self.held_level, self.held_spread, self.known_level = LARGE, ZERO, -LARGE
@@ -370,12 +370,12 @@ class Algorithm:
             self.retreats += 1
 
     def _limit(self) -> Any:
-        if self.held_level == LARGE:
+        if self.phase != TRAIN or self.held_level == LARGE:
             return LARGE
         reach = F(self.guard.sigmas / math.sqrt(2 / math.pi))
         half_way = self.held_level + F(0.5) * max(self.initial_loss - self.held_level, ZERO)
         known = self.known_level + reach * max(self.held_spread, self.monitor.spread)
-        return max(half_way + reach * self.held_spread, known)
+        return max(half_way, self.held_level + reach * self.held_spread, known)
 
     def _hear_training(self, loss: Any, is_finite: bool, failed: bool) -> None:
         """Without a metric, the mean training loss between two readings is one."""
@@ -511,12 +511,12 @@ class Algorithm:
     def _unhealthy(self, loss: Any, verdict: int, is_blue: bool, said: Said) -> None:
         is_finite = verdict != loss_monitor.NON_FINITE
         at_once = (self.monitor.strikes if is_finite else self.bad_run) > self.since_rollback
-        if at_once and self.relapses > 0 and not is_finite:
+        if at_once and not is_finite:
             return
-        if at_once and self.relapses > 0:
-            # As high on the other snapshot, before any step from it: the data has changed.
+        if at_once:
+            # As high on a snapshot that good losses had been heard from: the data has changed.
             self._take_as_it_is(loss)
-            self.relapses, self.readings, self.metric_level = 0, Readings(), UNKNOWN
+            self.readings, self.metric_level = Readings(), UNKNOWN
             self.retreats = self.has_fallen = False
             self.incumbent, self.lowered = self._shifted(self.incumbent, self.lowered), 0.0
             said.outcome = names.OUTCOME_ACCEPTED
@@ -531,7 +531,7 @@ class Algorithm:
         age = self.step - 1
         saved_age, kept_age = age - self.saved.step, age - self.kept.step
         saved_is_newer = saved_age < kept_age
-        is_safe = min(saved_age, kept_age) >= rollback._MIN_SNAPSHOT_AGE and not at_once
+        is_safe = min(saved_age, kept_age) >= rollback._MIN_SNAPSHOT_AGE
         said.restore = saved_is_newer == is_safe
         said.adopt = not said.restore
         if not is_safe and saved_is_newer:
@@ -540,13 +540,11 @@ class Algorithm:
             self.kept.step = self.saved.step - 1
         within = rollback._BLUE_RETREAT_WITHIN if is_blue else rollback._RETREAT_WITHIN
         is_repeated = self.since_rollback < within
-        if not at_once:
-            is_to_blame = is_repeated or verdict == loss_monitor.DIVERGED
-            self.lowered = rollback._RETREAT_DECADES if is_to_blame else 0.0
-            self.incumbent = self._shifted(self.incumbent, -self.lowered)
+        is_to_blame = is_repeated or verdict == loss_monitor.DIVERGED
+        self.lowered = rollback._RETREAT_DECADES if is_to_blame else 0.0
+        self.incumbent = self._shifted(self.incumbent, -self.lowered)
         self.bad_run = 0
         self.monitor.strikes, self.monitor.short, self.monitor.peak = 0, self.monitor.level, ZERO
-        self.relapses = self.relapses + 1 if at_once else 0
         self.rollbacks += 1
         self.since_rollback = -1
         self.left = max(self.left, 1)
@@ -659,6 +657,8 @@ class Algorithm:
         if wins:
             self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
             self.winner, said.keep = last, True
+            if self.monitor.short < self.held_level:
+                self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
             self.kept = Copy(self.data_step, self.step)
         else:
             self.discarded += ran
