@@ -180,10 +180,9 @@ def _check_layouts(path: pathlib.Path, specs: Mapping[str, LeafSpec]) -> None:
         if compressor is None:
             continue
         most = limit * (4 if layout is None else layout[0].itemsize) + _SPARE_BYTES
-        for key in keys:
-            if key.startswith(f"{name}/") and not key.endswith("/.zarray"):
-                if decoded_limit(bytes(store.read(key).result().value)) > most:
-                    raise DamagedFileError(f"{spec.name} holds more than its shape")
+        values = [key for key in keys if key.startswith(f"{name}/") and not key.endswith("/.zarray")]
+        if any(decoded_limit(bytes(store.read(key).result().value)) > most for key in values):
+            raise DamagedFileError(f"{spec.name} holds more than its shape")
 
 
 def _read_arrays(path: pathlib.Path, specs: Mapping[str, LeafSpec]) -> dict[str, np.ndarray]:

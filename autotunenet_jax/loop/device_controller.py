@@ -1,15 +1,24 @@
 """The controller's state on the device, beside the training state, where steps run ahead of the host."""
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from ..checkpoint.memory_copies import copy_tree
 from ..compiler.blas_threads import one_blas_thread
-from ..controller import AutoTuneNet, decide_jit, hyperparams_jit, observe_eval_jit
+from ..controller import AutoTuneNet, decide_jit, hyperparams_jit
+from ..controller.core import Core
 from ..controller.state import TunerState
+from ..session.measured import kept_at_once
 from ..session.session import Decision
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe_jit(core: Core, ts: TunerState, metric: Array) -> tuple[TunerState, Array]:
+    return kept_at_once(core.observe_eval(ts, metric))
 
 
 class DeviceController:
@@ -54,14 +63,26 @@ class DeviceController:
         # Steps may still be under way, and use the threads that a decision has no use for.
         jax.block_until_ready(self.state)
         with one_blas_thread():
-            self.state, directive, report = decide_jit(core, self.state)
-            read: Any = (directive, report, self.state.incumbent, self.state.plan.kind, self.state.discarded)
+            # A copy: the decision may have to be undone.
+            state, directive, report = decide_jit(core, copy_tree(self.state))
+            read: Any = (directive, report, state.incumbent, state.plan.kind, state.discarded)
             directive, report, incumbent, kinds, discarded = jax.device_get(read)
-        self.synchronise()
         chosen = core.space.decode(incumbent)
+        self._change(state)
         return Decision(directive, report, chosen, int(kinds[int(report.index)]), int(discarded))
 
-    def observe_eval(self, metric: float) -> None:
-        """Takes a validation metric in, in the direction of the tuner's mode."""
+    def observe_eval(self, metric: float) -> bool:
+        """Takes a validation metric in, in the direction of the tuner's mode; whether to keep the measured state."""
         sign = -1.0 if self.tuner.mode == "max" else 1.0
-        self.state = observe_eval_jit(self.tuner.core, self.state, np.float32(sign * metric))
+        state, keeps = _observe_jit(self.tuner.core, self.state, np.float32(sign * metric))
+        keeps = bool(keeps)
+        self._change(state)
+        return keeps
+
+    def undo(self) -> None:
+        """Takes the last decision or metric back."""
+        self.replace(self._before)
+
+    def _change(self, state: TunerState) -> None:
+        self._before, self.state = self.state, state
+        self.synchronise()

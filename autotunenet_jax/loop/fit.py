@@ -1,20 +1,22 @@
 """The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
+import contextlib
 import dataclasses
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
+from ..checkpoint.errors import SnapshotMismatchError
 from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet, hyperparams_jit
 from ..controller.state import TRAIN, TunerState
 from ..history.history import History
 from ..session.batches import BatchSource, EndOfDataError
+from ..session.notices import LOGGER, NO_METRIC, Notice, announce_compilation, warn
 from ..session.recorder import Recorder
 from ..session.signals import Stop
 from .checks import check_eval_step, check_train_step
@@ -152,36 +154,70 @@ def fit(
         check_eval_step(eval_step, state)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
 
-    if eval_step is None:
-        _warn_of_slow(tuner)
     opened: Snapshots | None = None
     if snapshots is not None and not isinstance(snapshots, Snapshots):
         opened = snapshots = Snapshots(snapshots, mode=tuner.mode, space=tuner.space)
     store = snapshots
-    shown = Progress(total, is_on=progress)
-    recorder = Recorder(History(tuner.space.names), tuner.space, shown, callbacks)
-    is_interrupted = False
+    shown, stop = Progress(total, is_on=progress), Stop()
+    recorder = Recorder(History(tuner.space.names), tuner.space, shown, [stop.exposing(call) for call in callbacks])
+    announce_compilation(tuner.core)
+    is_out_of_data = False
     try:
-        with Stop() as stop:
-            run = Run(train_step, state, source, tuner, eval_step=eval_step, key=key, recorder=recorder)
+        with stop, stop.shielded():
+            run = Run(train_step, state, source, tuner, eval_step=eval_step, key=key, recorder=recorder, stop=stop)
             if store is not None and resume and store.latest() is not None:
-                _, tree = store.restore(run.snapshot())
-                run.resume(tree)
+                run.resume(_restored(run, store))
+            if eval_step is None:
+                run.notices.tell(run.controller.step, _of_slow(tuner))
             try:
                 _train(run, total, interval, stop, shown, store)
             except EndOfDataError:
-                is_interrupted = True
-                recorder.note(run.controller.step, "data", "The batches ran out before the budget did.")
+                is_out_of_data = True
             finally:
                 # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
                 if store is not None and run.is_alive():
-                    _save(run, store, wait=True)
+                    _save_last(run, store, stop)
     finally:
         shown.close()
         if opened is not None:
             opened.close()
-    run.end()
-    return _result(run, is_interrupted=is_interrupted or stop.is_requested)
+    _say_why(run, total, stop, is_out_of_data=is_out_of_data)
+    is_interrupted = is_out_of_data or stop.is_requested
+    run.end(is_whole=not is_interrupted)
+    return _result(run, is_interrupted=is_interrupted)
+
+
+def _restored(run: Run, store: Snapshots) -> Any:
+    """The tree of the latest good snapshot.
+
+    Raises:
+      SnapshotMismatchError: It is of another model, or of a run with another idea of validation.
+    """
+    like = run.snapshot()
+    try:
+        return store.restore(like)[1]
+    except SnapshotMismatchError:
+        has_eval = run.host.eval_step is not None
+        with contextlib.suppress(SnapshotMismatchError, OSError):
+            store.restore({**like, "best": None if has_eval else run.host.state})
+            raise SnapshotMismatchError(
+                f"the snapshots in {store.folder} are of a run {'without' if has_eval else 'with'} eval_step, and this "
+                f"one has {'one' if has_eval else 'none'}. Call fit as it was called when they were saved."
+            ) from None
+        raise
+
+
+def _say_why(run: Run, total: int, stop: Stop, *, is_out_of_data: bool) -> None:
+    """Says that a run ended early, and why, whether or not there is a progress line."""
+    step, message = run.controller.step, ""
+    if is_out_of_data:
+        message = "The batches ran out before the budget did."
+        run.recorder.note(step, "data", message)
+    elif stop.is_requested and step < total:
+        message = f"Stopped by {stop.name}: the run ends early, after {step} of {total} steps."
+        run.recorder.note(step, "stop", message)
+    if message:
+        LOGGER.warning(message)
 
 
 def _result(run: Run, *, is_interrupted: bool) -> FitResult:
@@ -199,14 +235,14 @@ def _result(run: Run, *, is_interrupted: bool) -> FitResult:
     )
 
 
-def _warn_of_slow(tuner: AutoTuneNet) -> None:
+def _of_slow(tuner: AutoTuneNet) -> list[Notice]:
+    """That slow hyperparameters stay put, told before training rather than when no metric has come."""
     slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
-    if slow:
-        warnings.warn(
-            f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the values in force "
-            "stay as they start. Pass eval_step, or leave them out of the search space.",
-            stacklevel=3,
-        )
+    message = (
+        f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the values in force "
+        "stay as they start. Pass eval_step, or leave them out of the search space."
+    )
+    return [Notice(NO_METRIC, message)] if slow else []
 
 
 def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, store: Snapshots | None) -> None:
@@ -221,19 +257,39 @@ def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, sto
             run.recorder.show(run.controller.step)
 
     controller, session = run.controller, run.session
-    if controller.step == 0:
-        session.evaluate()
-    while controller.step < total and not stop.is_requested:
+    began_at = controller.step
+    while True:
+        # First, so that a run resumed from anywhere does what had still to be done there.
+        run.complete()
+        is_regular = controller.phase == TRAIN and controller.step % interval == 0
+        if controller.step == 0 or (is_regular and controller.step < total):
+            session.evaluate()
+        run.tell()
+        if store is not None and controller.step > began_at and store.is_due():
+            _save(run, store)
+        if controller.step >= total or stop.is_requested:
+            return
         until_eval = interval - controller.step % interval if controller.phase == TRAIN else total
         run.train_stretch(min(until_eval, total - controller.step, _STEPS_PER_STRETCH), stop, on_step=show)
-        if controller.phase == TRAIN and controller.step % interval == 0 and controller.step < total:
-            session.evaluate()
-        if store is not None and store.is_due():
-            _save(run, store)
 
 
-def _save(run: Run, store: Snapshots, *, wait: bool = False) -> None:
-    store.save(run.controller.step, run.snapshot(), metric=run.session.last_eval, wait=wait)
+def _save(run: Run, store: Snapshots) -> None:
+    session, step = run.session, run.controller.step
+    # A metric, or a good name, of another state would be worse than none.
+    metric = session.last_eval if session.settled_at == step else None
+    health = run.controller.state.health
+    is_calm = int(health.monitor.strikes) == 0 and int(health.bad_run) == 0
+    store.save(step, run.snapshot(), metric=metric, status="healthy" if is_calm else "unusual")
+
+
+def _save_last(run: Run, store: Snapshots, stop: Stop) -> None:
+    """Saves a run that ends here, for whatever reason; a failure is told, and hides no other."""
+    try:
+        _save(run, store)
+    except Exception as error:
+        warn(f"The last state could not be saved in {store.folder}: {type(error).__name__}: {error}")
+    with stop.exposed():
+        store.wait()
 
 
 class _Reads(dict):

@@ -15,6 +15,7 @@ from ..controller.core import Core
 from ..controller.state import TRAIN, TunerState
 from ..session.batches import BatchSource
 from ..session.host import Host
+from ..session.notices import Notices, notices
 from ..session.recorder import Recorder
 from ..session.session import Session
 from ..session.signals import Stop
@@ -71,10 +72,10 @@ class JaxHost(Host):
       hyperparams: In force for the next step, on the device.
     """
 
-    def __init__(self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None):
+    def __init__(self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None, stop: Stop):
         # Leaves become JAX arrays, and nothing is shared with the caller's.
         self.state = copy_tree(jax.tree.map(jnp.asarray, state))
-        self.source, self.eval_step = source, eval_step
+        self.source, self.eval_step, self._stop = source, eval_step, stop
         self.hyperparams: Mapping[str, Any] = {}
 
     def copy(self) -> Any:
@@ -91,7 +92,15 @@ class JaxHost(Host):
 
     def evaluate(self) -> float | None:
         """The metric of ``eval_step``."""
-        return None if self.eval_step is None else float(_eval_jit(self.eval_step, self.state))
+        if self.eval_step is None:
+            return None
+        with self._stop.exposed():
+            return float(_eval_jit(self.eval_step, self.state))
+
+    def batch(self, position: int) -> Any:
+        """The batch at a position; the user's code."""
+        with self._stop.exposed():
+            return self.source.get(position, self.hyperparams)
 
     def count_non_finite(self, copy: Any = None) -> int:
         """Over all real and complex arrays."""
@@ -100,6 +109,12 @@ class JaxHost(Host):
     def keep_best(self) -> HostCopy:
         """A copy in host memory."""
         return copy_tree_to_host(self.state)
+
+    def restore_best(self, best: HostCopy | None) -> bool:
+        """Back to the device."""
+        if best is not None:
+            self.state = best.to_device()
+        return best is not None
 
     def begin_round(self, position: int) -> None:
         """Batches are remembered."""
@@ -123,11 +138,13 @@ class Run:
         eval_step: Callable[..., Any] | None,
         key: PRNGKeyArray,
         recorder: Recorder,
+        stop: Stop,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
-        self.host = JaxHost(state, source, eval_step)
+        self.host = JaxHost(state, source, eval_step, stop)
         self.controller = DeviceController(tuner, key=key)
         self.session = Session(self.host, self.controller, recorder)
+        self.notices, self._noticed = Notices(recorder), (0, 0)
 
     @property
     def copies(self) -> Copies:
@@ -169,43 +186,52 @@ class Run:
 
     # Training.
 
-    def train_one(self) -> tuple[Array, Array]:
-        """Dispatches one step; waits for nothing. Returns whether a decision is due and an evaluation wanted."""
-        host, controller = self.host, self.controller
-        in_force = host.hyperparams
-        batch = self.source.get(controller.data_step, in_force)
+    def train_one(self) -> None:
+        """Dispatches one step; waits for nothing but, where the tuner may decide, for what it asks for."""
+        host, controller, session = self.host, self.controller, self.session
+        batch, in_force = host.batch(controller.data_step), host.hyperparams
         self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
             controller.tuner.core, self.train_step, self.copies, controller.state, in_force, batch
         )
         controller.step += 1
         controller.data_step += 1
+        controller.segment_left -= 1
         self.recorder.log({**log, "hyperparams": in_force}, controller.phase)
-        return due, wants_eval
+        if controller.segment_left <= 1 or controller.phase != TRAIN:
+            session.wants_eval, session.is_due = bool(wants_eval), bool(due)
+            # A rollback, or the end of all rounds, has moved the next decision.
+            controller.segment_left = int(controller.state.segment_left)
+
+    def complete(self) -> bool:
+        """Does what the last step asked for, or the one that a resumed run had come to; returns whether it decided."""
+        is_decided = self.session.complete() is not None
+        if is_decided:
+            self.session.write()
+        return is_decided
 
     def train_stretch(self, steps: int, stop: Stop, *, on_step: Callable[[], None]) -> None:
-        """Trains until ``steps`` steps are done or a decision has been taken; syncs only where the tuner may decide."""
-        controller = self.controller
+        """Trains until ``steps`` steps are done, a decision has been taken, or somebody asks to stop."""
         for _ in range(steps):
-            due, wants_eval = self.train_one()
-            controller.segment_left -= 1
-            if controller.segment_left <= 1 or controller.phase != TRAIN:
-                if bool(wants_eval):
-                    self.session.evaluate()
-                if bool(due):
-                    self.session.decide()
-                    self.session.write()
-                    on_step()
-                    return
-                # A rollback, or the end of all rounds, has moved the next decision.
-                controller.segment_left = int(controller.state.segment_left)
+            self.train_one()
+            is_decided = self.complete()
             on_step()
-            if stop.is_requested:
+            if is_decided or stop.is_requested:
                 return
 
-    def end(self) -> None:
-        """Brings the run to its end: in a usable state, measured, and in the best one where that metric asks for it."""
+    def tell(self, *, is_over: bool = False) -> None:
+        """Tells the user what there is to be told, where something has been decided or measured since."""
+        history = self.recorder.history
+        noticed = (len(history.rounds), len(history.evals))
+        if is_over or noticed != self._noticed:
+            self._noticed = noticed
+            found = notices(self.controller.tuner, self.controller.state, rounds=history.rounds, is_over=is_over)
+            self.notices.tell(self.controller.step, found)
+
+    def end(self, *, is_whole: bool) -> None:
+        """Brings the run to its end: in a usable state, measured, and a whole one in the best state that it had."""
         session = self.session
         session.settle()
         session.evaluate()
-        if self.host.eval_step is not None and session.end_at_best():
+        if self.host.eval_step is not None and is_whole and session.end_at_best():
             session.last_eval = self.host.evaluate()
+        self.tell(is_over=True)

@@ -43,6 +43,10 @@ class Host(abc.ABC):
         """What is to be remembered of the present state, the best so far by its metric."""
         return None
 
+    def restore_best(self, best: Any) -> bool:
+        """Puts back what `keep_best` gave, at the end of a run; False where that is not a whole state."""
+        return False
+
     def begin_round(self, position: int) -> None:
         """A round begins: the data from this position on, in training steps, will be asked for again."""
         return

@@ -33,6 +33,9 @@ _AT_BOUND_DECADES = 0.05
 # Share of the budget after which a metric that has not come yet is missed.
 _MISSED_SHARE = 0.3
 
+NO_METRIC = "no metric"
+"""Kind of the notice that slow hyperparameters stay put for want of a metric."""
+
 _PACKAGES = ("autotunenet_jax", "autotunenet_torch", "autotunenet_flax")
 
 
@@ -106,7 +109,7 @@ def _bad_steps(bad: int, step: int) -> list[Notice]:
     if bad < _BAD_STEPS or (bad < _BAD_SHARE * step and bad < 10 * _BAD_STEPS):
         return []
     message = (
-        f"{bad} of {step} steps ({100 * bad / step:.2g} %) were skipped, since their loss, gradients or state were not "
+        f"{bad} of {step} steps ({100 * bad / step:.3g} %) were skipped, since their loss, gradients or state were not "
         "finite. They move no hyperparameter, but cost what they are of the budget. Look for empty or corrupt batches, "
         "logarithms of zero, or overflow in half precision."
     )
@@ -133,7 +136,7 @@ def _no_metric(tuner: AutoTuneNet, ts: TunerState) -> list[Notice]:
     found = []
     if slow:
         message = f"{', '.join(slow)} stay as they start: only a validation metric shows what they do, and none came. "
-        found.append(Notice("no metric", f"{message}{how}, or leave them out of the search space."))
+        found.append(Notice(NO_METRIC, f"{message}{how}, or leave them out of the search space."))
     if tuner.mode == "max":
         message = 'mode="max" is about a validation metric, and none came; the training loss is minimised. '
         found.append(Notice("nothing to maximise", f"{message}{how}, or leave mode out."))

@@ -18,6 +18,7 @@ from ..compiler.blas_threads import one_blas_thread
 from ..controller import AutoTuneNet
 from ..controller.state import Directive, TunerState
 from ..space.search_space import Choice, Float, Int
+from .measured import kept_at_once
 from .session import Decision, Tick
 
 _DIRECTIVE_FIELDS = len(Directive._fields)
@@ -78,11 +79,13 @@ class _Programs:
             return pack(ts), said, (held, core.space.decode(ts.incumbent), ts.plan.kind[held.index], ts.discarded)
 
         def observe(halves: _Halves, metric: Any) -> Any:
-            return begin(core.observe_eval(unpack(*halves), metric))
+            ts, keeps = kept_at_once(core.observe_eval(unpack(*halves), metric))
+            return pack(ts), _spoken(core, _nothing(ts)._replace(keep=keeps), False, ts, ts.slots)
 
         self.begin, self.unpack = jax.jit(begin), jax.jit(unpack)
         self.tick = jax.jit(tick, donate_argnums=0)
-        self.decide, self.observe = jax.jit(decide, donate_argnums=0), jax.jit(observe, donate_argnums=0)
+        # Not donated: they may have to be undone.
+        self.decide, self.observe = jax.jit(decide), jax.jit(observe)
 
 
 def _zeros(leaf: Any) -> jax.Array:
@@ -171,19 +174,29 @@ class PackedController:
     def decide(self) -> Decision:
         """Takes the decision that `tick` called due."""
         with one_blas_thread():
-            (self._live, self._idle), said, report = self._programs.decide(_Halves(self._live, self._idle))
+            halves, said, report = self._programs.decide(_Halves(self._live, self._idle))
             held, chosen, kind, discarded = jax.device_get(report)
-        return Decision(self._read(said).directive, held, chosen, int(kind), int(discarded))
+        return Decision(self._replace(halves, said).directive, held, chosen, int(kind), int(discarded))
 
-    def observe_eval(self, metric: float) -> None:
-        """Takes a validation metric in, in the direction of the tuner's mode."""
+    def observe_eval(self, metric: float) -> bool:
+        """Takes a validation metric in, in the direction of the tuner's mode; whether to keep the measured state."""
         sign = -1.0 if self.tuner.mode == "max" else 1.0
-        halves = _Halves(self._live, self._idle)
-        (self._live, self._idle), said = self._programs.observe(halves, np.float32(sign * metric))
-        self._read(said)
+        halves, said = self._programs.observe(_Halves(self._live, self._idle), np.float32(sign * metric))
+        return bool(self._replace(halves, said).directive.keep)
+
+    def undo(self) -> None:
+        """Takes the last decision or metric back."""
+        (self._live, self._idle), words = self._before
+        self._read(words)
+
+    def _replace(self, halves: _Halves, said: Any) -> Tick:
+        before = _Halves(self._live, self._idle), self._words
+        tick = self._read(said)
+        (self._live, self._idle), self._before = halves, before
+        return tick
 
     def _read(self, said: Any) -> Tick:
-        words = np.asarray(said)
+        words = self._words = np.asarray(said)
         count = len(self._readers)
         self._values = words[:count].view(np.float32).tolist()
         numbers = words[count:].tolist()

@@ -1,11 +1,13 @@
 """One run on the host: what the controller asks for is carried out, and the books are kept."""
 
-import math
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from ..controller import AutoTuneNet
 from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round, TunerState
 from .host import Host
+from .measured import is_better
 from .recorder import Recorder
 
 
@@ -68,8 +70,16 @@ class Controller(Protocol):
         """Takes the decision that is due."""
         ...
 
-    def observe_eval(self, metric: float) -> None:
-        """Takes a validation metric in, in the direction of the tuner's mode."""
+    def observe_eval(self, metric: float) -> bool:
+        """Takes a validation metric in, in the direction of the tuner's mode.
+
+        Returns:
+          Whether the state that was measured is to be copied over the kept one, now.
+        """
+        ...
+
+    def undo(self) -> None:
+        """Takes the last decision or metric back, as if it had never been asked for."""
         ...
 
 
@@ -104,17 +114,20 @@ class Session:
       saved: The copy that a round or a rollback goes back to.
       kept: The copy of the best fork, or of the best metric.
       wants_eval: Whether the metric of the present state is asked for.
+      is_due: Whether a decision is due; with `wants_eval`, what `complete` has left to do.
       evaluated_at: Budget step of the latest metric; -1 before one.
       last_eval: Latest metric outside rounds; None before one.
+      settled_at: Its budget step; -1 before one.
       best: What the host keeps of the state with the best metric outside rounds.
       best_eval: Its metric; None before a finite one.
+      best_at: Its budget step; -1 before one.
       is_settled: Whether the run has been brought to its end.
     """
 
     def __init__(self, host: Host, controller: Any, recorder: Recorder):
         self.host, self.controller, self.recorder = host, controller, recorder
-        self.wants_eval, self.is_settled = True, False
-        self.evaluated_at = -1
+        self.wants_eval, self.is_due, self.is_settled = True, False, False
+        self.evaluated_at = self.settled_at = self.best_at = -1
         self.last_eval: float | None = None
         self.best: Any = None
         self.best_eval: float | None = None
@@ -137,13 +150,11 @@ class Session:
         controller, before = self.controller, self.controller.phase
         tick = controller.tick(loss)
         self._log(loss if recorded is None else recorded, before, tick)
-        directive, decision = tick.directive, None
-        self.wants_eval = bool(directive.evaluate)
+        directive = tick.directive
+        self.wants_eval, self.is_due = bool(directive.evaluate), bool(tick.is_due)
         self._obey(directive, rewinds=False)
-        if self.wants_eval and self.evaluate():
-            self.write()
-        if tick.is_due:
-            decision = self.decide()
+        decision = self.complete()
+        if decision is not None:
             directive = decision.directive._replace(verdict=directive.verdict)
         if controller.step == controller.tuner.total_steps and not self.is_settled:
             self.settle()
@@ -151,15 +162,28 @@ class Session:
             self.write()
         return Report(directive, decision, before, controller.phase)
 
+    def complete(self) -> Decision | None:
+        """Does what the last loss asked for: measures, then decides; `write` is to follow.
+
+        After an error in either, or in a run that is resumed from then, it does what is left of it.
+        """
+        if self.wants_eval:
+            self.evaluate()
+        return self.decide() if self.is_due else None
+
     def decide(self) -> Decision:
-        """Lets the controller decide, and carries its directive out; `write` is to follow."""
+        """Lets the controller decide, and carries its directive out; `write` is to follow.
+
+        State, books and controller change together, or, after an error, not at all.
+        """
         controller, before, position = self.controller, self.controller.phase, self.controller.data_step
         self.recorder.flush()
         decision = controller.decide()
         directive, after = decision.directive, controller.phase
+        with self._or_undone():
+            self._obey(directive, rewinds=int(directive.data_step) != position)
         # A metric that was not reported by now is of no use to the next stretch.
-        self.wants_eval = bool(directive.evaluate)
-        self._obey(directive, rewinds=int(directive.data_step) != position)
+        self.wants_eval, self.is_due = bool(directive.evaluate), False
         if before == TRAIN and after != TRAIN:
             self.host.begin_round(controller.data_step)
         elif before != TRAIN and after == TRAIN:
@@ -169,18 +193,27 @@ class Session:
         self.recorder.decided(controller.step, before, after, directive, decision.round, decision.kind, decision.chosen)
         return decision
 
+    @contextlib.contextmanager
+    def _or_undone(self) -> Iterator[None]:
+        """Takes back what the controller has just done where the host cannot follow it."""
+        try:
+            yield
+        except BaseException:
+            self.controller.undo()
+            raise
+
     def write(self) -> None:
         """Puts in force what the controller has for the next step."""
         self._values = self.controller.hyperparams()
         self.host.write(self._values)
 
     def _obey(self, directive: Directive, *, rewinds: bool) -> None:
-        if directive.save:
-            self.saved = self.host.copy()
-        if directive.keep:
-            self.kept = self.host.copy()
+        # All that may fail comes before all that changes.
+        saved = self.host.copy() if directive.save else self.saved
+        kept = self.host.copy() if directive.keep else self.kept
         if directive.restore or directive.adopt:
-            self.host.restore(self.kept if directive.adopt else self.saved, rewinds=rewinds)
+            self.host.restore(kept if directive.adopt else saved, rewinds=rewinds)
+        self.saved, self.kept = saved, kept
 
     def _log(self, loss: float, phase: int, tick: Tick) -> None:
         directive, rewound = tick.directive, -1
@@ -211,18 +244,26 @@ class Session:
 
     def observe(self, metric: float) -> None:
         """Takes in a validation metric of the present state, in the tuner's direction."""
-        controller = self.controller
-        is_settled = controller.phase == TRAIN or controller.step == 0 or self.is_settled
+        controller, step = self.controller, self.controller.step
+        is_settled = controller.phase == TRAIN or step == 0 or self.is_settled
+        is_best = is_settled and is_better(metric, self.best_eval, controller.tuner.mode)
+        best = self.host.keep_best() if is_best else self.best
         # One state has one metric.
-        if self.evaluated_at != controller.step:
-            controller.observe_eval(metric)
-            self.evaluated_at = controller.step
+        if self.evaluated_at != step:
+            keeps = controller.observe_eval(metric)
+            with self._or_undone():
+                self.kept = self.host.copy() if keeps else self.kept
+            self.evaluated_at = step
             self._note_retreat()
+            # It may have moved the rates.
+            if not self.is_settled:
+                self.write()
         self.wants_eval = False
-        self.recorder.add_eval(controller.step, metric, is_settled=is_settled)
+        self.recorder.add_eval(step, metric, is_settled=is_settled)
         if is_settled:
-            self.last_eval = metric
-            self._keep_best(metric)
+            self.last_eval, self.settled_at, self.best = metric, step, best
+        if is_best:
+            self.best_eval, self.best_at = metric, step
 
     def _note_retreat(self) -> None:
         retreats = int(self.controller.state.validation.retreats)
@@ -231,13 +272,6 @@ class Session:
             what = "the run ends in" if self.is_settled else "training goes on, at a lower rate, from"
             message = f"The validation metric did not improve: {what} the best state."
             self.recorder.note(self.controller.step, "retreat", message)
-            if not self.is_settled:
-                self.write()
-
-    def _keep_best(self, metric: float) -> None:
-        sign = -1.0 if self.controller.tuner.mode == "max" else 1.0
-        if math.isfinite(metric) and (self.best_eval is None or sign * metric < sign * self.best_eval):
-            self.best, self.best_eval = self.host.keep_best(), metric
 
     # The end.
 
@@ -272,12 +306,18 @@ class Session:
         host.finish()
 
     def end_at_best(self) -> bool:
-        """Goes back to the best state where the last metric of a run asks for it; returns whether it did."""
-        seen = self.controller.state.validation
-        goes_back = self.controller.phase == TRAIN and bool(seen.returns & seen.is_kept)
-        if goes_back:
+        """Goes back to the best state where the last metric of a run is not the best; returns whether it did."""
+        controller, seen = self.controller, self.controller.state.validation
+        step, is_last_best = -1, not is_better(self.best_eval, self.last_eval, controller.tuner.mode)
+        if controller.phase == TRAIN and bool(seen.returns & seen.is_kept):
+            step = int(controller.state.slots.kept_step)
             self.host.restore(self.kept, rewinds=False)
-        return goes_back
+        elif not is_last_best and self.host.restore_best(self.best):
+            step = self.best_at
+            self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
+        if 0 <= step < controller.step:
+            self.recorder.history.discard(step, controller.step)
+        return step >= 0
 
     # Across processes.
 
@@ -285,7 +325,8 @@ class Session:
         """What the host side knows besides the copies and the controller's state, as plain data."""
         self.recorder.flush()
         evals = [self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval]
-        return {"recorder": self.recorder.to_dict(), "evals": evals}
+        more = {"is_due": self.is_due, "settled_at": self.settled_at, "best_at": self.best_at}
+        return {"recorder": self.recorder.to_dict(), "evals": evals, **more}
 
     def load(self, books: dict[str, Any]) -> None:
         """Goes on from what `books` gave; the controller has its state back already."""
@@ -293,5 +334,7 @@ class Session:
         self.recorder.load(books["recorder"])
         self.recorder.discarded = int(controller.state.discarded)
         self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval = books["evals"]
+        self.is_due = books.get("is_due", False)
+        self.settled_at, self.best_at = books.get("settled_at", -1), books.get("best_at", -1)
         self.is_settled = controller.step == controller.tuner.total_steps
         self._retreats = int(controller.state.validation.retreats)

@@ -98,7 +98,8 @@ def test_a_fault_in_the_last_steps(clean, fault):
 
 
 def test_a_run_that_only_ever_sees_nan_gives_its_first_state_back():
-    result = fit(batches=lambda step, hp: batches_with({step: "nan_batch"})(step, hp))
+    with pytest.warns(UserWarning, match=r"of \d+ steps \(100 %\) were skipped"):
+        result = fit(batches=lambda step, hp: batches_with({step: "nan_batch"})(step, hp))
     assert problem.same(result.state["params"], problem.new_state()["params"])
     assert all(0 <= row["learning_rate"] <= 1 for row in result.history.records)
 
