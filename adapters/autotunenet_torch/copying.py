@@ -25,7 +25,7 @@ def takes(live: Any, saved: torch.Tensor) -> bool:
     """Whether a live tensor can be written into: of the same kind, and with memory of its own for every number."""
     if not (isinstance(live, torch.Tensor) and live.shape == saved.shape and live.dtype == saved.dtype):
         return False
-    if live.is_meta or live.layout != torch.strided or live.is_inference():
+    if live.is_meta or live.is_inference() or not live.layout == saved.layout == torch.strided:
         return False
     return not any(size > 1 and stride == 0 for size, stride in zip(live.shape, live.stride(), strict=True))
 

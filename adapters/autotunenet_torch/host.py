@@ -62,14 +62,18 @@ class TorchHost(Host):
         tuned = {i for target in targets.values() if isinstance(target, RateTarget) for i in target.indices}
         self.warm_up = WarmUp(state.optimizer, state.schedulers, tuned, steps=steps)
 
-    def starts(self, given: Mapping[str, Any], space: Any) -> dict[str, Any]:
-        """Where the training stands, for every hyperparameter with a readable value in its range; given ones first."""
-        starts = dict(given)
+    def starts(self, given: Mapping[str, Any], space: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Where the training stands, by name, given values first: what lies in its range, and what lies outside."""
+        starts, outside = dict(given), {}
         for name, target in self.targets.items():
             value = target.read()
-            if name not in starts and value is not None and space[name].contains(value):
-                starts[name] = value
-        return starts
+            if name not in starts and value is not None:
+                (starts if space[name].contains(value) else outside)[name] = value
+        return starts, outside
+
+    def overwritten(self) -> list[str]:
+        """Hyperparameters that are not what was last written."""
+        return [n for n, target in self.targets.items() if isinstance(target, GroupTarget) and target.is_overwritten()]
 
     def shaped(self) -> dict[str, Any]:
         """What is in force, rates as the schedulers have made them."""

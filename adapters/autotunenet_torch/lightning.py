@@ -1,20 +1,32 @@
 """AutoTuneNet inside Lightning's Trainer."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from autotunenet_jax.hosting import TRAIN
 
 from .tuner import AutoTuneNet
+
+_MONITOR = "val_loss"
+_LOGGER = logging.getLogger("lightning.pytorch.autotunenet")
+# Where callbacks look at metrics.
+_LOOKS = ("on_validation_end", "on_train_epoch_end", "on_train_batch_end")
 
 
 class AutoTuneCallback(pl.Callback):
     """Tunes while Lightning trains.
 
-    Forks see fresh batches, since Lightning owns the loop. Its checkpoints hold the tuner's state, and a resumed
-    training goes on from it.
+    Forks see fresh batches, since Lightning owns the loop. Where there is validation data, Lightning also validates
+    each time the tuner wants to compare forks by it. Callbacks that monitor a metric, such as ``EarlyStopping`` and
+    ``ModelCheckpoint``, see the regular validations of the training that lives on alone, never those of forks.
+    Checkpoints hold the tuner's state, and a resumed training goes on from it.
 
     Example:
         >>> tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)})
@@ -22,21 +34,23 @@ class AutoTuneCallback(pl.Callback):
 
     Args:
       tuner: What may be tuned.
-      monitor: Name of the logged validation metric that is reported at the end of each validation; only recorded where
-        ``validate`` gives the metric to decide by.
-      validate: ``module -> metric`` of the present state, called when the tuner wants to compare forks by it. Without
-        it forks are compared by their training losses, and slow hyperparameters stay put.
+      monitor: Name of the logged validation metric that is reported at the end of each validation, by default
+        ``val_loss`` where it is logged; only recorded where ``validate`` gives the metric to decide by.
+      validate: ``module -> metric`` of the present state, called when the tuner wants to compare forks by it, in place
+        of a validation by Lightning.
       total_steps: Optimizer steps of the run; by default what Lightning expects.
 
     Raises:
-      ValueError: When training starts: more than one optimizer, or something the tuner refuses.
+      ValueError: When training starts: more than one optimizer, a checkpoint that holds no tuner's state, or something
+        the tuner refuses. Then: ``training_step`` returns no loss where optimisation is manual, or ``monitor`` is not
+        among the metrics.
     """
 
     def __init__(
         self,
         tuner: AutoTuneNet,
         *,
-        monitor: str = "val_loss",
+        monitor: str | None = None,
         validate: Callable[[pl.LightningModule], Any] | None = None,
         total_steps: int | None = None,
     ):
@@ -46,6 +60,8 @@ class AutoTuneCallback(pl.Callback):
         self._losses: list[torch.Tensor] = []
         self._steps = 0
         self._is_attached = False
+        self._asked: Any = None
+        self._is_regular = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attaches, after Lightning has put a checkpoint back if there is one."""
@@ -54,9 +70,18 @@ class AutoTuneCallback(pl.Callback):
                 f"AutoTuneCallback tunes one optimizer; configure_optimizers gave {len(trainer.optimizers)}. "
                 "Put the parameters into groups of one optimizer, and tune 'group_name/learning_rate'."
             )
+        self._steps = trainer.global_step
+        if self._steps and self._pending is None and trainer.ckpt_path is not None:
+            raise ValueError(
+                f"{trainer.ckpt_path} holds no state of AutoTuneCallback, so the tuner cannot go on from step "
+                f"{self._steps}. Resume from a checkpoint that was saved with the callback, or load the weights alone."
+            )
         expected = trainer.estimated_stepping_batches
-        total = self._total_steps or (int(expected) if math.isfinite(expected) else None)
+        # A second fit goes on counting, and the tuner plans what is left.
+        done = 0 if self._pending is not None else self._steps
+        total = self._total_steps or (int(expected) - done if math.isfinite(expected) else None)
         validate = self._validate
+        self.tuner._through = rank_zero_only(_LOGGER.warning)
         self.tuner.attach(
             pl_module,
             trainer.optimizers[0],
@@ -65,32 +90,88 @@ class AutoTuneCallback(pl.Callback):
             total_steps=total,
             validate=None if validate is None else lambda: validate(pl_module),
         )
-        self._is_attached = True
-        self._steps = trainer.global_step
+        self._is_attached, self._asked, self._is_regular = True, None, True
+        self._losses.clear()
+        self._shield(trainer)
         if self._pending is not None:
             self.tuner.load_state_dict(self._pending)
             self._pending = None
+
+    def _shield(self, trainer: pl.Trainer) -> None:
+        """Lets callbacks that monitor a metric see regular validations alone."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback is self or getattr(callback, "monitor", None) is None:
+                continue
+            for name in _LOOKS:
+                look = getattr(callback, name)
+
+                @functools.wraps(look)
+                def seen(*args: Any, _look: Any = look, **kwargs: Any) -> Any:
+                    return _look(*args, **kwargs) if self._is_regular else None
+
+                setattr(callback, name, seen)
+
+    def _unshield(self, trainer: pl.Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name in _LOOKS:
+                if hasattr(vars(callback).get(name), "__wrapped__"):
+                    delattr(callback, name)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reports the loss once per optimizer step: the mean over the batches accumulated into it."""
+        self._take_back(trainer)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
             self._losses.append(loss.detach())
-        if trainer.global_step == self._steps or not self._losses:
+        if trainer.global_step == self._steps:
             return
+        if not self._losses and not pl_module.automatic_optimization:
+            raise ValueError(
+                "training_step optimises by hand and returns no loss, which is all that the tuner learns from. Return "
+                f"the loss, or a dictionary with it under 'loss'; got {type(outputs).__name__}."
+            )
         self._steps = trainer.global_step
-        self.tuner.step(torch.stack(self._losses).mean())
+        # A training_step that returns None says that its batch is to be skipped.
+        self.tuner.step(torch.stack(self._losses).mean() if self._losses else math.nan)
         self._losses.clear()
+        if self.tuner.wants_validation and self._validate is None:
+            self._ask(trainer, batch_idx)
+
+    def _ask(self, trainer: pl.Trainer, batch_idx: int) -> None:
+        """Has Lightning validate after this batch, unless it does so anyway."""
+        every = trainer.val_check_batch
+        epoch_loop = trainer.fit_loop.epoch_loop
+        done = epoch_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+        is_due = epoch_loop.batch_progress.is_last_batch or not every or (every < math.inf and (done + 1) % every == 0)
+        if trainer.enable_validation and not is_due:
+            self._asked, trainer.val_check_batch = every, 1
+
+    def _take_back(self, trainer: pl.Trainer) -> None:
+        if self._asked is not None:
+            trainer.val_check_batch, self._asked = self._asked, None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes whether the metrics to come are those of the training that lives on, at a regular time."""
+        if self._is_attached and not trainer.sanity_checking:
+            is_in_round = self.tuner._attached().controller.phase != TRAIN
+            self._is_regular = self._asked is None and not is_in_round
+            self._take_back(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the monitored metric, but not that of the sanity check."""
         if trainer.sanity_checking or not self._is_attached:
             return
-        value = trainer.callback_metrics.get(self.monitor)
+        metrics = trainer.callback_metrics
+        value = metrics.get(self.monitor or _MONITOR)
         if value is None:
-            return
+            if self.monitor is None:
+                return
+            raise ValueError(
+                f"AutoTuneCallback(monitor={self.monitor!r}) is none of the logged metrics; there are "
+                f"{', '.join(sorted(metrics)) or 'none'}. Log it in validation_step, or name one of these."
+            )
         if self._validate is None:
             self.tuner.validate(value)
         else:
@@ -98,7 +179,16 @@ class AutoTuneCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends inside a round of forks with the best state so far."""
+        self._leave(trainer)
         self.tuner.finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves other callbacks as they were."""
+        self._leave(trainer)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        self._take_back(trainer)
+        self._unshield(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The tuner's state, for Lightning's checkpoint."""

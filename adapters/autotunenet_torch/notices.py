@@ -1,47 +1,70 @@
 """What a user is told once a run."""
 
-import math
-import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from autotunenet_jax.hosting import TRAIN, Report, Session
+from autotunenet_jax.hosting import TRAIN, Notice, Report, Session, notices
+from autotunenet_jax.hosting import Notices as Teller
 
-from .arguments import slow_names
+from .host import TorchHost
+
+_OVERWRITTEN = (
+    "Something else sets {names} besides the tuner, such as a scheduler made after attach or the optimizer itself: "
+    "what is tuned is not what is in force. Hand the scheduler to attach, or leave the name out of param_space."
+)
 
 
 class Notices:
-    """Warnings, each given once, pointing at the user's line that called ``step``.
+    """Warnings, each given once a run.
 
     Args:
       session: Of the run.
+      outside: Values that lie outside the ranges at the start, by name.
+      through: Where they go; by default warnings that point at the user's line.
 
     Attributes:
-      has_told_slow: Whether the user knows why slow hyperparameters stay where they are.
+      silent: Kinds that the user has been told of in another way.
     """
 
-    def __init__(self, session: Session):
-        self._controller = session.controller
-        self._slow = slow_names(session.controller.tuner.space)
-        self._has_told_end = self.has_told_slow = False
+    def __init__(self, session: Session, *, outside: Mapping[str, Any], through: Callable[[str], None] | None = None):
+        self._session, self._outside = session, outside
+        self._teller = Teller(session.recorder, **({} if through is None else {"through": through}))
+        self._is_over, self._had_eval = False, -1
+        self._has_told_overwritten = False
+        self.silent: set[str] = set()
+        self._look(is_over=False)
+
+    def before(self, host: TorchHost) -> None:
+        """Says that a value is not what the tuner has written."""
+        if self._has_told_overwritten:
+            return
+        names = host.overwritten()
+        if names:
+            self._has_told_overwritten = True
+            message = _OVERWRITTEN.format(names=", ".join(names))
+            self._teller.tell(self._session.controller.step, [Notice("overwritten", message)])
 
     def after(self, report: Report) -> None:
-        """Says when the loop is longer than the budget, and why slow hyperparameters stay where they are."""
-        total, controller = self._controller.tuner.total_steps, self._controller
-        if total is not None and controller.step > total and not self._has_told_end:
-            self._has_told_end = True
-            warnings.warn(
+        """Looks at the run after decisions, metrics and the last step."""
+        session = self._session
+        controller, total = session.controller, session.controller.tuner.total_steps
+        if total is not None and controller.step > total:
+            message = (
                 f"step was called more than total_steps={total} times: the budget is spent, and a decayed rate is "
-                "zero. Give attach the number of steps that the loop runs.",
-                stacklevel=3,
+                "zero. Give attach the number of steps that the loop runs."
             )
-        decision = report.decision
-        if decision is None or not decision.kind or not report.before == report.after == TRAIN:
+            if controller.step == total + 1:
+                self._teller.tell(controller.step, [Notice("budget spent", message)])
             return
-        has_told = self.has_told_slow or not self._slow
-        if not has_told and not math.isfinite(controller.state.validation.level):
-            self.has_told_slow = True
-            warnings.warn(
-                f"{', '.join(self._slow)} stay at their initial values: what they do shows only on validation data, "
-                "and none was reported when the tuner asked. Give attach a validate function, or call "
-                "tuner.validate(metric) whenever tuner.wants_validation.",
-                stacklevel=3,
-            )
+        is_new = report.decision is not None or session.evaluated_at != self._had_eval
+        self._had_eval = session.evaluated_at
+        is_over = session.is_settled and not self._is_over
+        if is_over or (is_new and report.after == TRAIN):
+            self._is_over = is_over
+            self._look(is_over=is_over)
+
+    def _look(self, *, is_over: bool) -> None:
+        session = self._session
+        controller, rounds = session.controller, session.recorder.history.rounds
+        found = notices(controller.tuner, controller.state, rounds=rounds, outside=self._outside, is_over=is_over)
+        self._teller.tell(controller.step, [notice for notice in found if notice.kind not in self.silent])

@@ -54,7 +54,16 @@ class GroupTarget:
         self._start = top = max(values, key=abs)
         self._is_shared = key not in _PROPORTIONAL or top == 0.0 or not math.isfinite(top)
         self._shares = [1.0 if self._is_shared else value / top for value in values]
-        self._known = len(optimizer.param_groups) if grows else None
+        self._first_new = len(optimizer.param_groups) if grows else None
+        # What those that were added later hold.
+        self._new: dict[int, float] = {}
+        self._written: float | None = None
+
+    def is_overwritten(self) -> bool:
+        """Whether the first of them is not what was written last, by however little; tensors are not looked at."""
+        value = self._optimizer.param_groups[self._indices[0]][self._key]
+        value = value if self._position is None else value[self._position]
+        return self._written is not None and isinstance(value, float) and value != self._written
 
     def places(self) -> list[Any]:
         """What it sets, each hashable."""
@@ -65,34 +74,47 @@ class GroupTarget:
         return [self._optimizer.param_groups[index] for index in self._indices]
 
     def join(self) -> None:
-        """Takes in groups that were added since, in the proportion that they were added in."""
-        if self._known is None or len(self._optimizer.param_groups) <= self._known:
+        """Takes in groups that were added since, in the proportion that they were added in, or are given later."""
+        if self._first_new is None:
             return
-        now = self.read()
-        for index, group in enumerate(self._optimizer.param_groups[self._known :], self._known):
-            share = 1.0 if self._is_shared else _share(self._value(group), self._start, now)
-            self._indices, self._shares = [*self._indices, index], [*self._shares, share]
-        self._known = len(self._optimizer.param_groups)
-        self.write(now)
+        groups, now = self._optimizer.param_groups, self.read()
+        for index in range(self._first_new, len(groups)):
+            value = self._value(groups[index])
+            if value == self._new.get(index):
+                continue
+            share = 1.0 if self._is_shared else _share(value, self._start, now)
+            if index in self._new:
+                self._shares[self._indices.index(index)] = share
+            else:
+                self._indices, self._shares = [*self._indices, index], [*self._shares, share]
+            self._put(index, now * share)
 
     def _value(self, group: dict[str, Any]) -> float:
         value = group[self._key]
         return float(value if self._position is None else value[self._position])
 
     def read(self) -> float:
-        return max((self._value(group) for group in self._groups()), key=abs)
+        index = max(range(len(self._shares)), key=lambda number: abs(self._shares[number]))
+        return self._value(self._groups()[index]) / self._shares[index]
 
     def write(self, value: float) -> None:
-        for group, share in zip(self._groups(), self._shares, strict=True):
-            if self._position is None:
-                lr_schedulers.write_number(group, self._key, value * share)
+        self._written = value * self._shares[0]
+        for index, share in zip(self._indices, self._shares, strict=True):
+            self._put(index, value * share)
+
+    def _put(self, index: int, value: float) -> None:
+        group = self._optimizer.param_groups[index]
+        if self._position is None:
+            lr_schedulers.write_number(group, self._key, value)
+        else:
+            pair = list(group[self._key])
+            if isinstance(pair[self._position], torch.Tensor):
+                pair[self._position].fill_(value)
             else:
-                pair = list(group[self._key])
-                if isinstance(pair[self._position], torch.Tensor):
-                    pair[self._position].fill_(value)
-                else:
-                    pair[self._position] = value
-                    group[self._key] = tuple(pair)
+                pair[self._position] = value
+                group[self._key] = tuple(pair)
+        if self._first_new is not None and index >= self._first_new:
+            self._new[index] = self._value(group)
 
 
 def _share(value: float, start: float, now: float) -> float:

@@ -174,7 +174,10 @@ class Trainer:
             raise ValueError(
                 "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
             )
-        self.model = model.to(self.device)
+        is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        # There is nothing to move of a tensor without numbers.
+        move = lambda tensor: tensor if tensor.is_meta else tensor.to(self.device)  # noqa: E731
+        self.model = model._apply(move) if is_meta else model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
         self._session = None
         self._prepare_lazy(train_loader)
@@ -202,7 +205,8 @@ class Trainer:
                 progress=shown,
             )
             self._session = session = tuner._attached()
-            tuner._notices.has_told_slow = val_loader is None
+            if val_loader is None:
+                tuner._notices.silent.add("no metric")
             if resume and store is not None:
                 self._resume(session, store, source)
             with Stop() as stop:

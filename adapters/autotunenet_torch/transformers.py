@@ -1,23 +1,33 @@
 """AutoTuneNet inside the Trainer of transformers."""
 
+import functools
+import math
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from autotunenet_jax.hosting import TRAIN
 
 from .tuner import AutoTuneNet
 
 _FILE = "autotune.pt"
+_MONITOR = "eval_loss"
+_LOGGER = transformers.utils.logging.get_logger("transformers.autotunenet")
 
 
 class AutoTuneCallback(TrainerCallback):
     """Tunes while the Trainer of transformers trains.
 
     Forks see fresh batches, since the Trainer owns the loop. Its learning-rate scheduler keeps its shape, and the tuner
-    moves its height. Where the Trainer evaluates at all, it evaluates each time the tuner wants to compare forks by
-    it. Checkpoints get a file with the tuner's state.
+    moves its height. The loss that is told is the one the Trainer trains by, whoever computes it, per item of the whole
+    step. Where the Trainer evaluates at all, it evaluates each time the tuner wants to compare forks by it;
+    ``EarlyStoppingCallback`` and the best model see the regular evaluations of the training that lives on alone.
+    Checkpoints get a file with the tuner's state.
 
     Example:
         >>> tuner = AutoTuneNet({"learning_rate": (1e-6, 1e-3)})
@@ -25,16 +35,20 @@ class AutoTuneCallback(TrainerCallback):
 
     Args:
       tuner: What may be tuned.
-      monitor: Name of the evaluation metric, in the direction of the tuner's ``mode``.
+      monitor: Name of the evaluation metric, in the direction of the tuner's ``mode``; by default ``eval_loss``.
 
     Raises:
-      RuntimeError: At the first step, when the model's outputs hold no loss.
+      RuntimeError: When training starts: something else than a Trainer calls it.
+      ValueError: When training starts: the checkpoint to resume from holds no tuner's state, or something the tuner
+        refuses. Then: ``monitor`` is not among the metrics.
     """
 
-    def __init__(self, tuner: AutoTuneNet, *, monitor: str = "eval_loss"):
+    def __init__(self, tuner: AutoTuneNet, *, monitor: str | None = None):
         self.tuner, self.monitor = tuner, monitor
         self._losses: list[torch.Tensor] = []
-        self._hook: Any = None
+        self._undo: list[Callable[[], None]] = []
+        self._is_asked = self._is_training = self._has_many = False
+        self._shown: dict[str, float] = {}
 
     def on_train_begin(
         self,
@@ -48,36 +62,67 @@ class AutoTuneCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attaches, after the Trainer has put a checkpoint back if there is one."""
-        self.tuner.attach(model, optimizer, lr_scheduler, total_steps=state.max_steps)
-        self._losses.clear()
-        self._hook = model.register_forward_hook(self._catch)
+        self._leave()
+        trainer, resumed = _caller(self)
+        self.tuner._through = _LOGGER.warning
+        scaler = getattr(trainer.accelerator, "scaler", None)
+        self.tuner.attach(model, optimizer, lr_scheduler, scaler, total_steps=state.max_steps)
         if state.global_step:
-            file = _file(args, state)
-            if file.exists():
-                self.tuner.load_state_dict(torch.load(file, weights_only=True))
+            file = pathlib.Path(str(resumed or _folder(args, state))) / _FILE
+            if not file.exists():
+                raise ValueError(
+                    f"{file.parent} holds no {_FILE}, so the tuner cannot go on from step {state.global_step}. Resume "
+                    "from a checkpoint that was saved with AutoTuneCallback, or start from the weights alone."
+                )
+            self.tuner.load_state_dict(torch.load(file, weights_only=True))
+        # Each of several data sets is evaluated by itself, and one of them has the metric.
+        self._has_many = isinstance(trainer.eval_dataset, dict)
+        self._losses.clear()
+        self._shown.clear()
+        self._is_training, self._is_asked = True, False
+        self._hear(trainer)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, transformers.EarlyStoppingCallback):
+                self._put(callback, "on_evaluate", self._shielded(callback.on_evaluate))
 
-    def _catch(self, module: Any, inputs: Any, outputs: Any) -> None:
-        """The Trainer does not hand the loss to its callbacks: it is caught on its way out of the model."""
-        if not (module.training and torch.is_grad_enabled()):
-            return
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if loss is None and isinstance(outputs, tuple) and isinstance(outputs[0], torch.Tensor):
-            loss = outputs[0] if outputs[0].numel() == 1 else None
-        if loss is not None:
+    def _put(self, owner: Any, name: str, function: Any) -> None:
+        before = vars(owner).get(name)
+        setattr(owner, name, function)
+        self._undo.append(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))
+
+    def _hear(self, trainer: Any) -> None:
+        """Takes the share of each batch in its step's loss from the Trainer's own step."""
+        train = trainer.training_step
+
+        @functools.wraps(train)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            loss = train(*args, **kwargs)
             self._losses.append(loss.detach())
+            return loss
+
+        self._put(trainer, "training_step", training_step)
+
+    def _shielded(self, look: Any) -> Any:
+        @functools.wraps(look)
+        def seen(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            return look(args, state, control, **kwargs) if self._is_regular else control
+
+        return seen
+
+    @property
+    def _is_regular(self) -> bool:
+        """Whether an evaluation is of the training that lives on, at a time of the user's."""
+        return not self._is_asked and self.tuner._attached().controller.phase == TRAIN
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Reports the loss once per optimizer step, and asks for an evaluation when the tuner wants one."""
-        if not self._losses:
-            raise RuntimeError(
-                "the model's outputs held no loss: AutoTuneCallback reads it there. Give the data set labels, so that "
-                "the model computes its own loss."
-            )
-        self.tuner.step(torch.stack(self._losses).mean())
+        self.tuner.step(torch.stack(self._losses).sum())
         self._losses.clear()
+        self._is_asked = False
         if self.tuner.wants_validation and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+            self._is_asked = not control.should_evaluate
             control.should_evaluate = True
         return control
 
@@ -87,27 +132,68 @@ class AutoTuneCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         *,
-        metrics: Mapping[str, float] | None = None,
+        metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         """Reports the monitored metric; evaluations outside of training are none of the tuner's business."""
-        if self._hook is not None and metrics is not None and self.monitor in metrics:
-            self.tuner.validate(metrics[self.monitor])
+        if not self._is_training or metrics is None:
+            return
+        is_regular, name = self._is_regular, self.monitor or _MONITOR
+        if name in metrics:
+            self.tuner.validate(metrics[name])
+        elif self.monitor is not None and not self._has_many:
+            raise ValueError(
+                f"AutoTuneCallback(monitor={self.monitor!r}) is none of the evaluation metrics; there are "
+                f"{', '.join(sorted(metrics))}. Name one of these."
+            )
+        self._hide(args, metrics, is_regular=is_regular)
+
+    def _hide(self, args: TrainingArguments, metrics: dict[str, float], *, is_regular: bool) -> None:
+        """Hands on what was seen last of the training that lives on: the Trainer chooses its best model by it."""
+        name = args.metric_for_best_model
+        if name is None:
+            return
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name in metrics and is_regular:
+            self._shown[name] = metrics[name]
+        elif name in metrics:
+            metrics[name] = self._shown.get(name, -math.inf if args.greater_is_better else math.inf)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the tuner's state to the checkpoint."""
-        file = _file(args, state)
-        if state.is_world_process_zero and file.parent.is_dir():
-            torch.save(self.tuner.state_dict(), file)
+        folder = _folder(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.tuner.state_dict(), folder / _FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends inside a round of forks with the best state so far."""
-        self.tuner.finish()
-        self._hook.remove()
-        self._hook = None
+        """Ends inside a round of forks with the best state so far; the Trainer's best model is left alone."""
+        self._leave()
+        self._is_training = False
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self.tuner._release()
+        else:
+            self.tuner.finish()
+
+    def _leave(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
 
-def _file(args: TrainingArguments, state: TrainerState) -> pathlib.Path:
-    return pathlib.Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _FILE
+def _caller(callback: AutoTuneCallback) -> tuple[Any, Any]:
+    """The Trainer that calls its callbacks, and the checkpoint it resumes from: it does not hand itself to them."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, transformers.Trainer) and callback in owner.callback_handler.callbacks:
+            return owner, frame.f_locals.get("resume_from_checkpoint")
+        frame = frame.f_back
+    raise RuntimeError(
+        "AutoTuneCallback works inside transformers.Trainer.train(), and something else called it. In a loop of your "
+        "own, use tuner.attach and tuner.step."
+    )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> pathlib.Path:
+    return pathlib.Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

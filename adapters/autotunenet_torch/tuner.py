@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Report
+from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Report, announce_compilation
 
 from . import arguments, checkpoint, distributed, lr_schedulers
 from .host import Stream, TorchHost
@@ -113,6 +113,8 @@ class AutoTuneNet:
         # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
         self._stream: Stream | None = None
         self._keeps_best = False
+        # Where the adapters of frameworks send what a user should know.
+        self._through: Callable[[str], None] | None = None
 
     def __repr__(self) -> str:
         return f"AutoTuneNet({self.space!r}, total_steps={self.total_steps}, mode={self.mode!r})"
@@ -200,14 +202,15 @@ class AutoTuneNet:
         self._release()
         stream, keeps_best = self._stream, self._keeps_best
         self._host = TorchHost(state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best)
-        starts = self._host.starts(self._initial, self.space)
+        starts, outside = self._host.starts(self._initial, self.space)
         core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
         shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
         recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks)
+        announce_compilation(core.core)
         self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
         self._guard = StepGuard(state.optimizers)
-        self._notices = Notices(self._session)
+        self._notices = Notices(self._session, outside=outside, through=self._through)
         if self._session.evaluate():
             self._session.write()
 
@@ -235,6 +238,7 @@ class AutoTuneNet:
 
     def _report(self, own: float) -> Report:
         session = self._attached()
+        self._notices.before(self._host)
         told = distributed.mean(math.nan if self._guard.was_skipped() else own)
         report = session.report(told, recorded=own)
         if session.is_settled:
@@ -315,6 +319,14 @@ class AutoTuneNet:
         return session.recorder.history
 
     # Saving and loading.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: what was asked for. An attached training stays where it is."""
+        live = ("_host", "_guard", "_notices", "_stream", "_through")
+        return {name: None if name == "_session" else v for name, v in vars(self).items() if name not in live} | {
+            "_stream": None,
+            "_through": None,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The tuner's own state as tensors and plain data, for a checkpoint beside the model's and the optimizer's.

@@ -206,22 +206,31 @@ def remainders_of_an_accumulation(way: str) -> Outcome:
 
 @case("F", "transformers")
 def an_early_stop_that_sees_no_fork(way: str) -> Outcome:
+    """It counts the user's evaluations of the training that lives on, and nothing else."""
     import transformers
 
+    every, patience = 20, 3
+    tuner = att.AutoTuneNet(torch_tasks.SPACE)
     with folder() as path:
         ended = run_transformers(
             path,
             max_steps=600,
-            callbacks=(transformers.EarlyStoppingCallback(3),),
+            tuner=tuner,
+            callbacks=(transformers.EarlyStoppingCallback(patience),),
             eval_strategy="steps",
-            eval_steps=20,
-            save_steps=20,
+            eval_steps=every,
+            save_steps=every,
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
         )
-        steps = ended.trainer.state.global_step
-    return "at least 250 of 600 steps", f"stopped at {steps}", steps >= 250
+        state = ended.trainer.state
+    seen = [e["value"] for e in tuner.history.evals if e["is_settled"] and e["step"] % every == 0]
+    best = min(seen)
+    is_due = state.global_step == 600 or best == min(seen[:-patience])
+    is_ok = is_due and abs(best - state.best_metric) < 1e-6
+    got = f"stopped at {state.global_step}, best {state.best_metric:.4f} of {len(seen)} settled"
+    return f"best {best:.4f}, a stop {patience} evaluations after it", got, is_ok
 
 
 # Schedulers.

@@ -19,14 +19,21 @@ SPACE = {"learning_rate": (1e-4, 1.0)}
 
 
 class Module(pl.LightningModule):
-    def __init__(self, optimizers=1):
+    def __init__(self, optimizers=1, manual=None):
         super().__init__()
         self.net = torch.nn.Sequential(
             torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Dropout(0.0), torch.nn.Linear(16, 3)
         )
-        self.optimizers_wanted = optimizers
+        self.optimizers_wanted, self.manual = optimizers, manual
+        self.automatic_optimization = manual is None
 
     def training_step(self, batch, index):
+        if self.manual is not None:
+            loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return self.manual(loss.detach())
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, index):
@@ -42,9 +49,12 @@ class Module(pl.LightningModule):
 
 
 def make(tmp_path, tuner, *, epochs=10, **kwargs):
-    callback = AutoTuneCallback(tuner, **{k: kwargs.pop(k) for k in ("validate", "total_steps") if k in kwargs})
+    callback = AutoTuneCallback(
+        tuner, **{k: kwargs.pop(k) for k in ("validate", "total_steps", "monitor") if k in kwargs}
+    )
+    others = kwargs.pop("others", ())
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, logger=False,
+        max_epochs=epochs, accelerator="cpu", callbacks=[*others, callback], default_root_dir=tmp_path, logger=False,
         enable_progress_bar=False, enable_model_summary=False, **kwargs,
     )  # fmt: skip
 
@@ -56,8 +66,9 @@ def test_tunes_and_records(tmp_path, loader):
     history = tuner.history
     assert history.summary["steps"] == 180 == trainer.global_step
     assert history.rounds and tuner.best_hyperparams["learning_rate"] > 1e-2
-    assert len(history.evals) == 30  # once per epoch, without the sanity check
-    assert history.evals[-1]["value"] < 0.6
+    # Once per epoch and whenever the tuner asks, without the sanity check.
+    assert len(history.evals) > 30 and history.rounds[0]["scored_by"] == "validation"
+    assert history.evals[-1]["value"] < 0.6 and trainer.val_check_batch == 12
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(tuner.hyperparams["learning_rate"])
 
 
@@ -91,3 +102,67 @@ def test_resumes_from_lightnings_checkpoint(tmp_path, loader):
 def test_two_optimizers_are_refused(tmp_path, loader):
     with pytest.raises(ValueError, match="gave 2"):
         make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False).fit(Module(optimizers=2), loader)
+
+
+@pytest.mark.parametrize("result", [lambda loss: None, lambda loss: {"my_loss": loss}])
+def test_manual_optimisation_has_to_return_its_loss(tmp_path, loader, result):
+    trainer = make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"returns no loss.*under 'loss'"):
+        trainer.fit(Module(manual=result), loader, loader)
+
+
+def test_manual_optimisation_that_returns_its_loss(tmp_path, loader):
+    tuner = AutoTuneNet(SPACE)
+    make(tmp_path, tuner, enable_checkpointing=False, epochs=5).fit(Module(manual=lambda loss: {"loss": loss}), loader)
+    assert tuner.history.summary["steps"] == 60
+
+
+def test_a_metric_that_is_not_logged_is_refused_with_what_there_is(tmp_path, loader):
+    trainer = make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False, monitor="val_acc")
+    with pytest.raises(ValueError, match=r"monitor='val_acc'.*val_loss"):
+        trainer.fit(Module(), loader, loader)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_callbacks_that_monitor_see_no_fork(tmp_path, loader, is_first):
+    seen = []
+
+    class Watch(pl.callbacks.EarlyStopping):
+        def on_validation_end(self, trainer, pl_module):
+            seen.append(float(trainer.callback_metrics["val_loss"]))
+            super().on_validation_end(trainer, pl_module)
+
+    tuner = AutoTuneNet(SPACE)
+    stopping = Watch("val_loss", patience=50)
+    keeper = pl.callbacks.ModelCheckpoint(dirpath=tmp_path, monitor="val_loss", save_top_k=-1)
+    trainer = make(tmp_path, tuner, others=(stopping, keeper), epochs=10, val_check_interval=5, num_sanity_val_steps=0)
+    if not is_first:
+        trainer.callbacks.reverse()
+    trainer.fit(Module(), loader, loader)
+    settled = [row["value"] for row in tuner.history.evals if row["is_settled"]]
+    assert 1 < len(seen) < len(tuner.history.evals)
+    assert all(any(value == pytest.approx(v) for v in settled) for value in seen)
+    assert all(any(float(v) == pytest.approx(s) for s in settled) for v in keeper.best_k_models.values())
+    assert "on_validation_end" not in vars(stopping)
+
+
+def test_a_batch_that_is_skipped_counts_for_nothing(tmp_path, loader):
+    class Skipping(Module):
+        def training_step(self, batch, index):
+            return None if index % 6 == 2 else super().training_step(batch, index)
+
+    tuner = AutoTuneNet(SPACE)
+    make(tmp_path, tuner, enable_checkpointing=False, epochs=8).fit(Skipping(), loader, loader)
+    assert tuner.history.summary["steps"] == 96 and tuner.history.summary["rollbacks"] == 0
+    assert int(tuner._session.controller.state.health.bad_steps) == 16
+
+
+def test_a_checkpoint_without_the_tuner_is_refused(tmp_path, loader):
+    path = str(tmp_path / "bare.ckpt")
+    bare = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    bare.fit(Module(), loader)
+    bare.save_checkpoint(path)
+    with pytest.raises(ValueError, match="holds no state of AutoTuneCallback"):
+        make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False).fit(Module(), loader, ckpt_path=path)

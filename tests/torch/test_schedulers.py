@@ -205,6 +205,7 @@ def tuned_beside(warm_up, total=400):
     return tuner, fed, claimed, optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.filterwarnings("ignore:The best learning_rate lies at the upper bound")
 def test_forks_during_a_warm_up_are_compared_at_the_rates_they_claim():
     picked = []
     for warm_up in (0, 8, 40, 80):
@@ -234,3 +235,18 @@ def test_looking_ahead_leaves_a_scheduler_as_it_was(name):
     end = WarmUp(optimizer, [scheduler], [0, 1], steps=STEPS).end
     assert (repr(scheduler.state_dict()), repr(optimizer.state_dict())) == before
     assert end == {"LambdaLR": 4, "LinearLR": 5, "ConstantLR": 4, "CyclicLR": 3, "SequentialLR": 3}.get(name, 0)
+
+
+@pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "ReduceLROnPlateau"])
+def test_a_scheduler_that_is_not_handed_over_is_refused(name):
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {"StepLR": (5,), "CosineAnnealingLR": (50,), "ReduceLROnPlateau": ()}[name]
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, *arguments)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100)
+    with pytest.raises(ValueError, match=f"was not given: {name}"):
+        tuner.attach(model, optimizer)
+    tuner.attach(model, optimizer, scheduler)
+    del scheduler
+    tuner._release()
+    tuner.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))

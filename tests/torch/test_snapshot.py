@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
 from autotunenet_torch import TrainingState, checkpoint, random_state, serialization  # noqa: E402
+from autotunenet_torch.soundness import Soundness  # noqa: E402
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -165,3 +166,125 @@ def test_durable_refuses_what_needs_pickle(tmp_path):
         assert serialization.restore(store) is None
         with pytest.raises(TypeError, match="without pickle"):
             serialization.save(store, 1, {"model": object()})
+
+
+class Around(torch.optim.Optimizer):
+    """Around another optimizer, with a count of its own and slow weights."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        self.inner = torch.optim.SGD(self.param_groups, lr=0.1, momentum=0.9)
+        self.count, self.slow = 0, [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.count += 1
+        if self.count % 3 == 0:
+            for p, slow in zip(self.inner.param_groups[0]["params"], self.slow, strict=True):
+                p.copy_(slow.lerp_(p, 0.5 / self.count))
+
+
+class Remembering(torch.optim.SGD):
+    """With more in its state_dict than a torch optimizer has, in an object that no copy can see into."""
+
+    class Memory:
+        taken = 0
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.memory = self.Memory()
+
+    def step(self, closure=None):
+        self.param_groups[0]["lr"] = 0.1 / (1 + self.memory.taken)
+        self.memory.taken += 1
+        super().step()
+
+    def state_dict(self):
+        return {**super().state_dict(), "taken": self.memory.taken}
+
+    def load_state_dict(self, state_dict):
+        self.memory.taken = state_dict["taken"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "taken"})
+
+
+@pytest.mark.parametrize("make", [Around, Remembering])
+def test_whatever_an_optimizer_keeps_comes_back(make, bits):
+    model, x = torch.nn.Linear(6, 3), torch.randn(8, 6)
+    optimizer = make(model.parameters())
+
+    def train():
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    train()
+    state = TrainingState(model, optimizer)
+    saved = state.copy_out()
+    ends = []
+    for _ in range(2):
+        train()
+        ends.append(bits(model.state_dict()))
+        state.copy_back(saved)
+    assert ends[0] == ends[1]
+
+
+BUFFERS = {
+    "expanded": lambda: torch.arange(3.0).view(3, 1).expand(3, 4),
+    "coo": lambda: torch.eye(4).to_sparse(),
+    "csr": lambda: torch.eye(4).to_sparse_csr(),
+    "float8": lambda: torch.ones(4).to(torch.float8_e4m3fn),
+    "meta": lambda: torch.empty(4, device="meta"),
+    "inference": lambda: torch.inference_mode()(torch.ones)(4),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+}
+
+
+def dense(tensor):
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_of_every_kind_come_back(kind, tmp_path, bits):
+    model = torch.nn.Linear(6, 3)
+    model.register_buffer("kept", BUFFERS[kind]())
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    soundness = Soundness(state)
+    saved = state.copy_out()
+    before = model.kept
+    if kind != "meta":
+        model.kept = torch.zeros_like(dense(before)) if kind not in ("float8", "quantised") else before.clone()
+    for _ in range(2):
+        state.copy_back(saved)
+        assert model.kept.layout == before.layout and model.kept.dtype == before.dtype
+        assert kind in ("meta", "quantised") or bits(dense(model.kept)) == bits(dense(before))
+        assert soundness.may_copy()
+    if kind == "quantised":
+        return
+    with atn.Snapshots(tmp_path / "run") as store:
+        serialization.save(store, 1, {"kept": saved["model"]["kept"]}, wait=True)
+        _, tree = serialization.restore(store)
+    assert tree["kept"].layout == before.layout and tree["kept"].shape == before.shape
+    assert kind == "meta" or bits(dense(tree["kept"])) == bits(dense(before))
+
+
+def test_a_group_that_is_added_later_stays(bits):
+    model = torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)])
+    optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)
+    state = TrainingState(model, optimizer)
+    saved, before = state.copy_out(), bits(model.state_dict())
+    optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.02})
+    model[1](model[0](torch.ones(2, 6))).sum().backward()
+    optimizer.step()
+    state.copy_back(saved)
+    assert bits(model.state_dict()) == before and not optimizer.state
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.02]
+
+
+def test_a_parameter_that_cannot_be_written_to_is_refused_by_name():
+    model = torch.nn.Linear(2, 2)
+    model.wide = torch.nn.Parameter(torch.zeros(1).expand(5))
+    with pytest.raises(ValueError, match=r"parameter wide .* cannot be written to in place"):
+        TrainingState(model, torch.optim.SGD(model.parameters(), lr=0.1))

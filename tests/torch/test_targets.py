@@ -1,5 +1,8 @@
 """What can be tuned, and that it is really set."""
 
+import copy
+import pickle
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -152,7 +155,8 @@ def test_training_starts_where_the_optimizer_is():
     tuner.attach(model, optimizer)
     assert tuner.best_hyperparams == pytest.approx({"learning_rate": 0.02, "dropout": 0.1})
     optimizer = torch.optim.SGD(model.parameters(), lr=5.0)  # outside: the tuner's own default
-    tuner.attach(model, optimizer)
+    with pytest.warns(UserWarning, match="learning_rate stands at 5, which lies outside its range"):
+        tuner.attach(model, optimizer)
     assert 1e-4 <= optimizer.param_groups[0]["lr"] <= 1.0
 
 
@@ -218,3 +222,71 @@ def test_an_optimizer_of_another_model_is_refused():
         tuner.attach(model, torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1))
     both = torch.nn.ModuleList([model, other])
     tuner.attach(both, torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"learning_rate": (1e-4, 1e-1), "lr": (1e-4, 1e-1)},
+        {"momentum": (0.1, 0.9), "0/momentum": (0.1, 0.9)},
+        {"dropout": (0.0, 0.5), "2/dropout": (0.0, 0.5)},
+        {"2.0/dropout": (0.0, 0.5), "2.0/p": (0.0, 0.5)},
+    ],
+)
+def test_two_names_of_one_number_are_refused(space):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+    with pytest.raises(ValueError, match="both set the same number"):
+        AutoTuneNet(space, total_steps=100).attach(model, optimizer)
+
+
+def test_groups_that_are_added_later_join():
+    model = net()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.02)
+    target = find("learning_rate", model, optimizer)
+    target.write(0.1)
+    optimizer.add_param_group({"params": [*model[2].parameters()]})  # at the first rate: like the others
+    target.join()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.1])
+    extra = torch.nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [extra], "lr": 0.05})  # half of what is in force
+    target.join()
+    target.write(0.4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.4, 0.2])
+    optimizer.param_groups[2]["lr"] = 0.3  # its owner warms it up
+    target.join()
+    target.write(0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.2, 0.2, 0.15])
+    assert target.read() == pytest.approx(0.2)
+
+
+def test_a_value_that_something_else_sets_is_told_of():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1e-1)}, total_steps=100)
+    tuner.attach(model, optimizer)
+    tuner.step(1.0)
+    optimizer.param_groups[0]["lr"] = 0.077
+    with pytest.warns(UserWarning, match="Something else sets learning_rate"):
+        tuner.step(1.0)
+    optimizer.param_groups[0]["lr"] = 0.078
+    tuner.step(1.0)  # told once
+
+
+def test_validate_need_not_put_the_modes_back():
+    model = net()
+    model[1].eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1e-1)}, total_steps=100)
+    tuner.attach(model, optimizer, validate=lambda: float(model.eval().training))
+    assert model.training and not model[1].training
+
+
+def test_a_tuner_is_copied_without_the_training_it_is_attached_to():
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1e-1)}, total_steps=100, seed=3)
+    model = net()
+    tuner.attach(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    for again in (copy.deepcopy(tuner), pickle.loads(pickle.dumps(tuner))):
+        assert repr(again) == repr(tuner)
+        with pytest.raises(RuntimeError, match="attach"):
+            again.step(1.0)

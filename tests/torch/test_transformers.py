@@ -1,5 +1,6 @@
 """The callback in the Trainer of transformers, on a tiny model made from its configuration."""
 
+import math
 import os
 import warnings
 
@@ -20,8 +21,11 @@ SPACE = {"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}
 
 
 class Rows(torch.utils.data.Dataset):
+    def __init__(self, size=64):
+        self.size = size
+
     def __len__(self):
-        return 64
+        return self.size
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
@@ -29,19 +33,24 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones(8, dtype=torch.long), "labels": ids[0] % 2}
 
 
-def make(tmp_path, tuner, **kwargs):
+def make(tmp_path, tuner, *, rows=64, trainer_class=transformers.Trainer, others=(), **kwargs):
+    own = {name: kwargs.pop(name) for name in ("compute_loss_func",) if name in kwargs}
+    callback = AutoTuneCallback(tuner, **{name: kwargs.pop(name) for name in ("monitor",) if name in kwargs})
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=8,
     )  # fmt: skip
     args = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, learning_rate=1e-4, report_to=[],
+        output_dir=str(tmp_path), per_device_train_batch_size=8, report_to=[],
         disable_tqdm=True, use_cpu=True, logging_strategy="no", seed=0,
-        **{"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 50, "max_steps": 160, **kwargs},
+        **{
+            "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 50, "max_steps": 160,
+            "learning_rate": 1e-4, **kwargs,
+        },
     )  # fmt: skip
     model = transformers.BertForSequenceClassification(config)
-    return transformers.Trainer(
-        model, args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[AutoTuneCallback(tuner)]
+    return trainer_class(
+        model, args, train_dataset=Rows(rows), eval_dataset=Rows(), callbacks=[callback, *others], **own
     )
 
 
@@ -52,7 +61,7 @@ def test_tunes_and_evaluates_when_wanted(tmp_path):
     history = tuner.history
     assert history.summary["steps"] == 480
     assert {row["kind"] for row in history.rounds} == {"fast", "slow"}
-    assert history.rounds[-1]["scored_by"] == "validation"
+    assert history.rounds[0]["scored_by"] == "validation"
     assert len(history.evals) > 2
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-6)  # the Trainer's own decay
     trainer.evaluate()  # afterwards none of the tuner's business
@@ -72,8 +81,73 @@ def test_resumes_from_a_checkpoint(tmp_path):
     assert [row["learning_rate"] for row in now["records"]] == [row["learning_rate"] for row in end["records"]]
 
 
-def test_a_model_without_a_loss_is_told(tmp_path):
-    trainer = make(tmp_path, AutoTuneNet({"learning_rate": (1e-4, 1.0)}), eval_strategy="no")
-    trainer.compute_loss = lambda model, inputs, **kwargs: model(input_ids=inputs["input_ids"]).logits.square().mean()
-    with pytest.raises(RuntimeError, match="held no loss"):
+class Own(transformers.Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = False  # what transformers asks for where a loss is a mean over its own batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "function", "overridden"])
+def test_the_loss_is_the_one_that_is_trained_by(tmp_path, kind):
+    """Whoever computes it; seven batches an epoch in steps of four: what is told is per item, in the remainder too."""
+
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    tuner = AutoTuneNet({"learning_rate": (1e-12, 1e-11)}, initial={"learning_rate": 2e-12})
+    more = {"smoothed": {"label_smoothing_factor": 0.1}}.get(kind, {})
+    made = {"overridden": {"trainer_class": Own}, "function": {"compute_loss_func": loss_of}}.get(kind, {})
+    trainer = make(
+        tmp_path, tuner, rows=56, gradient_accumulation_steps=4, max_steps=48, eval_strategy="no",
+        learning_rate=2e-12, **more, **made,
+    )  # fmt: skip
+    with torch.no_grad():
+        trainer.model.classifier.weight.zero_()
+    trainer.train()
+    losses = [row["loss"] for row in tuner.history.records]
+    assert losses == pytest.approx([math.log(2)] * 48, rel=1e-3)
+
+
+def test_early_stopping_and_the_best_model_see_no_fork(tmp_path):
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    stopping = transformers.EarlyStoppingCallback(100)
+    seen = []
+    stopping.on_evaluate = lambda args, state, control, metrics, **kwargs: seen.append(metrics["eval_loss"])
+    trainer = make(
+        tmp_path, tuner, others=[stopping], eval_steps=10, save_strategy="steps", save_steps=10,
+        load_best_model_at_end=True, metric_for_best_model="loss",
+    )  # fmt: skip
+    trainer.train()
+    settled = [row["value"] for row in tuner.history.evals if row["is_settled"]]
+    assert 2 < len(seen) < 16 and set(seen) <= set(settled)
+    assert trainer.state.best_metric == min(seen)
+
+
+def test_a_metric_that_is_not_there_is_refused(tmp_path):
+    trainer = make(tmp_path, AutoTuneNet({"learning_rate": (1e-4, 1.0)}), monitor="eval_f1", eval_steps=5)
+    with pytest.raises(ValueError, match=r"monitor='eval_f1'.*eval_loss"):
         trainer.train()
+
+
+def test_the_folder_that_is_resumed_from_is_the_one_that_is_read(tmp_path):
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    kwargs = {"save_strategy": "steps", "save_steps": 50, "eval_strategy": "no"}
+    make(tmp_path / "a", tuner, **kwargs).train()
+    again = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    folder = tmp_path / "a" / "checkpoint-50"
+    make(tmp_path / "b", again, **kwargs).train(resume_from_checkpoint=str(folder))
+    assert again.history.rounds == tuner.history.rounds and again.history.summary["steps"] == 160
+    (folder / "autotune.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-50 holds no autotune\.pt"):
+        make(tmp_path / "b", AutoTuneNet({"learning_rate": (1e-4, 1.0)}), **kwargs).train(str(folder))
+
+
+def test_outside_of_a_trainer_it_says_so(tmp_path):
+    callback = AutoTuneCallback(AutoTuneNet({"learning_rate": (1e-4, 1.0)}))
+    with pytest.raises(RuntimeError, match=r"inside transformers\.Trainer"):
+        callback.on_train_begin(None, None, None)
