@@ -14,10 +14,11 @@ from ..space import injection
 
 
 class Snapshot(NamedTuple):
-    """Parameters and the inner optimizer's state, without the hyperparameters that the tuner sets anyway."""
+    """Parameters, the inner optimizer's state without its tuned values, and state of the training step's own."""
 
     params: Any
     inner: Any
+    aux: tuple[Any, ...] = ()
 
 
 class SnapshotTrees(NamedTuple):

@@ -45,7 +45,7 @@ def kept(request):
 
 @jax.jit
 def written(snapshots, flags, new):
-    return snapshots.written(flags, lambda params, inner: Snapshot(params, inner), *new)
+    return snapshots.written(flags, Snapshot, *new)
 
 
 def test_what_comes_out_is_what_went_in(kept):
