@@ -1,5 +1,6 @@
 """Another budget on purpose: the plan laid anew over what remains of a run that has begun."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
@@ -50,7 +51,7 @@ def extended(ts: TunerState, planned: Plan, digests: UInt32[np.ndarray, "3"]) ->
         raise ValueError(f"total_steps must exceed the {step} steps that are done; got {total}. Give a larger budget.")
     in_train = int(ts.phase) == TRAIN
     row = int(ts.round.index)
-    held = Plan(*(np.asarray(column) for column in ts.plan))
+    held: Plan = jax.tree.map(np.asarray, ts.plan)
     plan = relaid(held, planned, begun=row + (not in_train), step=step)
     start = int(plan.start[row])
     left = jnp.int32(NEVER if start >= NEVER else max(start - step, 1))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..space import injection
-from .copies import HeldSnapshots, snapshots_of
+from .copies import HeldSnapshots, SnapshotTrees, vectors_of
 from .state import AutotuneState
 
 
@@ -37,7 +37,8 @@ def with_room(state: AutotuneState, aux: Any) -> tuple[AutotuneState, tuple[Any,
         snapshots = state.snapshots
         if isinstance(snapshots, HeldSnapshots):
             slots = [snapshots.read(slot)._replace(aux=given) for slot in range(state.settings.slots)]
-            snapshots = snapshots_of(slots)
+            is_in_trees = isinstance(snapshots, SnapshotTrees)
+            snapshots = SnapshotTrees(tuple(slots)) if is_in_trees else vectors_of(slots)
         return state._replace(aux=given, snapshots=snapshots), given
     shapes, held = ([tuple(leaf.shape) for leaf in leaves] for leaves in (given, state.aux))
     if shapes != held:
