@@ -31,8 +31,10 @@ from .space.search_space import Choice as Choice
 from .space.search_space import Float as Float
 from .space.search_space import Int as Int
 from .space.search_space import SearchSpace as SearchSpace
+from .wrapper.accessors import extend as extend
 from .wrapper.accessors import hyperparams as hyperparams
 from .wrapper.accessors import observe as observe
 from .wrapper.accessors import observe_eval as observe_eval
+from .wrapper.accessors import rewound as rewound
 from .wrapper.accessors import wants_eval as wants_eval
 from .wrapper.autotune import autotune as autotune

@@ -1,9 +1,13 @@
-"""The tuner with Flax linen: `TrainState` does not pass the loss to the optimizer, so it is reported by hand.
+"""The tuner with Flax linen: the statistics of BatchNorm go back with a fork that loses.
+
+`TrainState.apply_gradients` passes neither the loss nor the statistics on, so that the optimizer is called by hand.
+Without BatchNorm ``atn.observe(state.apply_gradients(grads=grads), loss)`` will do.
 
 python examples/flax_linen.py
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +31,14 @@ train_x, train_y, valid_x, valid_y = x[:1200], y[:1200], x[1200:], y[1200:]
 class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x, rate=None):
-        x = nn.relu(nn.Dense(64)(x))
+        x = nn.relu(nn.BatchNorm(use_running_average=rate is None, momentum=0.9)(nn.Dense(64)(x)))
         if rate is not None:
             x = TracedDropout()(x, rate)
         return nn.Dense(10)(x)
+
+
+class Training(TrainState):
+    batch_stats: Any
 
 
 def loss_fn(logits, y):
@@ -44,32 +52,49 @@ def train_step(state, key):
     hp = atn.hyperparams(state)
 
     def objective(params):
-        logits = state.apply_fn({"params": params}, train_x[rows], hp["dropout"], rngs={"dropout": dropout_key})
-        return loss_fn(logits, train_y[rows])
+        logits, changed = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            train_x[rows],
+            hp["dropout"],
+            rngs={"dropout": dropout_key},
+            mutable="batch_stats",
+        )
+        return loss_fn(logits, train_y[rows]), changed["batch_stats"]
 
-    loss, grads = jax.value_and_grad(objective)(state.params)
-    state = atn.observe(state.apply_gradients(grads=grads), loss)
-    metric = jax.lax.cond(
-        atn.wants_eval(state),
-        lambda: loss_fn(state.apply_fn({"params": state.params}, valid_x), valid_y),
-        lambda: jnp.float32(jnp.nan),
+    (loss, statistics), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params, value=loss, aux=statistics)
+    state = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        batch_stats=atn.rewound(opt_state, statistics),
     )
+    metric = jax.lax.cond(atn.wants_eval(state), lambda: validation_loss(state), lambda: jnp.float32(jnp.nan))
     return atn.observe_eval(state, metric), loss, hp
+
+
+def validation_loss(state):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    return loss_fn(state.apply_fn(variables, valid_x), valid_y)
 
 
 def main():
     model = Classifier()
-    params = model.init(jax.random.key(0), train_x[:1])["params"]
+    variables = model.init(jax.random.key(0), train_x[:1])
     tuned = atn.autotune(
-        optax.adam, {"learning_rate": (1e-5, 1.0), "dropout": (0.0, 0.6)}, TOTAL_STEPS, learning_rate=1e-5
+        optax.adam,
+        {"learning_rate": (1e-5, 1.0), "dropout": (0.0, 0.6)},
+        TOTAL_STEPS,
+        learning_rate=1e-5,
+        aux=variables["batch_stats"],
     )
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tuned)
+    state = Training.create(apply_fn=model.apply, tx=tuned, **variables)
     for step in range(TOTAL_STEPS):
         state, loss, hp = train_step(state, jax.random.key(step))
         if step % 100 == 0 or step == TOTAL_STEPS - 1:
             shown = ", ".join(f"{name} {float(value):.2g}" for name, value in hp.items())
             print(f"step {step:4d}  loss {float(loss):.4f}  {shown}")
-    valid = float(loss_fn(model.apply({"params": state.params}, valid_x), valid_y))
+    valid = float(validation_loss(state))
     print(f"validation loss {valid:.4f}")
     return {"valid": valid, "hyperparams": {name: float(value) for name, value in hp.items()}}
 

@@ -55,6 +55,8 @@ class OptimizerState(NamedTuple):
     noise: Float[Array, ""]
     """Standard deviation of the scores' noise as fitted last, in their unit; 0 before the first fit."""
     region: Region
+    unit: Float[Array, ""]
+    """What scores are divided by: a power of two near the first that is not zero; 0 before there is one."""
     key: PRNGKeyArray
     asked: Int[Array, ""]
     """How many points were ever suggested."""
@@ -69,7 +71,8 @@ def _like_suggested(optimizer: Any, count: int | None, state: OptimizerState, ti
 class BayesianOptimizer:
     """Minimises a function of a few hyperparameters that is expensive or noisy, in pure functions.
 
-    All methods are pure and work under ``jax.jit`` and ``jax.vmap``; nothing recompiles as observations arrive.
+    All methods are pure and work under ``jax.jit`` and ``jax.vmap``; nothing recompiles as observations arrive. Scores
+    may have any scale and offset, as far as float32 still tells them apart.
 
     Example:
         >>> optimizer = BayesianOptimizer({"x": (0.0, 1.0)}, capacity=16)
@@ -152,6 +155,7 @@ class BayesianOptimizer:
             hyper=initial_hyper(self.config),
             noise=jnp.float32(0.0),
             region=Region(jnp.float32(_SIDE), jnp.int32(0)),
+            unit=jnp.float32(0.0),
             key=key,
             asked=jnp.zeros((), jnp.int32),
             design=self.space.snap(design),
@@ -257,8 +261,15 @@ class BayesianOptimizer:
         times = column(jnp.nan if time is None else time, jnp.float32)
 
         def record(carry, trial):
-            obs, region = carry
+            obs, region, unit = carry
             where, score, variance, when, which = trial
+            is_first = (unit == 0.0) & jnp.isfinite(score) & (score != 0.0)
+            exponent = jnp.clip(jnp.frexp(jnp.where(is_first, score, 1.0))[1], -100, 100)
+            unit = jnp.where(is_first, jnp.ldexp(jnp.float32(1.0), exponent), unit)
+            scale = jnp.where(unit == 0.0, 1.0, unit)
+            # All scores before were zero, their variances perhaps not.
+            obs = obs._replace(noise=jnp.where(is_first, obs.noise / scale / scale, obs.noise))
+            score, variance = score / scale, variance / scale / scale
             when = jnp.where(jnp.isfinite(when), when, self._time(obs, None))
             region = self._resized(region, obs, score)
             obs = add(
@@ -271,11 +282,11 @@ class BayesianOptimizer:
                 # The best of an objective that moved away is no better than the rest.
                 keep_best=0.0 if self.has_drift else 0.25,
             )
-            return (obs, region), None
+            return (obs, region, unit), None
 
         trials = (point, y.reshape(-1), column(noise, jnp.float32), times, column(group, jnp.int32))
-        (obs, region), _ = jax.lax.scan(record, (state.observations, state.region), trials)
-        return state._replace(observations=obs, region=region)
+        (obs, region, unit), _ = jax.lax.scan(record, (state.observations, state.region, state.unit), trials)
+        return state._replace(observations=obs, region=region, unit=unit)
 
     @in_float32
     def best(self, state: OptimizerState, *, time: Any = None) -> dict[str, Array]:

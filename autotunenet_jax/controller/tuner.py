@@ -13,6 +13,7 @@ from ..space.search_space import SearchSpace
 from . import plan as planning
 from . import schedule as shapes
 from .core import Core
+from .extension import extended
 from .first_state import PARTS, defaults, fingerprint, first_state
 from .loss_monitor import Guard
 from .plan import NEVER
@@ -125,7 +126,9 @@ class AutoTuneNet:
             raise ValueError(f"capacity must be an integer of at least {least}; got {capacity!r}.")
         self.mode: Literal["min", "max"] = mode
         self.capacity = capacity
-        self.plan = planning.make(self.space, self.total_steps, recipe=recipe or planning.Recipe(), share=max_share)
+        self.recipe = recipe or planning.Recipe()
+        self.max_share = max_share
+        self.plan = planning.make(self.space, self.total_steps, recipe=self.recipe, share=max_share)
         self.core = Core(
             space=self.space,
             guard=guard or Guard(),
@@ -184,6 +187,45 @@ class AutoTuneNet:
                 f"the tuner's state was made with another {parts}. "
                 "Make the AutoTuneNet as it was when the state was saved."
             )
+
+    def with_total_steps(self, total_steps: int | None) -> "AutoTuneNet":
+        """The same tuner for another budget; a schedule over steps is the same function of the step."""
+        shape = self.core.shape
+        return AutoTuneNet(
+            self.space,
+            total_steps,
+            initial=self.initial,
+            mode=self.mode,
+            guard=self.core.guard,
+            max_share=self.max_share,
+            decay="hold" if shape.steps else shape.form,
+            schedule=shape.form if shape.steps else None,
+            warmup_steps=self.core.warmup_steps,
+            capacity=self.capacity,
+            recipe=self.recipe,
+        )
+
+    def extend(self, ts: TunerState, *, total_steps: int) -> TunerState:
+        """The state of a run that goes on to another budget, longer or shorter, from wherever it is. Host only.
+
+        The rounds that were held stay held, the others are laid anew over what remains, and the decay follows the new
+        budget. From here on the state is one of ``AutoTuneNet(..., total_steps=total_steps)``.
+
+        Example:
+            >>> import jax
+            >>> tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, total_steps=1000)
+            >>> ts = tuner.extend(tuner.init(jax.random.key(0)), total_steps=3000)
+            >>> AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, total_steps=3000).check(ts)
+
+        Raises:
+          TypeError: ``total_steps`` is not an integer.
+          ValueError: It does not exceed the steps done or is too small for a plan, or the state is another tuner's.
+        """
+        self.check(ts)
+        if total_steps is None:
+            raise TypeError("total_steps must be an integer number of training steps; got None.")
+        other = self.with_total_steps(total_steps)
+        return extended(ts, other.plan, other._fingerprint())
 
     def hyperparams(self, ts: TunerState) -> dict[str, Array]:
         """Values in force for the next step: schedule, fork and cool-down applied. Jit-able; O(d).

@@ -21,6 +21,9 @@ _ROLES = ("auto", "rate", "fast", "slow")
 _SMALLEST, _LARGEST = 1e-37, 1e38
 # float32 counts without gaps up to here.
 _LARGEST_INT = 2**24
+# A point of the unit cube has 24 bits: with more values than this on a linear scale, or a larger one on a log scale,
+# some would not come back from there.
+_MOST_VALUES, _LARGEST_LOG_INT = 2**22, 2**17
 
 _ARRAY_TYPES = (jax.Array, np.ndarray, np.generic)
 
@@ -152,13 +155,14 @@ class Int:
 
     Args:
       lo: Smallest value.
-      hi: Largest value, above ``lo``, below 2**24 in magnitude (exact in float32).
+      hi: Largest value, above ``lo``, below 2**24 in magnitude (exact in float32). A range holds 2**22 values at most,
+        so that each is a point of the unit cube; on a log scale it ends at 2**17.
       log: Whether the tuner moves on a log scale; needs ``lo > 0``.
       role: As for `Float`.
 
     Raises:
       TypeError: A bound is not an integer.
-      ValueError: Bounds reversed, equal or too large, ``log`` with ``lo <= 0``, or an unknown role.
+      ValueError: Bounds reversed, equal, too large or too far apart, ``log`` with ``lo <= 0``, or an unknown role.
     """
 
     lo: int
@@ -175,27 +179,41 @@ class Int:
             raise ValueError(
                 f"Int bounds must stay below 2**24 in magnitude; got ({self.lo}, {self.hi}). Tune a coarser unit."
             )
+        if self.log and self.hi > _LARGEST_LOG_INT:
+            raise ValueError(
+                f"Int on a log scale must end at {_LARGEST_LOG_INT} or below, or neighbours could not be told apart; "
+                f"got ({self.lo}, {self.hi}). Use Float and round it, or tune a coarser unit."
+            )
+        if self.hi - self.lo >= _MOST_VALUES:
+            raise ValueError(
+                f"Int must have {_MOST_VALUES} values at most, or neighbours could not be told apart; "
+                f"got ({self.lo}, {self.hi}). Use Float and round it, or tune a coarser unit."
+            )
         _check_role(self.role)
         object.__setattr__(self, "lo", int(self.lo))
         object.__setattr__(self, "hi", int(self.hi))
 
     @property
     def _edges(self) -> tuple[float, float]:
-        lo, hi = self.lo - 0.5, self.hi + 0.5
-        return (math.log(lo), math.log(hi)) if self.log else (lo, hi)
+        return math.log(self.lo - 0.5), math.log(self.hi + 0.5)
 
     def decode(self, u: FloatArray[Array, "..."]) -> IntArray[Array, "..."]:
         """Maps [0, 1], cut into one cell per integer (cells of equal width unless ``log``), to int32. Jit-able."""
-        lo, hi = self._edges
-        value = lo + _clip_nan_low(u, 0.0, 1.0) * (hi - lo)
-        return self.clip(jnp.exp(value) if self.log else value)
+        u = _clip_nan_low(u, 0.0, 1.0)
+        if self.log:
+            lo, hi = self._edges
+            return self.clip(jnp.exp(lo + u * (hi - lo)))
+        # Counted from the lower bound: what is large has few digits left.
+        count = self.hi - self.lo + 1
+        return self.lo + jnp.minimum(jnp.floor(u * count), count - 1).astype(jnp.int32)
 
     def encode(self, value: Any) -> FloatArray[Array, "..."]:
         """Maps values, rounded and clipped to the bounds, to [0, 1]. Jit-able."""
-        lo, hi = self._edges
-        position = self.clip(value).astype(jnp.float32)
-        position = jnp.log(position) if self.log else position
-        return jnp.clip((position - lo) / (hi - lo), 0.0, 1.0)
+        whole = self.clip(value)
+        if self.log:
+            lo, hi = self._edges
+            return jnp.clip((jnp.log(whole.astype(jnp.float32)) - lo) / (hi - lo), 0.0, 1.0)
+        return ((whole - self.lo).astype(jnp.float32) + 0.5) / (self.hi - self.lo + 1)
 
     def clip(self, value: Any) -> IntArray[Array, "..."]:
         """Moves values to the nearest integer inside the bounds, and NaN to the lower one. Jit-able."""
@@ -207,21 +225,38 @@ class Int:
         return array is not None and bool(np.all((self.lo <= array) & (array <= self.hi) & (array == np.round(array))))
 
 
+def _as_option(option: Any) -> Any:
+    """An option as plain Python."""
+    if isinstance(option, np.bool_ | np.integer | np.floating | np.str_):
+        option = option.item()
+    if type(option) is tuple:
+        return tuple(map(_as_option, option))
+    if option is None or type(option) in (str, int, float, bool):
+        return option
+    raise TypeError(
+        f"Choice options are strings, numbers, bools, None, or tuples of these; got {option!r}, a "
+        f"{type(option).__name__}. Name the options by strings and look them up by name."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One of a few options. Numbers are ordered by their position in the list; other objects are unordered.
+    """One of a few options. Numbers are ordered by their position in the list; other options are unordered.
 
     Example:
         >>> Choice([32, 64, 128])
         Choice(options=(32, 64, 128), role='auto')
 
     Args:
-      options: Two or more distinct hashable options. Inside jit a numeric choice is its value and any other choice its
-        int32 position in ``options``; `SearchSpace.to_python` gives the object back.
+      options: Two or more distinct strings, numbers, bools, None, or tuples of these; NumPy's become Python's. Inside
+        jit a numeric choice is its value and any other choice its int32 position in ``options``;
+        `SearchSpace.to_python` gives the option back. Other objects (functions, types, members of an enumeration) may
+        differ from process to process, and a run that is resumed would not know them again: name them by strings and
+        look them up by name.
       role: As for `Float`.
 
     Raises:
-      TypeError: ``options`` is not a sequence of hashable objects.
+      TypeError: ``options`` is not a sequence, or holds something else.
       ValueError: Fewer than two options, repeated options, numbers that float32 cannot hold or tell apart, or an
         unknown role.
     """
@@ -234,13 +269,10 @@ class Choice:
     def __post_init__(self):
         if isinstance(self.options, str) or not isinstance(self.options, Sequence):
             raise TypeError(f"Choice takes a sequence of options; got {self.options!r}. Put them in a list.")
-        object.__setattr__(self, "options", tuple(self.options))
+        object.__setattr__(self, "options", tuple(map(_as_option, self.options)))
         object.__setattr__(self, "_types", tuple(map(type, self.options)))
         shown = list(self.options)
-        try:
-            distinct = len(set(self.options))
-        except TypeError as error:
-            raise TypeError(f"Choice options must be hashable; got {shown!r}. Name them by strings.") from error
+        distinct = len(set(self.options))
         if distinct < 2 or distinct != len(self.options):
             raise ValueError(f"Choice needs two or more distinct options; got {shown!r}. Add some or drop repeats.")
         if self.is_numeric:

@@ -33,10 +33,30 @@ def _role_from_name(name: str) -> Literal["rate", "fast", "slow"]:
     return "fast" if leaf in _FAST_NAMES else "slow"
 
 
+def _check_aliases(names: list[str]) -> None:
+    """Refuses two names of one rate."""
+    found: dict[str, str] = {}
+    for name in names:
+        path, _, leaf = name.rpartition("/")
+        if leaf not in _RATE_NAMES:
+            continue
+        if path in found:
+            raise ValueError(f"search space: {found[path]!r} and {name!r} name the same rate. Keep one of them.")
+        found[path] = name
+
+
 def _as_parameter(name: str, spec: Any) -> Parameter:
     if isinstance(spec, Float | Int | Choice):
         return spec
     if isinstance(spec, list):
+        is_pair = len(spec) == 2 and all(
+            isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_) for x in spec
+        )
+        if is_pair and spec[0] < spec[1]:
+            raise ValueError(
+                f"the list {spec!r} may be meant as a range or as two options. "
+                f"Write the tuple {tuple(spec)!r}, Float or Int for a range, Choice({spec!r}) for the options."
+            )
         return Choice(spec)
     if isinstance(spec, tuple) and len(spec) == 2:
         lo, hi = spec
@@ -62,11 +82,13 @@ class SearchSpace:
 
     Args:
       params: Mapping from name to `Float`, `Int` or `Choice`. A plain ``(lo, hi)`` tuple is a `Float`, on a log scale
-        when ``lo > 0`` and ``hi / lo >= 100``; a list is a `Choice`. Another `SearchSpace` is taken as it is.
+        when ``lo > 0`` and ``hi / lo >= 100``; a list is a `Choice`, but one of two rising numbers is refused, since it
+        may be meant as a range. Another `SearchSpace` is taken as it is.
 
     Raises:
       TypeError: Not a mapping, a name that is not a string, or an entry of unknown type; the entry is named.
-      ValueError: An empty space, or bad bounds; the entry is named.
+      ValueError: An empty space, bad bounds, or two names of one rate, such as ``lr`` beside ``learning_rate``; the
+        entry is named.
     """
 
     params: tuple[tuple[str, Parameter], ...]
@@ -93,6 +115,7 @@ class SearchSpace:
                 entries.append((name, _as_parameter(name, spec)))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"search space, {name!r}: {error}") from error
+        _check_aliases([name for name, _ in entries])
         object.__setattr__(self, "params", tuple(entries))
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
-from . import trees
+from . import auxiliary, budget, trees
 from .loss import interpret, take_loss
 from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
 
@@ -118,6 +118,7 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     if state is None:
         return injection.injected_hyperparams(_tree_of(opt_state))
     state = _unboxed(state)
+    budget.check(state)
     warn_if_silent(state)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
@@ -215,6 +216,84 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
 @single_kernel(static_argnums=(0,))
 def _observe_eval(settings: Settings, packed: packing.Packed, metric: Array) -> packing.Packed:
     return packing.pack(take_metric(settings, packing.unpack(packed, settings.layout), metric))
+
+
+def extend(opt_state: Any, *, total_steps: int) -> Any:
+    """Lets a run go on to another budget, longer or shorter, from wherever it is: in its middle, or resumed. Host only.
+
+    The rounds that were held stay held, the others are laid anew over what remains, and the decay follows the new
+    budget. The state is then one of ``autotune(..., total_steps=total_steps)``; a compiled step is compiled once more.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> state = extend(optimizer.init(jnp.ones(3)), total_steps=3000)
+        >>> int(state.tuner.plan.total)
+        3000
+
+    Args:
+      opt_state: As for `observe`.
+      total_steps: Updates of the whole run.
+
+    Returns:
+      What was given, with the new budget. An ``nnx.Optimizer`` is refused: the structure of its state is fixed.
+
+    Raises:
+      TypeError: ``total_steps`` is not an integer, or the structure of the state cannot change.
+      ValueError: It does not exceed the updates done, or there is no tuned optimizer in it.
+    """
+    state = _find(opt_state)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    if any(injection.is_box(leaf) for leaf in jax.tree.leaves(state, is_leaf=injection.is_box)):
+        raise TypeError(
+            "the structure of this optimizer's state is fixed. Make a new one with autotune(..., total_steps=...), and "
+            "extend the state of that library's optimizer outside of it."
+        )
+    new = budget.with_budget(state, total_steps)
+    tree = _tree_of(opt_state)
+    changed = jax.tree.map(lambda node: new if injection.is_tuned(node) else node, tree, is_leaf=injection.is_tuned)
+    if tree is opt_state:
+        return changed
+    if hasattr(opt_state, "replace"):
+        return opt_state.replace(opt_state=changed)
+    return dataclasses.replace(opt_state, opt_state=changed)
+
+
+def rewound(opt_state: Any, aux: Any) -> Any:
+    """State of the training step's own, gone back with the parameters: batch statistics, averages, counters.
+
+    Give `update` what the step made of it, and take from here what to go on with: that itself where the update was the
+    optimizer's own; what it was before where a step was skipped; what it was at the snapshot where the run went back to
+    one, from a losing fork or from trouble. Jit-able.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> params, count = jnp.ones(3), jnp.int32(7)
+        >>> updates, state = optimizer.update(
+        ...     params, optimizer.init(params), params, value=jnp.float32(1.0), aux=count + 1
+        ... )
+        >>> int(rewound(state, count + 1))
+        8
+
+    Args:
+      opt_state: As for `hyperparams`, after the update.
+      aux: What that was given as ``aux``: a tree of arrays, or of boxes of them such as NNX variables.
+
+    Returns:
+      A tree like ``aux``; ``aux`` itself with ``enabled=False``.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it, or it was given another ``aux``.
+    """
+    state = _find(opt_state)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    state = _unboxed(state)
+    return auxiliary.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
 
 
 def wants_eval(opt_state: Any) -> Bool[Array, ""]:

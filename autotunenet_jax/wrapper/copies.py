@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from ..compiler import packing
@@ -14,10 +15,11 @@ from ..space import injection
 
 
 class Snapshot(NamedTuple):
-    """Parameters and the inner optimizer's state, without the hyperparameters that the tuner sets anyway."""
+    """Parameters, the inner optimizer's state without its tuned values, and state of the training step's own."""
 
     params: Any
     inner: Any
+    aux: tuple[Any, ...] = ()
 
 
 class SnapshotTrees(NamedTuple):
@@ -87,19 +89,32 @@ HeldSnapshots = SnapshotTrees | SnapshotVectors
 
 
 def snapshots_of(snapshots: Sequence[Snapshot]) -> Any:
-    """Real copies of snapshots, one for each slot; in vectors where there is one device, which none is spread over.
+    """Real copies of snapshots, one for each slot; in vectors unless an array is spread over several devices.
 
-    Trees without parameters, such as those by which optax finds where in a state they are, give a number: nothing is
-    copied then.
+    A state so goes from one device to several, and back, as long as each holds all of it. Trees without parameters,
+    such as those by which optax finds where in a state they are, give a number: nothing is copied then.
     """
-    if jax.device_count() > 1:
+    if any(map(_may_be_spread, jax.tree.leaves(snapshots[0], is_leaf=injection.is_box))):
         return SnapshotTrees(tuple(jax.tree.map(strong, snapshot) for snapshot in snapshots))
-    unboxed = [jax.tree.map(injection.unboxed, each, is_leaf=injection.is_box) for each in snapshots]
-    if not jax.tree.leaves(unboxed[0].params):
+    if not jax.tree.leaves(snapshots[0].params):
         return jnp.zeros(())
+    return vectors_of(snapshots)
+
+
+def vectors_of(snapshots: Sequence[Snapshot]) -> SnapshotVectors:
+    """Copies of snapshots in vectors."""
+    unboxed = [jax.tree.map(injection.unboxed, each, is_leaf=injection.is_box) for each in snapshots]
     stacked = [packing.pack(jax.tree.map(_as_strong, each)) for each in unboxed]
     layout = packing.layout(jax.tree.map(_as_strong, unboxed[0]))
     return SnapshotVectors(jax.tree.map(lambda *rows: jnp.stack(rows), *stacked), layout)
+
+
+def _may_be_spread(leaf: Any) -> bool:
+    """Whether no one device holds all of an array; while a program is traced that is not known."""
+    leaf = injection.unboxed(leaf)
+    if isinstance(leaf, Tracer):
+        return jax.device_count() > 1
+    return isinstance(leaf, jax.Array) and not leaf.sharding.is_fully_replicated
 
 
 def strong(leaf: Any) -> Array:

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..compiler import packing
 from ..controller.core import Core
@@ -30,6 +30,8 @@ class Settings:
       is_max: Whether the validation metric is maximised.
       is_on: Whether the tuner runs at all.
       layout: How the course of the run is packed.
+      max_share: As the user gave it.
+      digests: Fingerprint of space, plan and policy: a state of another optimizer is one of another structure.
     """
 
     core: Core
@@ -37,6 +39,13 @@ class Settings:
     is_max: bool
     is_on: bool
     layout: packing.Layout
+    max_share: float | None = None
+    digests: tuple[int, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """How many snapshots are held."""
+        return {"keep-winner": 2, "rewind": 1, "drift": 0}[self.memory] if self.is_on else 0
 
 
 class Order(NamedTuple):
@@ -56,10 +65,12 @@ class Course(NamedTuple):
       start: Values the run started from, in the order of the space.
       lag: Steps taken since a loss was last reported.
       order: Copies to make before the next step, asked for by `observe`.
-      is_spoiled: Whether the last update, made without its loss, had gradients that could not be used.
+      is_spoiled: Whether the last update, without its loss, was not made.
       home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept. The inner state follows
         with the next update.
       attempts: Updates left for getting there.
+      is_reverted: Whether the last update was not the optimizer's: not made, or a way back.
+      largest: Largest norm of the gradients so far, forgotten slowly.
       drift: Running levels of the loss; None but in drift mode.
     """
 
@@ -70,6 +81,8 @@ class Course(NamedTuple):
     is_spoiled: Bool[Array, ""]
     home: Int[Array, ""]
     attempts: Int[Array, ""]
+    is_reverted: Bool[Array, ""]
+    largest: Float[Array, ""]
     drift: drifting.Drift | None
 
 
@@ -80,12 +93,14 @@ class AutotuneState(NamedTuple):
       packed: The `Course` of the run, its hundred small arrays in four: a step pays for each array of its state.
       inner: State of the inner optimizer.
       snapshots: The saved snapshot and the kept one, as far as the memory mode has them; a number without parameters.
+      aux: State of the training step's own, as the last update that was made left it.
       settings: Static; no array in it.
     """
 
     packed: packing.Packed
     inner: Any
     snapshots: HeldSnapshots | Array | None
+    aux: tuple[Any, ...]
     settings: Settings
 
     @property

@@ -250,7 +250,8 @@ def _late_block(k: int) -> dict[str, Any]:
 def _of_blocks(way: str, batch: Any, factor: float) -> Outcome:
     ended = run(way, batch=batch)
     expected, got, is_ok = tasks.verdict(ended, plain_of(way, batch=batch), factor)
-    return f"{expected}, no rollback", got, is_ok and not ended.rollbacks
+    # One rollback tells whether the state or the data is to blame.
+    return f"{expected}, one rollback at most", got, is_ok and ended.rollbacks <= 1
 
 
 @case("A", "fit", "autotune", "loop", short=("fit",))

@@ -261,7 +261,7 @@ def a_loader_without_one(way: str) -> Outcome:
 
 @case("D", "loop", "fit", short=("loop",))
 def an_unattached_tuner_is_pickled_and_copied(way: str) -> Outcome:
-    space = {"learning_rate": (1e-5, 1e-1), "b1": atn.Float(0.5, 0.95), "batch_size": [16, 32]}
+    space = {"learning_rate": (1e-5, 1e-1), "b1": atn.Float(0.5, 0.95), "batch_size": atn.Choice([16, 32])}
     tuner = att.AutoTuneNet(space, 300, seed=4) if way == "loop" else atn.AutoTuneNet(space, 300)
     for again in (pickle.loads(pickle.dumps(tuner)), copy.deepcopy(tuner)):
         if repr(again) != repr(tuner):

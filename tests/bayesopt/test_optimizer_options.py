@@ -31,7 +31,7 @@ def test_a_score_with_a_large_known_variance_counts_less():
     def low_end(state):
         config = optimizer.config
         posterior = surrogate.fit(config, state.observations, start=state.hyper, key=state.key)
-        return surrogate.predict(config, posterior, jnp.array([[0.15]]))[0][0]
+        return state.unit * surrogate.predict(config, posterior, jnp.array([[0.15]]))[0][0]
 
     # Two answers to every question: as good as each other, or one of them doubtful.
     assert 0.3 < float(low_end(told(optimizer, x, y))) < 0.5
@@ -81,8 +81,34 @@ def test_times_go_on_by_themselves():
 def test_beyond_capacity_the_old_go_and_only_where_nothing_moves_the_best_stay():
     y = np.array([0.0, 9.0, 1.0, 8.0, 5.0, 7.0])
     still, moving = BayesianOptimizer(LINE, 4), BayesianOptimizer(LINE, 4, has_drift=True)
-    assert told(still, y / 10.0, y).observations.y.tolist() == [0.0, 8.0, 5.0, 7.0]
-    assert told(moving, y / 10.0, y).observations.y.tolist() == [1.0, 8.0, 5.0, 7.0]
+    for optimizer, kept in ((still, [0.0, 8.0, 5.0, 7.0]), (moving, [1.0, 8.0, 5.0, 7.0])):
+        state = told(optimizer, y / 10.0, y)
+        # Kept in a power of two near the first that is not zero.
+        assert (state.observations.y * state.unit).tolist() == kept
+
+
+@pytest.mark.parametrize("options", [{}, {"has_groups": True}], ids=str)
+def test_neither_the_scale_nor_the_offset_of_scores_matters(options):
+    optimizer = BayesianOptimizer({"x": (0.0, 1.0), "y": (1e-4, 1.0)}, 16, **options)
+    suggest, observe = jax.jit(optimizer.suggest), jax.jit(optimizer.observe)
+
+    def points(scale, offset=0.0):
+        state, out = optimizer.init(jax.random.key(4)), []
+        for _ in range(11):
+            point, state = suggest(state)
+            x, y = (np.float64(point[name]) for name in "xy")
+            value = round(4096.0 * ((x - 0.7) ** 2 + 0.2 * (np.log10(y) + 1.0) ** 2))
+            # A failure in between changes nothing.
+            state = observe(state, point, np.float32(scale * value + offset if len(out) != 2 else np.inf))
+            out.append((x, np.log10(y)))
+        return np.array(out)
+
+    usual = points(1.0)
+    for scale in (2.0**67, 2.0**-60):
+        np.testing.assert_array_equal(points(scale), usual)
+    # Other numbers are rounded otherwise.
+    for scale, offset in ((1e20, 0.0), (1e-18, 0.0), (1.0, 1e6)):
+        np.testing.assert_allclose(points(scale, offset), usual, atol=0.05)
 
 
 def test_no_two_points_of_a_large_batch_are_the_same():

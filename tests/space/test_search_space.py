@@ -92,11 +92,11 @@ def test_gradients_of_continuous_coordinates_flow():
 
 
 def test_plain_mappings_are_read_as_documented():
-    space = atn.SearchSpace({"a": (1e-4, 1e-2), "b": (1e-3, 1e-2), "c": (0.0, 1.0), "d": [1, 2], "e": (1, 100)})
+    space = atn.SearchSpace({"a": (1e-4, 1e-2), "b": (1e-3, 1e-2), "c": (0.0, 1.0), "d": [2, 1], "e": (1, 100)})
     assert space["a"] == atn.Float(1e-4, 1e-2, log=True)
     assert space["b"] == atn.Float(1e-3, 1e-2)
     assert space["c"] == atn.Float(0.0, 1.0)
-    assert space["d"] == atn.Choice([1, 2])
+    assert space["d"] == atn.Choice([2, 1])
     assert space["e"] == atn.Float(1, 100, log=True)
     assert atn.SearchSpace(space) == space
 
@@ -131,15 +131,15 @@ def test_equal_spaces_hash_print_and_fingerprint_alike():
 @pytest.mark.parametrize(
     "other",
     [
-        {"dropout": (0.0, 0.5), "layers": [1, 2.0]},
-        {"dropout": (0.0, 0.6), "layers": [1, 2]},
-        {"layers": [1, 2], "dropout": (0.0, 0.5)},
-        {"rate": (0.0, 0.5), "layers": [1, 2]},
-        {"dropout": atn.Float(0.0, 0.5, role="fast"), "layers": [1, 2]},
+        {"dropout": (0.0, 0.5), "layers": atn.Choice([1, 2.0])},
+        {"dropout": (0.0, 0.6), "layers": atn.Choice([1, 2])},
+        {"layers": atn.Choice([1, 2]), "dropout": (0.0, 0.5)},
+        {"rate": (0.0, 0.5), "layers": atn.Choice([1, 2])},
+        {"dropout": atn.Float(0.0, 0.5, role="fast"), "layers": atn.Choice([1, 2])},
     ],
 )
 def test_different_spaces_differ(other):
-    space, other = atn.SearchSpace({"dropout": (0.0, 0.5), "layers": [1, 2]}), atn.SearchSpace(other)
+    space, other = atn.SearchSpace({"dropout": (0.0, 0.5), "layers": atn.Choice([1, 2])}), atn.SearchSpace(other)
     assert space != other
     assert space.fingerprint() != other.fingerprint()
 
@@ -196,3 +196,23 @@ def test_bad_input_names_rule_value_and_remedy(call, error, rule, given_text, re
         call()
     for part in (rule, given_text, remedy):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [[1e-5, 1e-1], [0.0, 0.5], [1, 8], [np.float32(1e-4), np.float32(1.0)], [-3, 0]])
+def test_two_rising_numbers_in_a_list_are_asked_about(spec):
+    with pytest.raises(ValueError, match=r"'x': the list .* may be meant as a range or as two options.*tuple.*Choice"):
+        atn.SearchSpace({"x": spec})
+    assert atn.SearchSpace({"x": atn.Choice(spec)})["x"].options == tuple(spec)
+
+
+def test_other_lists_are_choices():
+    for spec in ([2, 1], [1, 2, 3], [True, False], [False, True], ["a", "b"], [0.5, "b"], [None, 1]):
+        assert atn.SearchSpace({"x": spec})["x"].options == tuple(spec)
+
+
+@pytest.mark.parametrize("names", [("lr", "learning_rate"), ("step_size", "lr"), ("head/lr", "head/learning_rate")])
+def test_one_rate_has_one_name(names):
+    with pytest.raises(ValueError, match=f"'{names[0]}' and '{names[1]}' name the same rate. Keep one"):
+        atn.SearchSpace(dict.fromkeys(names, (1e-4, 1.0)))
+    apart = atn.SearchSpace({"head/lr": (1e-4, 1.0), "body/learning_rate": (1e-4, 1.0), "lr": (1e-3, 1.0)})
+    assert apart.roles == ("rate", "rate", "rate")

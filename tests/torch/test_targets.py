@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from autotunenet_jax import Choice  # noqa: E402
 from autotunenet_torch import AutoTuneNet, targets  # noqa: E402
 
 
@@ -197,11 +198,11 @@ def test_compiled_channel_dropout_drops_channels():
     ("space", "message"),
     [
         ({"dropout": (0.0, 1.5)}, "'dropout' go from 0 to 1.5, and it must be between 0 and 1"),
-        ({"0/dropout": [0.1, 2.0]}, "between 0 and 1"),
+        ({"0/dropout": Choice([0.1, 2.0])}, "between 0 and 1"),
         ({"weight_decay": (-1.0, 1.0)}, "at least 0"),
         ({"momentum": (0.5, 1.2)}, "between 0 and 1"),
         ({"batch_size": (16.0, 128.0)}, "whole numbers"),
-        ({"batch_size": [0, 16]}, "at least 1"),
+        ({"batch_size": Choice([0, 16])}, "at least 1"),
     ],
 )
 def test_values_that_pytorch_refuses_are_refused_before_training(space, message):

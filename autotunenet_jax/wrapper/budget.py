@@ -1,0 +1,72 @@
+"""Whose state it is, and `extend`: the run of a tuned optimizer with another budget."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ..compiler import packing
+from ..controller import AutoTuneNet
+from ..controller.extension import extended
+from ..controller.first_state import PARTS
+from . import drifting
+from .state import AutotuneState, Memory, Settings
+
+
+def planned(tuner: AutoTuneNet, memory: Memory) -> AutoTuneNet:
+    """The tuner with the plan of a memory mode."""
+    if memory == "drift":
+        tuner.plan = drifting.plan(tuner.space, tuner.plan)
+    return tuner
+
+
+def digests_of(tuner: AutoTuneNet) -> tuple[int, ...]:
+    """Its fingerprint, as something static."""
+    return tuple(int(digest) for digest in tuner._fingerprint())
+
+
+def check(state: AutotuneState) -> None:
+    """Whether the arrays of a state are of the budget, space and policy that its optimizer was made with.
+
+    Looks on the host alone, and only at what is there; never waits for the device.
+
+    Raises:
+      ValueError: They are of another one; the message says in what.
+    """
+    settings = state.settings
+    if not settings.is_on:
+        return
+    place, first = packing.positions(settings.layout).tuner.fingerprint
+    found = [packing.read_number(state.packed, (place, first + k)) for k in range(len(PARTS))]
+    if any(digest is None for digest in found):
+        return
+    parts = [part for part, a, b in zip(PARTS, found, settings.digests, strict=True) if int(a) != b]
+    if parts:
+        raise ValueError(
+            f"the state of autotune was made with another {' and '.join(parts)}. Make the optimizer as it was when the "
+            "state was saved; for another total_steps go on with autotunenet_jax.extend(opt_state, total_steps=...)."
+        )
+
+
+def with_budget(state: AutotuneState, total_steps: int) -> AutotuneState:
+    """The state with its plan laid anew; see `autotunenet_jax.extend`."""
+    check(state)
+    settings, course = state.settings, state.course
+    core = settings.core
+    tuner = AutoTuneNet(
+        core.space,
+        int(course.tuner.plan.total) or None,
+        mode="max" if settings.is_max else "min",
+        guard=core.guard,
+        max_share=settings.max_share,
+        decay="hold" if core.shape.steps else core.shape.form,
+        schedule=core.shape.form if core.shape.steps else None,
+        warmup_steps=core.warmup_steps,
+        capacity=int(np.shape(course.tuner.knowledge.observations.y)[0]),
+    )
+    other = planned(tuner.with_total_steps(total_steps), settings.memory)
+    ts = extended(course.tuner._replace(step=course.tuner.step + course.lag), other.plan, other._fingerprint())
+    course = course._replace(tuner=ts._replace(step=course.tuner.step))
+    changed: Settings = dataclasses.replace(settings, core=other.core, digests=digests_of(other))
+    packed: Any = packing.pack(course)
+    return state._replace(packed=packed, settings=changed)
