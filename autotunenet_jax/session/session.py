@@ -113,6 +113,7 @@ class Session:
 
     def __init__(self, host: Host, controller: Any, recorder: Recorder):
         self.host, self.controller, self.recorder = host, controller, recorder
+        recorder.history.mode = controller.tuner.mode
         self.wants_eval, self.is_settled = True, False
         self.evaluated_at = -1
         self.last_eval: float | None = None
