@@ -31,6 +31,13 @@ def test_a_framework_is_added_in_a_hundred_lines():
         assert len({by_step[fork["start"] + 1]["data_step"] for fork in held["forks"]}) == 1
 
 
+def test_the_page_on_histories(capsys):
+    names = {}
+    exec(compile("\n".join(code("history.md")), "docs/history.md", "exec"), names)
+    assert "range test" in capsys.readouterr().out
+    assert 1e-4 < float(names["rate"]) <= 1.0
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_the_host_survives_a_loss_that_is_not_finite():
     names = {}

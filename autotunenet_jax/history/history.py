@@ -10,6 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import matplotlib.figure
+    import optuna
     import pandas
 
 # Rows are thinned evenly beyond this many, so that a history never grows with the length of the run.
@@ -24,6 +25,16 @@ def _from_json(row: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**row, name: math.nan if row[name] is None else row[name]}
 
 
+def _as_before(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "forks": [_from_json(fork, "p_better") for fork in row["forks"]]}
+
+
+def _described(param: Any, role: str) -> dict[str, Any]:
+    if hasattr(param, "options"):
+        return {"options": list(param.options), "role": role}
+    return {"lo": param.lo, "hi": param.hi, "log": param.log, "role": role}
+
+
 class History:
     """The record of one run.
 
@@ -34,26 +45,32 @@ class History:
         in force by name.
       rounds: One dict per round: ``start`` and ``end`` (budget steps), ``kind`` (``"fast"`` or ``"slow"``),
         ``sweep`` (the span of its range test, or None), ``outcome``, ``chosen``, ``best`` (the fork that won; -1 where
-        all failed), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
-        ``"lost"`` or ``"failed"``), ``steps`` and ``p_better``.
+        all failed), ``scored_by``, ``reference`` (score of the state all forks started from, or None), and ``forks``,
+        a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``, ``"lost"`` or ``"failed"``),
+        ``steps`` and ``p_better``.
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded
         and ``end`` included, in order and apart.
       names: Tuned hyperparameters.
+      space: Their ranges by name: ``lo``, ``hi`` and ``log``, or ``options``, and the ``role``; empty if not known.
+      mode: Whether the validation metric was minimised (``"min"``) or maximised (``"max"``). Scores of forks are
+        always to be minimised: where they were maximised, they are negated.
       summary: Totals of the run: steps, discarded steps, their share, rollbacks.
     """
 
-    def __init__(self, names: tuple[str, ...], *, space: Any = None):
-        self.names = names
+    def __init__(self, names: tuple[str, ...], *, space: Any = None, mode: str = "min"):
+        self.names, self.mode = tuple(names), mode
+        self.space: dict[str, dict[str, Any]] = {}
         self.records: list[dict[str, Any]] = []
         self.rounds: list[dict[str, Any]] = []
         self.evals: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.discarded: list[tuple[int, int]] = []
-        self._space = space
         self._stride = 1
+        if space is not None:
+            self.describe(space)
 
     def __repr__(self) -> str:
         share = self.summary.get("share_discarded", 0.0)
@@ -61,6 +78,10 @@ class History:
             f"History({len(self.records)} records, {len(self.rounds)} rounds, {len(self.events)} events, "
             f"{100 * share:.1f} % of the steps discarded)"
         )
+
+    def describe(self, space: Any) -> None:
+        """Notes the ranges of a search space."""
+        self.space = {name: _described(space[name], role) for name, role in zip(space.names, space.roles, strict=True)}
 
     @property
     def stride(self) -> int:
@@ -97,21 +118,64 @@ class History:
         """Everything, as plain Python data that JSON can hold; None stands for numbers that are not finite."""
         return {
             "names": list(self.names),
+            "space": {name: dict(held) for name, held in self.space.items()},
+            "mode": self.mode,
+            "stride": self._stride,
             "records": [_jsonable(row) for row in self.records],
-            "rounds": [{**row, "forks": [_jsonable(fork) for fork in row["forks"]]} for row in self.rounds],
+            "rounds": [{**_jsonable(row), "forks": [_jsonable(fork) for fork in row["forks"]]} for row in self.rounds],
             "evals": [_jsonable(row) for row in self.evals],
             "events": [dict(row) for row in self.events],
             "discarded": [list(span) for span in self.discarded],
             "summary": dict(self.summary),
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "History":
+        """The history that `to_dict` described, also after a way through JSON.
+
+        Example:
+            >>> history = History(("learning_rate",))
+            >>> history.add({"step": 1, "loss": 0.5, "learning_rate": 0.1})
+            >>> History.from_dict(history.to_dict()).records == history.records
+            True
+        """
+        history = cls(tuple(data["names"]))
+        history.load(data, stride=data.get("stride", 1))
+        return history
+
     def load(self, data: Mapping[str, Any], *, stride: int) -> None:
         """Takes over what `to_dict` gave, replacing what is here."""
         self.records = [_from_json(row, "loss") for row in data["records"]]
         self.evals = [_from_json(row, "value") for row in data["evals"]]
-        self.rounds, self.events = list(data["rounds"]), list(data["events"])
+        self.rounds, self.events = [_as_before(row) for row in data["rounds"]], list(data["events"])
         self.discarded = [(start, end) for start, end in data["discarded"]]
         self.summary, self._stride = dict(data["summary"]), stride
+        self.space, self.mode = dict(data.get("space", self.space)), data.get("mode", self.mode)
+
+    def explain(self) -> str:
+        """The run in plain words, under forty lines however long it was.
+
+        It says what each round tried and for how many steps, what came of it, how sure the choice was and what was
+        chosen; what the range test read; rollbacks and the like; and the share of the steps that was not kept.
+        """
+        from .explain import explain
+
+        return explain(self)
+
+    def to_optuna(self) -> "optuna.study.Study":
+        """A study of Optuna in memory, one trial for each fork, for its plots and its dashboard.
+
+        Values are the forks' scores, failed forks are trials that failed, and ``user_attrs`` hold ``round``, ``fork``,
+        ``steps``, ``kept`` and the like. Scores of different rounds are of different moments of the training: compare
+        them within a round.
+
+        Raises:
+          ImportError: optuna is not installed.
+          ValueError: The history does not know its search space.
+        """
+        from .optuna_study import to_study
+
+        return to_study(self)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """`records` as a data frame, one row per record.

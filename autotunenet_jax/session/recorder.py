@@ -68,6 +68,7 @@ class Recorder:
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
     ):
         self.history, self.discarded = history, 0
+        history.describe(space)
         self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
         self._pending: list[tuple[Any, int, int, int]] = []
         self._steps_seen = 0
@@ -232,6 +233,7 @@ class Recorder:
             "end": step,
             "kind": KINDS[kind],
             "scored_by": "validation" if bool(report.has_eval) else "training loss",
+            "reference": float(report.reference) if np.isfinite(report.reference) else None,
             "sweep": None if self._sweep is None else list(self._sweep),
             "forks": forks,
             "best": best,

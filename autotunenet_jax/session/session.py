@@ -126,6 +126,7 @@ class Session:
 
     def __init__(self, host: Host, controller: Any, recorder: Recorder):
         self.host, self.controller, self.recorder = host, controller, recorder
+        recorder.history.mode = controller.tuner.mode
         self.wants_eval, self.is_due, self.is_settled = True, False, False
         self.evaluated_at = self.settled_at = self.best_at = -1
         self.last_eval: float | None = None

@@ -57,7 +57,9 @@ def account(history, hyperparams, state):
     ]
     evals = {row["step"]: row["value"] for row in history.evals}
     kinds = ("rollback", "retry", "shift", "rate", "resume")
-    everything = json.dumps([history.records, history.rounds, sorted(evals.items())], sort_keys=True, default=str)
+    # What follows from the records is left out.
+    told = [{name: value for name, value in row.items() if name != "reference"} for row in history.rounds]
+    everything = json.dumps([history.records, told, sorted(evals.items())], sort_keys=True, default=str)
     return {
         "rounds": rounds,
         "events": sorted([row["step"], row["kind"]] for row in history.events if row["kind"] in kinds),

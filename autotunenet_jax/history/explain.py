@@ -1,0 +1,189 @@
+"""A run told in plain words: what was tried, what came of it, and why it was kept."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .history import History
+
+# Most lines of the whole text, however long the run; a round told fork by fork takes several.
+_MOST_LINES = 38
+
+# Most kinds of events told, and of each the steps it happened at.
+_MOST_KINDS, _MOST_STEPS = 6, 4
+
+# Most characters of a round's candidates on one line.
+_MOST_CHARACTERS = 100
+
+
+def shown(value: Any) -> str:
+    """A value, short."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def varied(row: Mapping[str, Any]) -> list[str]:
+    """Hyperparameters that the forks of a round differ in; all of them where there is one fork."""
+    forks = [fork["hyperparams"] for fork in row["forks"]]
+    names = list(row["chosen"])
+    differing = [name for name in names if any(fork[name] != forks[0][name] for fork in forks)]
+    return differing or names
+
+
+def settings(hyperparams: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Hyperparameters by name, in a line."""
+    return ", ".join(f"{name} {shown(hyperparams[name])}" for name in names)
+
+
+def score_of(history: "History", row: Mapping[str, Any], score: float) -> float:
+    """A fork's score in the user's own direction."""
+    return -score if history.mode == "max" and row["scored_by"] == "validation" else score
+
+
+def explain(history: "History") -> str:
+    """What happened, in words; see `History.explain`."""
+    head, tail = [_headline(history), *_values(history)], _events(history)
+    room = _MOST_LINES - len(head) - len(tail)
+    detailed = [_in_full(history, number, row) for number, row in enumerate(history.rounds, start=1)]
+    if sum(map(len, detailed)) > room:
+        detailed = [_in_short(history, number, row) for number, row in enumerate(history.rounds, start=1)]
+    lines = [line for block in detailed for line in block]
+    if len(lines) > room:
+        # The first rounds move most, and the last ones say where the run ended.
+        count = (room - 1) // len(detailed[0])
+        first, left = count // 2, len(detailed) - count
+        kept = [*detailed[:first], [f"... {left} rounds more ..."], *detailed[first + left :]]
+        lines = [line for block in kept for line in block]
+    return "\n".join([*head, *lines, *tail])
+
+
+def _headline(history: "History") -> str:
+    total, rounds = history.summary, history.rounds
+    steps = total.get("steps", history.records[-1]["step"] if history.records else 0)
+    lost = total.get("discarded_steps", sum(end - start for start, end in history.discarded))
+    share = 100.0 * lost / max(steps, 1)
+    forks = sum(len(row["forks"]) for row in rounds)
+    rollbacks = total.get("rollbacks", sum(event["kind"] == "rollback" for event in history.events))
+    return (
+        f"{steps} training steps in {_count(len(rounds), 'round')} with {_count(forks, 'fork')}; {lost} steps "
+        f"({share:.1f} %) were spent on what was not kept; {_count(rollbacks, 'rollback')}."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def _values(history: "History") -> list[str]:
+    """Where the run began and what its rounds chose."""
+    if not history.rounds or not history.records:
+        return []
+    first, last = history.records[0], history.rounds[-1]["chosen"]
+    lines = []
+    for name in list(history.names)[:6]:
+        # A test's or a fork's first step is no starting value.
+        start = f"began at {shown(first[name])} and " if first["phase"] == "train" else ""
+        lines.append(f"{name}: {start}stands at {shown(last[name])} after the last round, before the schedule.")
+    return lines
+
+
+def _title(number: int, row: Mapping[str, Any]) -> str:
+    steps = sorted({fork["steps"] for fork in row["forks"]})
+    horizon = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    return (
+        f"Round {number} ({row['kind']}, steps {row['start']} to {row['end']}): "
+        f"{_count(len(row['forks']), 'fork')} of {horizon} steps from one state, on the same data, "
+        f"scored by {row['scored_by']}"
+    )
+
+
+def _read_by_test(history: "History", row: Mapping[str, Any]) -> str:
+    """Where a range test said that the first fork should go."""
+    if row["sweep"] is None or not row["forks"]:
+        return ""
+    start, end = row["sweep"]
+    rates = [name for name, held in history.space.items() if held["role"] == "rate"] or list(row["chosen"])
+    return f"A range test of {end - start} steps read {settings(row['forks'][0]['hyperparams'], rates)}. "
+
+
+def _in_full(history: "History", number: int, row: Mapping[str, Any]) -> list[str]:
+    """A round, fork by fork."""
+    reference = row.get("reference")
+    before = "" if reference is None else f"; before them it stood at {shown(score_of(history, row, reference))}"
+    lines = [f"{_title(number, row)}{before}."]
+    names = varied(row)
+    for place, fork in enumerate(row["forks"], start=1):
+        lines.append(f"  fork {place}: {settings(fork['hyperparams'], names)}: {_told(history, row, place)}")
+    lines.append(f"  {_read_by_test(history, row)}{_verdict(history, row, names)}")
+    return lines
+
+
+def _told(history: "History", row: Mapping[str, Any], place: int) -> str:
+    """What came of a fork."""
+    fork = row["forks"][place - 1]
+    best = row["forks"][row["best"]] if row["best"] >= 0 else None
+    if not fork["scores"]:
+        return f"failed after {fork['steps']} steps"
+    text = f"scored {score_of(history, row, fork['scores'][0]):.4g}"
+    if best is not None and fork is not best and best["scores"]:
+        behind = fork["scores"][0] - best["scores"][0]
+        text += f", {abs(behind):.2g} {'better' if behind < 0 else 'worse'} than the kept one"
+    # The first with a score had nothing to be better than.
+    has_rival = any(other["scores"] for other in row["forks"][: place - 1])
+    if has_rival and _is_known(fork["p_better"]):
+        text += f", {100 * fork['p_better']:.0f} % likely to beat the one kept till then"
+    return f"{text}; kept" if fork is best else text
+
+
+def _is_known(probability: Any) -> bool:
+    return probability is not None and math.isfinite(probability)
+
+
+def _verdict(history: "History", row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The round's outcome, in a sentence."""
+    if row["best"] < 0:
+        return f"Verdict: every fork failed; training went back to where they began, with {_chosen(row, names)}."
+    best = row["forks"][row["best"]]
+    others = [fork["scores"][0] for fork in row["forks"] if fork is not best and fork["scores"]]
+    why = "it was the only one with a score"
+    if others and best["scores"]:
+        ahead = min(others) - best["scores"][0]
+        why = f"it was {ahead:.2g} ahead of the next" if ahead >= 0 else (
+            f"another scored {-ahead:.2g} better, which is too little to be believed"
+        )  # fmt: skip
+    moved = [name for name in names if row["chosen"][name] != best["hyperparams"][name]]
+    rest = ", a little off the fork's own: what suits a few early steps is too hot for the next" if moved else ""
+    return f"Verdict: fork {row['best'] + 1} was kept, since {why}; on with {_chosen(row, names)}{rest}."
+
+
+def _chosen(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    return settings(row["chosen"], names)
+
+
+def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[str]:
+    """A round, in two lines."""
+    names = varied(row)
+    tried = "; ".join(
+        f"{settings(fork['hyperparams'], names)} -> "
+        + (f"{score_of(history, row, fork['scores'][0]):.4g}" if fork["scores"] else "failed")
+        for fork in row["forks"]
+    )
+    if len(tried) > _MOST_CHARACTERS:
+        tried = f"{tried[: _MOST_CHARACTERS - 4].rsplit(';', 1)[0]}; ..."
+    return [f"{_title(number, row)}: {tried}.", f"  {_read_by_test(history, row)}{_verdict(history, row, names)}"]
+
+
+def _events(history: "History") -> list[str]:
+    """Rollbacks, retreats and the rest, each kind once."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for event in history.events:
+        kinds.setdefault(event["kind"], []).append(event)
+    # What was undone comes first.
+    order = sorted(kinds, key=lambda kind: kind not in ("rollback", "retreat", "rate"))
+    lines = []
+    for kind in order[:_MOST_KINDS]:
+        events = kinds[kind]
+        steps = ", ".join(str(event["step"]) for event in events[:_MOST_STEPS])
+        more = f" and {len(events) - _MOST_STEPS} times more" if len(events) > _MOST_STEPS else ""
+        lines.append(f"Step {steps}{more} ({kind}): {events[-1]['message']}")
+    return lines
