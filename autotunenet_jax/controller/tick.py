@@ -26,7 +26,7 @@ def ceiling(ts: TunerState) -> Float[Array, ""]:
 
 
 def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
-    """A loss above this is no noise, has lost half of what training had gained, and is more than data was seen to cost."""
+    """A loss above this is no noise, has lost half of what was gained, and is more than data was seen to cost."""
     health = ts.health
     reach = guard.sigmas / loss_monitor.MEAN_ABS_DEVIATION
     half_way = health.held_level + 0.5 * jnp.maximum(health.initial_loss - health.held_level, 0.0)
