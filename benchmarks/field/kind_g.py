@@ -56,7 +56,7 @@ def _once(texts: list[str], pattern: str, expected: str) -> Outcome:
     return f"1 warning: {expected}", got, len(found) == 1
 
 
-LOUD = {"log_level": "warning"}
+LOUD: dict[str, Any] = {"log_level": "warning"}
 """A Trainer sets the level of its library's loggers; these cases are run at "error"."""
 
 NARROW = {"learning_rate": (1e-5, 4e-4)}
@@ -84,7 +84,12 @@ def the_choice_lies_at_a_bound(way: str) -> Outcome:
             texts += frameworks.run_lightning(path, tuner=att.AutoTuneNet(NARROW)).said
         else:
             # Forks see fresh batches: large ones and evaluations tell small rates apart.
-            clear = {"max_steps": 400, "eval_strategy": "epoch", "per_device_train_batch_size": 480, **LOUD}
+            clear: dict[str, Any] = {
+                "max_steps": 400,
+                "eval_strategy": "epoch",
+                "per_device_train_batch_size": 480,
+                **LOUD,
+            }
             texts += frameworks.run_transformers(path, tuner=att.AutoTuneNet(NARROW), **clear).said
     return _once(texts, r"learning_rate.*(bound|end of (its|the) range|edge)", "the rate is at the bound of its range")
 
