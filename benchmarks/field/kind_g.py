@@ -56,6 +56,9 @@ def _once(texts: list[str], pattern: str, expected: str) -> Outcome:
     return f"1 warning: {expected}", got, len(found) == 1
 
 
+LOUD: dict[str, Any] = {"log_level": "warning"}
+"""A Trainer sets the level of its library's loggers; these cases are run at "error"."""
+
 NARROW = {"learning_rate": (1e-5, 4e-4)}
 
 
@@ -81,7 +84,12 @@ def the_choice_lies_at_a_bound(way: str) -> Outcome:
             texts += frameworks.run_lightning(path, tuner=att.AutoTuneNet(NARROW)).said
         else:
             # Forks see fresh batches: large ones and evaluations tell small rates apart.
-            clear = {"max_steps": 400, "eval_strategy": "epoch", "per_device_train_batch_size": 480}
+            clear: dict[str, Any] = {
+                "max_steps": 400,
+                "eval_strategy": "epoch",
+                "per_device_train_batch_size": 480,
+                **LOUD,
+            }
             texts += frameworks.run_transformers(path, tuner=att.AutoTuneNet(NARROW), **clear).said
     return _once(texts, r"learning_rate.*(bound|end of (its|the) range|edge)", "the rate is at the bound of its range")
 
@@ -186,7 +194,7 @@ def metrics_that_never_came(way: str) -> Outcome:
             module.validation_step = lambda *_: None
             texts += frameworks.run_lightning(path, module=module, tuner=att.AutoTuneNet(SLOW)).said
         else:
-            texts += frameworks.run_transformers(path, tuner=att.AutoTuneNet(SLOW), weight_decay=1e-3).said
+            texts += frameworks.run_transformers(path, tuner=att.AutoTuneNet(SLOW), weight_decay=1e-3, **LOUD).said
     pattern = r"weight_decay.*(validation|metric|observe_eval|eval)|no (metric|validation)"
     return _once(texts, pattern, "weight_decay stays: no metric came")
 
@@ -219,8 +227,10 @@ def mode_max_and_a_metric_that_never_came(way: str) -> Outcome:
 def through_the_loggers_of_the_framework(way: str) -> Outcome:
     name = "lightning" if way == "Lightning" else "transformers"
     with heard() as texts, folder() as path:
-        run = frameworks.run_lightning if way == "Lightning" else frameworks.run_transformers
-        run(path, tuner=att.AutoTuneNet(NARROW))
+        if way == "Lightning":
+            frameworks.run_lightning(path, tuner=att.AutoTuneNet(NARROW))
+        else:
+            frameworks.run_transformers(path, tuner=att.AutoTuneNet(NARROW), **LOUD)
     lines = [text for text in texts if text.startswith(name) and re.search("tun|learning_rate", text, re.IGNORECASE)]
     return f"a line in the log of {name}", f"{len(lines)} {lines[:1]}", bool(lines)
 

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 from autotunenet_torch import AutoTuneNet, TrainingState  # noqa: E402
 from autotunenet_torch.soundness import Soundness  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:The best learning_rate lies at")
 STEPS = 200
 
 
