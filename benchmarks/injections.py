@@ -199,6 +199,9 @@ def broken_and_resumed(plan, around):
 
 def campaign(count, seed=0):
     """Injects faults in turn; returns, for each kind, how often, how many hit, and how many runs ended otherwise."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A process that was started in the background ignores Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     HOOKS.reset()
     train()
     start = time.monotonic()

@@ -108,11 +108,11 @@ class Recorder:
                         "phase": PHASES[phase],
                         "round": number,
                         "fork": fork,
-                        # A step that was skipped has left nothing behind.
-                        "is_kept": int(row["verdict"]) not in (loss_monitor.SKIPPED, loss_monitor.NON_FINITE),
                         **values,
                     }
                 )
+            if int(row["verdict"]) in (loss_monitor.SKIPPED, loss_monitor.NON_FINITE):
+                self.history.skip(step)
             if not self._has_fallen and bool(row.get("has_fallen", False)):
                 self._has_fallen = True
                 self.note(step, "fall", _FALLEN)
