@@ -97,18 +97,26 @@ class History:
 
     def discard(self, start: int, end: int) -> None:
         """Marks budget steps ``start < step <= end`` as not part of the final state's past."""
-        apart: list[tuple[int, int]] = []
-        for first, last in sorted([*self.discarded, (start, end)]):
-            if apart and first <= apart[-1][1]:
-                apart[-1] = (apart[-1][0], max(apart[-1][1], last))
+        # Nearly always at the end, where those that overlap are found at once.
+        first, last = start, end
+        later: list[tuple[int, int]] = []
+        while self.discarded and self.discarded[-1][1] >= first:
+            span = self.discarded.pop()
+            if span[0] > last:
+                later.append(span)
             else:
-                apart.append((first, last))
-        self.discarded = apart
+                first, last = min(first, span[0]), max(last, span[1])
+        self.discarded += [(first, last), *reversed(later)]
         for row in reversed(self.records):
             if row["step"] <= start:
                 break
             if row["step"] <= end:
                 row["is_kept"] = False
+
+    def skip(self, step: int) -> None:
+        """Marks a step that was not taken; of so many that the record would grow without end only the first ones."""
+        if len(self.discarded) < _MAX_RECORDS:
+            self.discard(step - 1, step)
 
     def kept(self) -> list[dict[str, Any]]:
         """The records of the steps that led to the final state, in order."""

@@ -17,7 +17,7 @@ from ..controller.state import TRAIN, TunerState
 from ..history.history import History
 from ..session.batches import BatchSource, EndOfDataError
 from ..session.notices import LOGGER, NO_METRIC, Notice, announce_compilation, warn
-from ..session.recorder import Recorder
+from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
 from .checks import check_eval_step, check_train_step
 from .progress import Progress
@@ -25,6 +25,8 @@ from .run import Run
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
+# Most characters that a line of a result shown says of one thing.
+_LINE = 160
 
 # A snapshot that is due waits for at most so many steps; until then nothing but the clock is looked at.
 _STEPS_PER_STRETCH = 32
@@ -55,6 +57,30 @@ class FitResult:
     best_state: Any
     best_eval: float | None
     is_interrupted: bool
+
+    def __repr__(self) -> str:
+        history, summary = self.history, self.history.summary
+        leaves = jax.tree.leaves(self.state)
+        size = sum(leaf.size for leaf in leaves)
+        values = ", ".join(f"{name}={shown(value)}" for name, value in self.hyperparams.items())
+        kinds = [event["kind"] for event in history.events]
+        told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none"
+        losses = [row["loss"] for row in history.kept()]
+        lines = [
+            f"FitResult({'interrupted' if self.is_interrupted else 'complete'} after {summary.get('steps', 0)} steps,",
+            f"  hyperparams: {_short(values)}",
+            f"  state: {len(leaves)} arrays, {size:,} numbers",
+            f"  loss: {shown(losses[-1]) if losses else 'none recorded'}, the last of the steps kept",
+            f"  eval: {shown(self.eval)}, best_eval: {shown(self.best_eval)}",
+            f"  history: {len(history.rounds)} rounds, {100 * summary.get('share_discarded', 0.0):.1f} % of the steps "
+            f"on forks not kept, {summary.get('rollbacks', 0)} rollbacks",
+            f"  events: {_short(told)}",
+        ]
+        return "\n".join(lines) + ")"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LINE else text[: _LINE - 3] + "..."
 
 
 def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None) -> int:
@@ -158,8 +184,8 @@ def fit(
     if snapshots is not None and not isinstance(snapshots, Snapshots):
         opened = snapshots = Snapshots(snapshots, mode=tuner.mode, space=tuner.space)
     store = snapshots
-    shown, stop = Progress(total, is_on=progress), Stop()
-    recorder = Recorder(History(tuner.space.names), tuner.space, shown, [stop.exposing(call) for call in callbacks])
+    bar, stop = Progress(total, is_on=progress), Stop()
+    recorder = Recorder(History(tuner.space.names), tuner.space, bar, [stop.exposing(call) for call in callbacks])
     announce_compilation(tuner.core)
     is_out_of_data = False
     try:
@@ -170,7 +196,7 @@ def fit(
             if eval_step is None:
                 run.notices.tell(run.controller.step, _of_slow(tuner))
             try:
-                _train(run, total, interval, stop, shown, store)
+                _train(run, total, interval, stop, bar, store)
             except EndOfDataError:
                 is_out_of_data = True
             finally:
@@ -178,7 +204,7 @@ def fit(
                 if store is not None and run.is_alive():
                     _save_last(run, store, stop)
     finally:
-        shown.close()
+        bar.close()
         if opened is not None:
             opened.close()
     _say_why(run, total, stop, is_out_of_data=is_out_of_data)
@@ -245,14 +271,14 @@ def _of_slow(tuner: AutoTuneNet) -> list[Notice]:
     return [Notice(NO_METRIC, message)] if slow else []
 
 
-def _train(run: Run, total: int, interval: int, stop: Stop, shown: Progress, store: Snapshots | None) -> None:
+def _train(run: Run, total: int, interval: int, stop: Stop, bar: Progress, store: Snapshots | None) -> None:
     """Stretch after stretch, until the budget is spent or somebody asks to stop."""
     shown_at = 0.0
 
     def show() -> None:
         nonlocal shown_at
         now = time.monotonic()
-        if shown.is_on and now - shown_at > _SHOW_EVERY_SECONDS:
+        if bar.is_on and now - shown_at > _SHOW_EVERY_SECONDS:
             shown_at = now
             run.recorder.show(run.controller.step)
 

@@ -50,6 +50,7 @@ def _step_jit(
         "loss": jnp.asarray(loss, jnp.float32),
         "verdict": directive.verdict,
         "outcome": directive.outcome,
+        "has_fallen": ts.validation.has_fallen,
         # Budget step of the snapshot a rollback went back to.
         "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
     }
@@ -224,6 +225,7 @@ class Run:
         noticed = (len(history.rounds), len(history.evals))
         if is_over or noticed != self._noticed:
             self._noticed = noticed
+            self.recorder.flush()
             found = notices(self.controller.tuner, self.controller.state, rounds=history.rounds, is_over=is_over)
             self.notices.tell(self.controller.step, found)
 

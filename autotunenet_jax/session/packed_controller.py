@@ -102,7 +102,7 @@ def _nothing(ts: TunerState) -> Directive:
 def _spoken(core: Any, directive: Directive, due: Any, ts: TunerState, slots: Any) -> jax.Array:
     """All that Python reads after a call, as one int32 vector; hyperparameters first, by their bits."""
     values = jnp.stack([jnp.asarray(value, jnp.float32) for value in core.hyperparams(ts).values()])
-    numbers = (*directive, due, ts.phase, ts.step, slots.saved_step, slots.kept_step)
+    numbers = (*directive, due, ts.phase, ts.step, slots.saved_step, slots.kept_step, ts.validation.has_fallen)
     words = [jnp.asarray(number).astype(jnp.int32) for number in numbers]
     return jnp.concatenate([jax.lax.bitcast_convert_type(values, jnp.int32), jnp.stack(words)])
 
@@ -201,9 +201,9 @@ class PackedController:
         self._values = words[:count].view(np.float32).tolist()
         numbers = words[count:].tolist()
         directive = Directive(*numbers[:_DIRECTIVE_FIELDS])
-        due, self.phase, self.step, saved_step, kept_step = numbers[_DIRECTIVE_FIELDS:]
+        due, self.phase, self.step, saved_step, kept_step, has_fallen = numbers[_DIRECTIVE_FIELDS:]
         self.data_step = numbers[Directive._fields.index("data_step")]
-        return Tick(directive, bool(due), saved_step, kept_step)
+        return Tick(directive, bool(due), saved_step, kept_step, bool(has_fallen))
 
     # Across processes.
 

@@ -31,6 +31,10 @@ _PENDING_LIMIT = 256
 # A run that fails at every step has said so often enough by then; the totals go on counting.
 _MAX_EVENTS = 1000
 
+# What is read of every step, however few are recorded.
+_ALWAYS = ("step", "rewound", "verdict", "outcome", "has_fallen")
+
+_FALLEN = "The training loss did not improve between readings: the rates fell by half a decade, once."
 _NO_ROLLBACK = "The loss stays high and the guard has no rollback for that; it is taken as it is."
 _BUDGET_SPENT = (
     "The loss stays high and the guard's rollbacks for that are used up; it is taken as it is, and the hyperparameters "
@@ -72,6 +76,7 @@ class Recorder:
         self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
         self._pending: list[tuple[Any, int, int, int]] = []
         self._steps_seen = 0
+        self._has_fallen = False
         self._round_start = 0
         self._fork_start = 0
         self._sweep: tuple[int, int] | None = None
@@ -83,7 +88,7 @@ class Recorder:
         """Takes the device scalars of one step; reads them later, many at once."""
         self._steps_seen += 1
         if self._steps_seen % self.history.stride:
-            entry = {name: entry[name] for name in ("step", "rewound", "verdict", "outcome")}
+            entry = {name: entry[name] for name in _ALWAYS if name in entry}
         self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
         if len(self._pending) >= _PENDING_LIMIT:
             self.flush()
@@ -104,11 +109,14 @@ class Recorder:
                         "phase": PHASES[phase],
                         "round": number,
                         "fork": fork,
-                        # A step that was skipped has left nothing behind.
-                        "is_kept": int(row["verdict"]) not in (loss_monitor.SKIPPED, loss_monitor.NON_FINITE),
                         **values,
                     }
                 )
+            if int(row["verdict"]) in (loss_monitor.SKIPPED, loss_monitor.NON_FINITE):
+                self.history.skip(step)
+            if not self._has_fallen and bool(row.get("has_fallen", False)):
+                self._has_fallen = True
+                self.note(step, "fall", _FALLEN)
             if rewound >= 0:
                 self.history.discard(rewound, step)
                 # Healthy training goes back as well, to the state of its best validation metric.
@@ -241,8 +249,8 @@ class Recorder:
             "chosen": self._space.to_python(chosen),
         }
         self.history.rounds.append(row)
-        shown = ", ".join(f"{name} {_shown(value)}" for name, value in row["chosen"].items())
-        self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {shown}")
+        values = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
+        self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
         for callback in self._callbacks:
             callback(row)
 
@@ -271,6 +279,7 @@ class Recorder:
         """Goes on from what `to_dict` gave."""
         self.history.load(data["history"], stride=data["counts"]["stride"])
         self._steps_seen = data["counts"]["steps_seen"]
+        self._has_fallen = any(event["kind"] == "fall" for event in self.history.events)
         held = data["open_round"]
         self._round_start, self._fork_start = held["round_start"], held["fork_start"]
         self._sweep = None if held["sweep"] is None else tuple(held["sweep"])
@@ -290,5 +299,6 @@ class Recorder:
         }
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as a user is shown it."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

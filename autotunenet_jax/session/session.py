@@ -19,12 +19,14 @@ class Tick(NamedTuple):
       is_due: Whether a decision is due.
       saved_step: Budget step of the saved copy, as it was before this loss.
       kept_step: The same for the kept copy.
+      has_fallen: Whether the rates have fallen because the training loss did not improve.
     """
 
     directive: Directive
     is_due: bool
     saved_step: int
     kept_step: int
+    has_fallen: bool = False
 
 
 class Decision(NamedTuple):
@@ -227,6 +229,7 @@ class Session:
             "loss": loss,
             "verdict": directive.verdict,
             "outcome": directive.outcome,
+            "has_fallen": tick.has_fallen,
             "rewound": rewound,
             "hyperparams": self._values,
         }

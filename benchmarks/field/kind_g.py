@@ -18,7 +18,7 @@ from . import frameworks, tasks, torch_tasks
 from .registry import Outcome, case
 from .scratch import folder
 
-LOGGERS = ("", "autotunenet_jax", "autotunenet_torch", "lightning.pytorch", "transformers")
+LOGGERS = ("", "autotunenet", "autotunenet_jax", "autotunenet_torch", "lightning.pytorch", "transformers")
 
 
 @contextlib.contextmanager
@@ -146,7 +146,8 @@ def many_rollbacks(way: str) -> Outcome:
 
 
 def _again(position: int, call: int) -> tuple[str, float]:
-    return ("long", 30.0) if call > 100 and call % 40 == 0 else ("none", 1.0)
+    # After the rounds: in a fork it is the fork's failure.
+    return ("long", 30.0) if call > 200 and call % 40 == 0 else ("none", 1.0)
 
 
 _FIRST = {

@@ -122,7 +122,7 @@ def fit_nan():
 
 
 def fit_rollback():
-    return faulty({75: "poison", 30: "spike"})
+    return faulty({**dict.fromkeys(range(88, 96), "nan"), 30: "spike"})
 
 
 def fit_resume():

@@ -38,7 +38,8 @@ def log(target, step, *, loss=1.0, rate=None, layers=1, rewound=-1, data_step=No
 @pytest.fixture(scope="module")
 def result():
     """A run with a round, a rollback, and losses that are not finite."""
-    train_step, batches = faults.inject(problem.train_step, problem.batches, {80: "poison", 95: "inf"})
+    plan = {**dict.fromkeys(range(80, 88), "poison"), 95: "inf"}
+    train_step, batches = faults.inject(problem.train_step, problem.batches, plan)
     return atn.fit(train_step, problem.new_state(), batches, tuner=problem.tuner(), progress=False)
 
 
@@ -53,7 +54,7 @@ def test_records_are_complete_and_in_order(result):
 
 def test_rollbacks_are_told(result):
     events = [event for event in result.history.events if event["kind"] == "rollback"]
-    assert len(events) == result.history.summary["rollbacks"] == 2
+    assert len(events) == result.history.summary["rollbacks"] == 1
     assert "restored" in events[0]["message"]
 
 
@@ -62,7 +63,7 @@ def test_strict_json_holds_it(result):
     text = json.dumps(result.history.to_dict(), allow_nan=False)
     data = json.loads(text)
     assert set(data) >= {"names", "records", "rounds", "evals", "events", "summary"}
-    assert [row["loss"] for row in data["records"]].count(None) == 2
+    assert [row["loss"] for row in data["records"]].count(None) == 1
 
 
 def test_loaded_again_it_is_the_same(result):

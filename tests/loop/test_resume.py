@@ -184,3 +184,47 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped):
         process.stdout.close()
     assert resumed >= 2
     assert problem.same(run(snapshots=tmp_path, resume=True).state, unstopped.state)
+
+
+# What is said, and what is saved.
+
+
+def test_a_run_that_is_stopped_says_so_without_a_progress_line(caplog):
+    result = run(interrupted_at(57, signal.SIGTERM))
+    messages = [event["message"] for event in result.history.events if event["kind"] == "stop"]
+    assert len(messages) == 1 and "SIGTERM" in messages[0] and f"of {problem.TOTAL_STEPS} steps" in messages[0]
+    assert [record.message for record in caplog.records if record.name == "autotunenet"] == messages
+
+
+def test_a_snapshots_metric_is_that_of_its_state(tmp_path):
+    """Readings come every eighth step, the signal in between, or right at one."""
+    for number, step in enumerate((121, 125)):
+        folder = tmp_path / str(number)
+        result = run(interrupted_at(step, signal.SIGTERM), snapshots=folder)
+        with atn.Snapshots(folder, read_only=True) as store:
+            record = store.records()[-1]
+        here = float(jax.jit(problem.eval_step)(result.state))
+        measured = [row["value"] for row in result.history.evals if row["step"] == record.step and row["is_settled"]]
+        assert record.metric is None or record.metric == pytest.approx(here, rel=1e-5)
+        assert (record.metric is None) == (record.step % 8 != 0) and measured
+        assert record.status == "healthy"
+
+
+def test_an_eval_step_that_comes_or_goes_is_named(tmp_path):
+    for number, first in enumerate((problem.eval_step, None)):
+        folder = tmp_path / str(number)
+        run(interrupted_at(57, signal.SIGTERM), snapshots=folder, eval_step=first)
+        with pytest.raises(atn.SnapshotMismatchError, match="eval_step"):
+            run(snapshots=folder, resume=True, eval_step=None if first else problem.eval_step)
+
+
+def test_a_result_can_be_looked_at(unstopped):
+    text = repr(unstopped)
+    assert len(text.splitlines()) <= 10 and len(text) < 1500
+    assert "learning_rate" in text and "complete after 160 steps" in text
+
+
+def test_the_end_is_the_best_reading_of_the_run(unstopped):
+    settled = [row["value"] for row in unstopped.history.evals if row["is_settled"]]
+    assert unstopped.eval == min(settled) == unstopped.best_eval
+    assert problem.same(unstopped.state, unstopped.best_state)
