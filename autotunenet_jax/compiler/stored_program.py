@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 from jax.custom_batching import custom_vmap
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from .._version import __version__
 from .switches import SWITCHES, is_on
@@ -134,7 +136,7 @@ def _stored(
             return None
         _write(path, program)
 
-    alone = custom_vmap(program.call)
+    alone = custom_vmap(functools.partial(_stored_p.bind, program=program))
 
     @alone.def_vmap
     def _(axis_size: int, is_batched: Any, *leaves: Any) -> Any:
@@ -144,6 +146,15 @@ def _stored(
     stored = jax.custom_jvp(alone)
     stored.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return stored
+
+
+# JAX commits to a device whatever comes out of a program that calls an exported one, so that the second step of a run
+# would be compiled again, for other arguments than the first. It does not look into this.
+_stored_p = Primitive("stored_program")
+_stored_p.multiple_results = True
+_stored_p.def_abstract_eval(lambda *_, program: program.out_avals)
+_stored_p.def_impl(lambda *leaves, program: jax.jit(program.call)(*leaves))
+mlir.register_lowering(_stored_p, mlir.lower_fun(lambda *leaves, program: program.call(*leaves), multiple_results=True))
 
 
 def _name(function: Callable[..., Any], signature: _Signature, options: tuple[Any, ...]) -> str | None:

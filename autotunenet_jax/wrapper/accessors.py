@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +13,10 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
-from . import auxiliary, budget, trees
+from . import auxiliary, budget, notices, trees
 from .loss import interpret, take_loss
 from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
 
-# Updates without a single loss after which the user is told.
-_SILENT_STEPS = 20
-
-# The text stays the same, so that Python shows it once.
-_SILENT = (
-    "autotune has not been told a single loss, so it tunes nothing. "
-    "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
-)
 _NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
 
 
@@ -80,16 +71,6 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
     return {**values, **injection.read(inner, injection.resolve(values, inner))}
 
 
-def warn_if_silent(state: AutotuneState) -> None:
-    """Says to the caller's caller, on the host, that the tuner hears nothing; never waits for the device."""
-    places: Any = packing.positions(state.settings.layout)
-    if not state.settings.is_on:
-        return
-    step, lag = (packing.read_number(state.packed, place) for place in (places.tuner.step, places.lag))
-    if step == 0 and lag is not None and lag >= _SILENT_STEPS:
-        warnings.warn(_SILENT, UserWarning, stacklevel=3)
-
-
 def hyperparams(opt_state: Any) -> dict[str, Array]:
     """The hyperparameters in force at the next update.
 
@@ -119,7 +100,7 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
         return injection.injected_hyperparams(_tree_of(opt_state))
     state = _unboxed(state)
     budget.check(state)
-    warn_if_silent(state)
+    notices.warn(state, stacklevel=2)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
         state = state._replace(snapshots=None)

@@ -70,6 +70,21 @@ def test_the_next_process_traces_nothing(folder):
     assert not TRACES
 
 
+def test_a_loop_around_it_is_compiled_once(folder):
+    """JAX commits what comes out of an exported program to its device: a second call would be another one."""
+    for _ in range(2):
+        another_process()
+        step = jax.jit(lambda x, rest: (x + powered(2, x, rest)["root"], {**rest, "count": rest["count"] + 1}))
+        x, rest = arguments()
+        for _ in range(3):
+            x, rest = step(x, rest)
+        assert step._cache_size() == 1 and not x.committed
+    assert not TRACES and len(files(folder)) == 1
+    # Outside of compiled code too.
+    x, rest = arguments()
+    assert_right(powered(2, x, rest))
+
+
 def test_what_is_different_is_stored_apart(folder, monkeypatch):
     run(2), run(3)
     assert_right(run(3), 3.0)

@@ -131,6 +131,47 @@ def test_ambiguous_and_unknown_names_list_the_candidates(toy):
     assert float(atn.hyperparams(written)["encoder/learning_rate"]) == np.float32(1e-3)
 
 
+def test_lookahead_inside_it(toy):
+    """Snapshots hold the slow parameters too, although gradients are of the fast ones alone."""
+    inner = optax.lookahead(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2), sync_period=5, slow_step_size=0.5)
+    optimizer = toy.wrapped(inner)
+
+    def step(carry, key):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(toy.loss_fn)(params.fast, key)
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    params = optax.LookaheadParams.init_synced(toy.make_params())
+    carry = (params, optimizer.init(params))
+    (params, opt_state), _ = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))(carry, toy.draws())
+    assert toy.rounds_begun(opt_state.tuner) >= 1
+    assert isinstance(opt_state.saved.params, optax.LookaheadParams)
+    assert toy.quality(params.slow) < 0.5 * toy.quality(toy.make_params())
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_complex_parameters(toy, is_given):
+    optimizer = toy.wrapped(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2) if is_given else optax.adam)
+
+    def loss_fn(params, key):
+        x = jax.random.normal(key, (16, 4))
+        return jnp.mean(jnp.abs(x @ params["w"] - x @ jnp.array([1.0, 2j, -1.0, 1 + 1j])) ** 2)
+
+    def step(carry, key):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, key)
+        updates, opt_state = optimizer.update(jax.tree.map(jnp.conj, grads), opt_state, params, value=loss)
+        rate = atn.hyperparams(opt_state)["learning_rate"]
+        return (optax.apply_updates(params, updates), opt_state), (loss, rate)
+
+    params = {"w": jnp.zeros(4, jnp.complex64)}
+    carry = (params, optimizer.init(params))
+    (params, opt_state), (losses, rates) = jax.jit(lambda c, keys: jax.lax.scan(step, c, keys))(carry, toy.draws())
+    assert float(losses[-1]) < 0.05 * float(losses[0])
+    assert rates.dtype == opt_state.inner.hyperparams["learning_rate"].dtype == jnp.float32
+
+
 def test_apply_if_finite_around_it(toy):
     optimizer = optax.apply_if_finite(toy.wrapped(), max_consecutive_errors=3)
 

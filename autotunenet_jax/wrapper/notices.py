@@ -1,0 +1,79 @@
+"""What the user of a tuned optimizer is told, where the host looks anyway; never waits for the device."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..compiler import packing
+from ..controller.state import TRAIN
+from .state import AutotuneState
+
+# Updates without a single loss after which the user is told.
+_SILENT_STEPS = 20
+# How near the edge of the unit cube counts as a bound: the last half of a line search's step over four decades.
+_EDGE = 0.03
+# Shares and numbers from which there is something to say.
+_BAD_SHARE, _BAD_STEPS, _MANY_ROLLBACKS, _SLOW_SHARE = 0.02, 10, 5, 0.45
+
+# Texts stay the same, so that Python shows each once.
+_SILENT = (
+    "autotune has not been told a single loss, so it tunes nothing. "
+    "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
+)
+_AT_BOUND = "{name} lies at the {end} bound of its range, {bound:g}; the best value may lie beyond. Widen the range."
+_UNMEASURED = (
+    "{names} can only be judged by a validation metric, and none came: nothing is learned of it. Report one by "
+    "autotunenet_jax.observe_eval(opt_state, metric) where wants_eval(opt_state) asks for it, or leave it out."
+)
+_BAD = (
+    f"more than {_BAD_SHARE:.0%} of the steps were skipped, since loss or gradients were not finite. "
+    "Look for bad batches in the data, or for a loss that divides by zero."
+)
+_ROLLBACKS = (
+    f"training went back to a snapshot more than {_MANY_ROLLBACKS} times. "
+    "Lower the upper bound of the learning rate, or look at what breaks it: opt_state.tuner.health tells."
+)
+
+
+def warn(state: AutotuneState, *, stacklevel: int) -> None:
+    """Says what there is to say, to the caller ``stacklevel`` calls above."""
+    if not state.settings.is_on:
+        return
+    for text in _texts(state):
+        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+
+
+def _texts(state: AutotuneState) -> Iterator[str]:
+    places: Any = packing.positions(state.settings.layout)
+    tuner = places.tuner
+
+    def number(place: tuple[str | None, int], offset: int = 0) -> Any:
+        return packing.read_number(state.packed, (place[0], place[1] + offset))
+
+    step, lag = number(tuner.step), number(places.lag)
+    if step is None or lag is None:
+        return
+    if step == 0:
+        if lag >= _SILENT_STEPS:
+            yield _SILENT
+        return
+    health, space = tuner.health, state.settings.core.space
+    bad = number(health.bad_steps)
+    if bad >= max(_BAD_STEPS, _BAD_SHARE * step):
+        yield _BAD
+    if number(tuner.rollbacks) > _MANY_ROLLBACKS:
+        yield _ROLLBACKS
+    total = number(tuner.plan.total)
+    slow = [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
+    if slow and total and step >= _SLOW_SHARE * total and np.isnan(number(tuner.validation.level)):
+        yield _UNMEASURED.format(names=" and ".join(slow))
+    if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:
+        return
+    for k, (name, role) in enumerate(zip(space.names, space.roles, strict=True)):
+        u = number(tuner.incumbent, k)
+        if role == "rate" and not _EDGE < u < 1.0 - _EDGE:
+            bound = float(space[name].decode(jnp.round(u)))
+            yield _AT_BOUND.format(name=name, end="lower" if u < 0.5 else "upper", bound=bound)

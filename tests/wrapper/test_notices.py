@@ -1,0 +1,64 @@
+"""What the user is told where the host looks, each thing in one text that stays the same."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import autotunenet_jax as atn
+from autotunenet_jax.compiler import packing
+
+SPACE = {"learning_rate": (1e-4, 1.0), "weight_decay": (1e-6, 1e-2)}
+
+
+@pytest.fixture(scope="module")
+def started():
+    opt = atn.autotune(optax.adamw, SPACE, 1000, learning_rate=1e-2, weight_decay=1e-4)
+    return opt.init({"w": jnp.ones(3)})
+
+
+def heard(state, **changes):
+    """The texts for a run in ordinary training after its first rounds, a metric told, nothing wrong but the changes."""
+    course = state.course
+    ts = course.tuner._replace(step=jnp.int32(500), phase=jnp.int32(0), round=course.tuner.round._replace(index=2))
+    ts = ts._replace(validation=ts.validation._replace(level=jnp.float32(1.0)))
+    for name, value in changes.items():
+        part, _, field = name.rpartition("__")
+        value = jnp.asarray(value)
+        ts = ts._replace(**{part: getattr(ts, part)._replace(**{field: value})} if part else {field: value})
+    packed = packing.pack(jax.tree.map(jnp.asarray, course._replace(tuner=ts)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        atn.hyperparams(jax.block_until_ready(state._replace(packed=packed)))
+    assert all(one.filename == __file__ for one in caught)
+    return [str(one.message) for one in caught]
+
+
+def test_nothing_is_said_of_a_run_that_goes_well(started):
+    assert heard(started) == []
+    assert heard(started, health__bad_steps=jnp.int32(9), rollbacks=jnp.int32(3)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"incumbent": jnp.array([0.99, 0.5], jnp.float32)}, "learning_rate lies at the upper bound of its range, 1;"),
+        (
+            {"incumbent": jnp.array([0.0, 0.5], jnp.float32)},
+            "learning_rate lies at the lower bound of its range, ",
+        ),
+        ({"validation__level": jnp.float32(jnp.nan)}, "weight_decay can only be judged by a validation metric"),
+        ({"health__bad_steps": jnp.int32(60)}, "more than 2% of the steps were skipped"),
+        ({"rollbacks": jnp.int32(8)}, "went back to a snapshot more than 5 times"),
+    ],
+)
+def test_one_thing_is_said_in_one_text(started, changes, text):
+    (said,) = heard(started, **changes)
+    assert text in said
+    assert heard(started, **changes) == [said]
+
+
+def test_values_at_a_bound_in_a_fork_are_no_choice(started):
+    assert heard(started, incumbent=jnp.array([1.0, 0.5], jnp.float32), phase=jnp.int32(2)) == []
