@@ -26,7 +26,6 @@ class SoundSession(Session):
     def __init__(self, *args: Any, **kwargs: Any):
         self.mended = self._mends = 0
         self._made = {"saved": 0, "kept": 0}
-        self._keeps_measured = False
         super().__init__(*args, **kwargs)
 
     def report(self, loss: float, *, recorded: float | None = None) -> Report:
@@ -37,7 +36,7 @@ class SoundSession(Session):
 
     def decide(self) -> Any:
         """Lets the controller decide, and carries its directive out."""
-        self._keeps_measured, self._mends = False, 0
+        self._mends = 0
         return super().decide()
 
     def _undo(self) -> None:
@@ -49,8 +48,6 @@ class SoundSession(Session):
             self.host.put_buffers_back(getattr(self, self._newest()), buffers)
 
     def _obey(self, directive: Any, *, rewinds: bool) -> None:
-        if directive.keep and self._keeps_measured:
-            directive, self._keeps_measured = directive._replace(keep=False), False
         names = [name for name, is_due in (("saved", directive.save), ("kept", directive.keep)) if is_due]
         is_sound = not names or self.host.soundness.may_copy()
         if names and is_sound:
@@ -77,13 +74,10 @@ class SoundSession(Session):
         recorder.note(controller.step, "rollback", message)
 
     def observe(self, metric: float) -> None:
-        """Takes in a validation metric of the present state, which is copied at once where it is the best."""
-        before = float(self.controller.state.validation.best)
-        super().observe(metric)
-        seen = self.controller.state.validation
-        is_best = self.controller.phase == TRAIN and bool(seen.keeps) and float(seen.best) != before
-        if is_best and not self.is_settled and self.host.soundness.may_copy():
-            self.kept, self._keeps_measured = self.host.copy(), True
+        """Takes in a validation metric of the present state; one of a state that is not whole is worse than any."""
+        before = self.kept
+        super().observe(metric if self.host.soundness.may_copy() else math.nan)
+        if self.kept is not before:
             self._made["kept"] = self.controller.step
 
     def settle(self) -> None:
@@ -101,10 +95,10 @@ class SoundSession(Session):
 
     def books(self) -> dict[str, Any]:
         """What the host side knows besides the copies and the controller's state, as plain data."""
-        return {**super().books(), "sound": [self.mended, self._made, self._keeps_measured]}
+        return {**super().books(), "sound": [self.mended, self._made]}
 
     def load(self, books: dict[str, Any]) -> None:
         """Goes on from what `books` gave; the controller has its state back already."""
         super().load(books)
-        self.mended, made, self._keeps_measured = books["sound"]
+        self.mended, made = books["sound"]
         self._made = dict(made)

@@ -64,6 +64,10 @@ class OptimizerState(NamedTuple):
     """The space-filling points that come before the surrogate decides."""
 
 
+def _unit(state: OptimizerState) -> Float[Array, ""]:
+    return jnp.where(state.unit == 0.0, 1.0, state.unit)
+
+
 def _like_suggested(optimizer: Any, count: int | None, state: OptimizerState, time: Any) -> tuple[Any, OptimizerState]:
     return dict.fromkeys(optimizer.space.names, "value"), state
 
@@ -191,7 +195,7 @@ class BayesianOptimizer:
         key, fit_key, propose_key = branches(state.key, 3)
         used = mask(obs)
         now = self._time(obs, time)
-        posterior = fit(self.config, obs, start=state.hyper, key=fit_key, noise=state.noise)
+        posterior = fit(self.config, obs, start=state.hyper, key=fit_key, noise=state.noise / _unit(state))
         lower, upper = self._box(state, posterior, now)
 
         reference = jnp.where(used[:, None], obs.x, 0.5)
@@ -230,9 +234,8 @@ class BayesianOptimizer:
         else:
             inputs = (np.arange(size), branches(propose_key, size))
             _, points = jax.lax.scan(one, (reference, is_reference), inputs)
-        state = state._replace(
-            key=key, hyper=posterior.hyper, noise=noise_deviation(posterior), asked=state.asked + size
-        )
+        noise = noise_deviation(posterior) * _unit(state)
+        state = state._replace(key=key, hyper=posterior.hyper, noise=noise, asked=state.asked + size)
         return self.space.decode(points), state
 
     @in_float32
@@ -302,7 +305,7 @@ class BayesianOptimizer:
         obs = state.observations
         score = obs.y
         if self.has_drift or self.has_groups:
-            posterior = fit(self.config, obs, start=state.hyper, key=state.key, noise=state.noise)
+            posterior = fit(self.config, obs, start=state.hyper, key=state.key, noise=state.noise / _unit(state))
             score, _ = predict(self.config, posterior, obs.x, time=self._time(obs, time))
         return self.space.decode(obs.x[_lowest(obs, score)])
 

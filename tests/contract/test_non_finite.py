@@ -86,7 +86,7 @@ def test_a_whole_stretch_of_them(spoiled_run, toy, kind):
         assert toy.quality(params) < 2.0 * toy.quality(toy.make_params())
 
 
-def test_a_spoiled_fork_is_a_failure_and_not_adopted(toy):
+def test_a_fork_of_bad_batches_alone_says_nothing_and_is_not_adopted(toy):
     optimizer = toy.wrapped()
 
     def poison(i, loss, grads):
@@ -97,6 +97,6 @@ def test_a_spoiled_fork_is_a_failure_and_not_adopted(toy):
     for key in toy.draws():
         carry, _ = step(carry, key)
         failures = max(failures, int(jnp.sum(carry[1].tuner.knowledge.observations.failed)))
-    assert failures >= 1
+    assert failures == 0
     assert toy.rounds_begun(carry[1].tuner) >= 1
     assert toy.quality(carry[0]) < toy.quality(toy.make_params())

@@ -95,7 +95,7 @@ def test_same_decisions_as_the_core(seed):
     history = tuner.history
     kinds = [row["kind"] for row in history.rounds]
     assert len(kinds) >= 2 and set(kinds) == {"fast", "slow"}
-    assert history.summary["rollbacks"] >= 2
+    assert history.summary["rollbacks"] >= 1
     assert any(row["kind"] == "rollback" for row in history.events)
     assert int(ts.validation.retreats) >= 1
     for name in ("save", "restore", "keep", "adopt", "evaluate"):

@@ -175,6 +175,7 @@ def test_mixed_precision_with_everything(precision, loader):
     assert run.scaler.is_enabled() == (precision == "fp16")
 
 
+@pytest.mark.filterwarnings("ignore:The best")
 def test_tunes_batch_size_label_smoothing_and_clipping(loader):
     sizes = []
 
