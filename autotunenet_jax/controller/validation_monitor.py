@@ -100,7 +100,8 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
     # Whatever is not finite is worse than anything.
     value = jnp.where(jnp.isfinite(metric), metric, jnp.inf)
     counts = in_train & (is_last | (ts.step - seen.read_at >= _SPACING * ts.plan.check_every))
-    is_best = counts & (value < seen.best)
+    # However close two readings are, the better state is kept.
+    is_best = in_train & (value < seen.best) & (counts | ~seen.returns)
     # A rate that is only too hot to hold shows in a state that cools to a better one: then it was worth its height.
     is_cooled = counts & (seen.cools_from < NEVER)
     retreats = is_cooled & ~is_best & seen.is_kept

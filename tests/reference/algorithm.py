@@ -339,8 +339,12 @@ class Algorithm:
             self.metric_level = metric
         is_last = bool(self.plan.total) and self._remaining <= 1
         is_spaced = self.step - seen.read_at >= F(validation_monitor._SPACING) * F(self.plan.check_every)
+        value = metric if np.isfinite(metric) else LARGE
         if self.phase == TRAIN and (is_last or is_spaced):
-            self._read(metric if np.isfinite(metric) else LARGE, is_last)
+            self._read(value, is_last)
+        elif self.phase == TRAIN and value < seen.best and not seen.returns:
+            # However close two readings are, the better state is kept.
+            seen.best, seen.keeps, seen.is_kept = value, True, False
 
     def _read(self, value: Any, is_last: bool) -> None:
         seen = self.readings
