@@ -237,7 +237,7 @@ def test_an_optimizer_of_another_model_is_refused():
 def test_two_names_of_one_number_are_refused(space):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
-    with pytest.raises(ValueError, match="both set the same number|name the same rate"):
+    with pytest.raises(ValueError, match=r"both set the same number|name the same rate"):
         AutoTuneNet(space, total_steps=100).attach(model, optimizer)
 
 
