@@ -162,8 +162,10 @@ class Progress:
         ]
         if "loss" not in state:
             return [field for field in fields if field.text]
-        values = [_Field(4 + i, f"{name} {_number(value)}") for i, (name, value) in enumerate(state["values"].items())]
-        last = 4 + len(values)
+        # The first of the values comes before the time left, the others after it.
+        named = enumerate(state["values"].items())
+        values = [_Field(3 + 2 * (i > 0) + i, f"{name} {_number(value)}") for i, (name, value) in named]
+        last = 6 + len(values)
         rollbacks = state["rollbacks"]
         return [
             *fields,
@@ -172,7 +174,7 @@ class Progress:
             _Field(last, f"{state['rounds']} round{'s' * (state['rounds'] != 1)}"),
             _Field(last + 1, f"{100 * state['share']:.0f} % in lost forks"),
             *[_Field(last + 2, f"{rollbacks} rollback{'s' * (rollbacks != 1)}", "yellow")] * bool(rollbacks),
-            _Field(3, f"eta {self._pace.left(self._total)}", "cyan"),
+            _Field(4, f"eta {self._pace.left(self._total)}", "cyan"),
         ]
 
     def _line(self) -> Any:
@@ -207,11 +209,11 @@ class Progress:
 
 
 def _fitting(fields: list[_Field], width: int, length: Any) -> list[_Field]:
-    """The fields of a line that fit a width, those of lowest rank first, each whole or not at all."""
+    """The fields of a line that fit a width, those of lowest rank, each whole or not at all."""
     room, fitting = width, []
     for field in sorted(fields, key=lambda field: field.rank):
-        needed = length(field.text) + (len(_GAP) if fitting else 0)
-        if field.text and needed <= room:
-            room -= needed
-            fitting.append(field)
+        room -= length(field.text) + (len(_GAP) if fitting else 0)
+        if room < 0:
+            break
+        fitting.append(field)
     return [field for field in fields if field in fitting]
