@@ -273,9 +273,7 @@ class Session:
         retreats = int(self.controller.state.validation.retreats)
         if retreats > self._retreats:
             self._retreats = retreats
-            what = "the run ends in" if self.is_settled else "training goes on, at a lower rate, from"
-            message = f"The validation metric did not improve: {what} the best state."
-            self.recorder.note(self.controller.step, "retreat", message)
+            self.recorder.retreat(self.controller.step, is_over=self.is_settled)
 
     # The end.
 

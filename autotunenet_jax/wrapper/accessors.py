@@ -13,9 +13,19 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
-from . import auxiliary, budget, notices, trees
+from . import auxiliary, budget, notices, ring, trees
 from .loss import interpret, take_loss
-from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
+from .state import (
+    AutotuneState,
+    Course,
+    Noted,
+    Order,
+    Settings,
+    in_force,
+    take_metric,
+    wants_metric,
+    write_in_force,
+)
 
 _NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
 
@@ -32,6 +42,18 @@ def _find(holder: Any) -> AutotuneState | None:
     if len(found) > 1:
         raise ValueError("there are several tuned optimizers in here. Pass the state of one of them.")
     return found[0] if found else None
+
+
+def tuned_state(holder: Any) -> AutotuneState:
+    """The state of `autotune` in a holder, out of the boxes of a module library.
+
+    Raises:
+      ValueError: There is none in it, or several.
+    """
+    state = _find(holder)
+    if state is None:
+        raise ValueError(_NOT_TUNED)
+    return _unboxed(state)
 
 
 def _unboxed(tree: Any) -> Any:
@@ -103,7 +125,7 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     notices.warn(state, stacklevel=2)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
-        state = state._replace(snapshots=None)
+        state = state._replace(snapshots=None, record=None)
     return _in_force(state)
 
 
@@ -138,23 +160,27 @@ def observe(opt_state: Any, loss: Any) -> Any:
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        return state._replace(packed=_observe(state.settings, state.packed, loss))
+        packed, record = _observe(state.settings, state.packed, state.record, loss)
+        return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(settings: Settings, packed: packing.Packed, loss: Array) -> packing.Packed:
-    lag, is_usable = _unreported(settings, packed)
-    after, directive = take_loss(settings, packed, loss, lag=lag, is_usable=is_usable, is_away=jnp.zeros((), bool))
-    return _noted(settings, packed, after, lag, directive)
+def _observe(
+    settings: Settings, packed: packing.Packed, record: Array, loss: Array
+) -> tuple[packing.Packed, Array]:
+    lag, is_usable, is_made = _unreported(settings, packed)
+    flags = {"is_usable": is_usable, "is_away": jnp.zeros((), bool), "is_made": is_made}
+    after, directive, record = take_loss(settings, packed, record, loss, lag=lag, **flags)
+    return _noted(settings, packed, after, lag, directive), record
 
 
 @single_kernel(static_argnums=(0,))
-def _unreported(settings: Settings, packed: packing.Packed) -> tuple[Array, Array]:
-    """Steps without a loss before the last one, and whether that one's gradients could be used."""
+def _unreported(settings: Settings, packed: packing.Packed) -> tuple[Array, Array, Array]:
+    """Steps without a loss before the last one, whether that one's gradients could be used, and whether it was made."""
     course: Course = packing.unpack(packed, settings.layout)
-    return jnp.maximum(course.lag - 1, 0), ~course.is_spoiled
+    return jnp.maximum(course.lag - 1, 0), ~course.is_spoiled, ~course.is_reverted
 
 
 @single_kernel(static_argnums=(0,))
@@ -188,15 +214,24 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        return state._replace(packed=_observe_eval(state.settings, state.packed, jnp.asarray(metric, jnp.float32)))
+        packed, record = _observe_eval(state.settings, state.packed, state.record, jnp.asarray(metric, jnp.float32))
+        return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _observe_eval(
+    settings: Settings, packed: packing.Packed, record: Array, metric: Array
+) -> tuple[packing.Packed, Array]:
+    packed, noted = _measured(settings, packed, metric)
+    return packed, ring.with_metric(record, settings.core.space.dims, **noted._asdict())
+
+
 @single_kernel(static_argnums=(0,))
-def _observe_eval(settings: Settings, packed: packing.Packed, metric: Array) -> packing.Packed:
-    return packing.pack(take_metric(settings, packing.unpack(packed, settings.layout), metric))
+def _measured(settings: Settings, packed: packing.Packed, metric: Array) -> tuple[packing.Packed, Noted]:
+    course, noted = take_metric(settings, packing.unpack(packed, settings.layout), metric)
+    return packing.pack(course), noted
 
 
 def extend(opt_state: Any, *, total_steps: int) -> Any:
@@ -270,10 +305,7 @@ def rewound(opt_state: Any, aux: Any) -> Any:
     Raises:
       ValueError: There is no tuned optimizer in it, or it was given another ``aux``.
     """
-    state = _find(opt_state)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    state = _unboxed(state)
+    state = tuned_state(opt_state)
     return auxiliary.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
 
 
@@ -293,10 +325,7 @@ def wants_eval(opt_state: Any) -> Bool[Array, ""]:
     Raises:
       ValueError: There is no tuned optimizer in it.
     """
-    state = _find(opt_state)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    state = _unboxed(state)
+    state = tuned_state(opt_state)
     course = state.course
     wants = wants_metric(course.tuner) & (course.lag == 0)
     return wants if state.settings.is_on else jnp.zeros_like(wants)

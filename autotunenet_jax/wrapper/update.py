@@ -78,13 +78,13 @@ def update(
 
     new, inner = when(is_made, made, room, inner)
     is_taken = is_made & jnp.isfinite(trees.squared_norm(new))
-    packed, directive = state.packed, None
+    packed, record, directive = state.packed, state.record, None
     if value is not None:
-        is_usable = is_finite & (is_taken | ~is_made)
-        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=is_usable, is_away=away)
+        flags = {"is_usable": is_finite & (is_taken | ~is_made), "is_away": away, "is_made": is_taken}
+        packed, directive, record = take_loss(settings, packed, record, value, lag=opened.lag, **flags)
     closed = _close(settings, state.packed, packed, directive, opened, square, is_taken, away)
     kept_aux = optax.tree.where(is_taken, given_aux, state.aux)
-    state = state._replace(packed=closed.packed, inner=inner, aux=kept_aux)
+    state = state._replace(packed=closed.packed, inner=inner, aux=kept_aux, record=record)
     is_going, new, state = _obeyed(closed, is_taken, params, new, state, snapshots)
     return trees.kept_finite(is_taken | is_going, params, new), state
 
