@@ -13,7 +13,7 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
-from . import auxiliary, budget, notices, ring, trees
+from . import aux_state, budget, inner_state, notices, ring
 from .loss import interpret, take_loss
 from .state import (
     AutotuneState,
@@ -89,7 +89,7 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
     values = in_force(state.settings, state.course)
     if not state.settings.is_on:
         return values
-    inner = write_in_force(trees.found_next(state), values)
+    inner = write_in_force(inner_state.found_next(state), values)
     return {**values, **injection.read(inner, injection.resolve(values, inner))}
 
 
@@ -306,7 +306,7 @@ def rewound(opt_state: Any, aux: Any) -> Any:
       ValueError: There is no tuned optimizer in it, or it was given another ``aux``.
     """
     state = tuned_state(opt_state)
-    return auxiliary.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
+    return aux_state.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
 
 
 def wants_eval(opt_state: Any) -> Bool[Array, ""]:
