@@ -121,18 +121,18 @@ def paired():
     low, high, other = [], [], []
     for seed in range(1, 41):
         low.append(np.mean(train_for(state, 1e-3, 20, seed=seed)[1][-5:]))
-        high.append(np.mean(train_for(state, 2e-3, 20, seed=seed)[1][-5:]))
-        other.append(np.mean(train_for(state, 2e-3, 20, seed=100 + seed)[1][-5:]))
+        high.append(np.mean(train_for(state, 1.25e-3, 20, seed=seed)[1][-5:]))
+        other.append(np.mean(train_for(state, 1.25e-3, 20, seed=100 + seed)[1][-5:]))
     low, high, other = map(np.array, (low, high, other))
     figure, (left, right) = panels(2, sharey=True)
     for axis, values, color, title in (
         (left, other - low, ORANGE, "different batches"),
         (right, high - low, BLUE, "the same batches"),
     ):
-        bins = np.linspace(-0.25, 0.25, 26)
-        axis.hist(np.clip(values, -0.25, 0.25), bins=bins, color=color)
+        bins = np.linspace(-0.16, 0.16, 33)
+        axis.hist(np.clip(values, -0.16, 0.16), bins=bins, color=color)
         axis.axvline(0.0, color="0.3", lw=0.8)
-        axis.set(title=f"{title}: {np.mean(values < 0):.0%} say 0.002", xlabel="loss at 0.002 less loss at 0.001")
+        axis.set(title=f"{title}: {np.mean(values < 0):.0%} say .00125", xlabel="loss at .00125 less loss at .001")
     left.set_ylabel("pairs of forks, of 40")
     return figure
 
