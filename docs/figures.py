@@ -3,12 +3,16 @@
 python docs/figures.py [name ...]
 """
 
+import contextlib
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -17,7 +21,6 @@ import autotunenet_jax as atn
 from autotunenet_jax import faults
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent / "concepts"
 # Okabe and Ito's colours, which most kinds of colour blindness keep apart.
@@ -142,42 +145,47 @@ def horizons():
     rates = np.logspace(-4, -0.75, 14)
     figure, axes = panels(2, sharey=True)
     for axis, share, title in ((axes[0], 0.0, "scored hot"), (axes[1], 0.25, "scored after a cool-down")):
-        for steps, color in ((20, ORANGE), (80, GREEN), (640, BLUE)):
+        for place, (steps, color) in enumerate(((20, ORANGE), (80, GREEN), (640, BLUE))):
             scores = []
             for rate in rates:
                 runs = [train_for(first_state(s), rate, steps, seed=s, cooled=int(share * steps))[0] for s in range(2)]
                 scores.append(np.mean([float(eval_step(state)) for state in runs]))
             scores = np.log(scores) - np.min(np.log(scores))
             axis.plot(rates, scores, color=color, lw=1.5, label=f"{steps} steps")
-            axis.plot(rates[np.argmin(scores)], 0.0, "v", color=color, ms=8, clip_on=False, zorder=5)
+            axis.plot(rates[np.argmin(scores)], 0.06 + 0.1 * place, "v", color=color, ms=8, zorder=5)
         axis.set(xscale="log", ylim=(0.0, 1.5), xlabel="learning rate", title=title)
     axes[0].set_ylabel("log of the loss over the best")
-    axes[1].legend(frameon=False, fontsize=8, loc="upper center")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left", title="fork of", title_fontsize=8)
     return figure
 
 
 def posterior():
-    """What a Gaussian process with an intercept for each round makes of the forks of two rounds."""
-    history = tuned()
+    """What a Gaussian process with an intercept for each round makes of the forks of three rounds."""
     figure, (raw, joint) = panels(2)
-    points, values, rounds = [], [], []
-    for number, held in enumerate(history.rounds):
-        scores = [(fork["hyperparams"]["learning_rate"], fork["scores"][-1]) for fork in held["forks"] if fork["scores"]]
-        rates, losses = np.array(scores).T
-        color, marker = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))[number % 3]
-        raw.plot(rates, losses, marker, color=color, label=f"round {number + 1}")
-        points += list(np.log10(rates))
-        values += list(np.log(losses))
-        rounds += [number] * len(losses)
+    state, points, values, rounds = first_state(), [], [], []
+    marks = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))
+    for number, (before, places) in enumerate(
+        ((0, (-2.75, -2.25, -1.75, -1.25)), (80, (-2.0, -1.5)), (160, (-2.5, -1)))
+    ):
+        state, _ = train_for(state, 1e-2, before, seed=number)
+        forks = [train_for(state, 10**place, 40, seed=10 + number, cooled=10)[0] for place in places]
+        scores = [float(eval_step(fork)) for fork in forks]
+        raw.plot(
+            10.0 ** np.array(places), scores, marks[number][1], color=marks[number][0], label=f"round {number + 1}"
+        )
+        points += places
+        values += list(np.log(scores))
+        rounds += [number] * len(places)
     raw.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss", title="scores of the forks")
+    raw.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    raw.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     raw.legend(frameon=False, fontsize=8)
     points, values, rounds = map(np.array, (points, values, rounds))
-    grid = np.linspace(-4.0, -1.0, 200)
+    grid = np.linspace(-3.25, -0.75, 200)
     mean, deviation, offsets = _regression(points, values, rounds, grid)
     joint.fill_between(10**grid, mean - deviation, mean + deviation, color=BLUE, alpha=0.2, lw=0)
     joint.plot(10**grid, mean, color=BLUE, lw=1.5)
-    for number in np.unique(rounds):
-        color, marker = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))[number % 3]
+    for number, (color, marker) in enumerate(marks):
         mine = rounds == number
         joint.plot(10 ** points[mine], values[mine] - offsets[mine], marker, color=color)
     joint.set(xscale="log", xlabel="learning rate", ylabel="log of the loss, less\nthe level of its round")
@@ -185,7 +193,7 @@ def posterior():
     return figure
 
 
-def _regression(points, values, rounds, grid, *, scale=0.6, height=0.5, noise=0.04):
+def _regression(points, values, rounds, grid, *, scale=0.8, height=0.8, noise=0.06):
     """Matern-5/2 regression with an unknown level for each round: mean, deviation, and the level of each point."""
 
     def kernel(a, b):
@@ -225,24 +233,17 @@ def guard():
 
 
 def snapshots():
-    """A run that is killed and resumed, over one that is not."""
-    import tempfile
-
+    """A run that ends with an exception and is resumed, over one that is not."""
     whole = tuned()
 
-    class Killed(Exception):
-        pass
-
-    def killing(step, hp):
+    def failing(step, hp):
         if step == 230:
-            raise Killed
+            raise OSError("the file server is gone")
         return batches(step)
 
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            tuned(batches=killing, snapshots=folder)
-        except Killed:
-            pass
+        with contextlib.suppress(OSError):
+            tuned(batches=failing, snapshots=folder)
         with atn.Snapshots(folder, read_only=True) as store:
             saved = store.latest().step
         resumed = tuned(snapshots=folder, resume=True)
@@ -254,7 +255,7 @@ def snapshots():
     axis.plot(list(again), list(again.values()), color=BLUE, lw=0.9, label="interrupted and resumed")
     axis.axvline(saved, color=RED, lw=1.0, ls="--")
     axis.set(yscale="log", xlabel="budget, steps", ylabel="training loss")
-    text = f"an exception, and a new process:\n{differing} of {len(again)} losses differ"
+    text = f"an exception; gone on with:\n{differing} of {len(again)} losses differ"
     axis.text(saved + 4, axis.get_ylim()[1] * 0.6, text, va="top", fontsize=8, color=RED)
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
