@@ -209,25 +209,33 @@ def _regression(points, values, rounds, grid, *, scale=0.8, height=0.8, noise=0.
 
 
 def guard():
-    """A run whose data are bad for one batch and whose state is wrecked later."""
-    step, source = faults.inject(train_step, batches, {170: "nan", 240: "wreck"})
-    history = tuned(step, source)
+    """A run that meets a loss of NaN, and whose last layer is negated later."""
+
+    def wrecked_step(state, batch, hp):
+        (params, opt_state), loss = train_step(state, batch[:2], hp)
+        sign = jnp.where(batch[2] == 240, -1.0, 1.0)
+        return ({**params, "w2": sign * params["w2"]}, opt_state), loss
+
+    def numbered(step, hp):
+        return (*batches(step), np.int32(step))
+
+    history = tuned(*faults.inject(wrecked_step, numbered, {170: "nan"}))
     figure, (axis,) = panels()
-    for is_kept, color in ((True, BLUE), (False, ORANGE)):
+    steps = [row["step"] for row in history.records]
+    for is_kept, color, label in ((True, BLUE, "kept"), (False, ORANGE, "forks, and what was gone back over")):
         losses = [row["loss"] if row["is_kept"] == is_kept else np.nan for row in history.records]
-        axis.plot([row["step"] for row in history.records], losses, color=color, lw=1.2)
+        axis.plot(steps, losses, color=color, lw=1.2, label=label)
     axis.set(yscale="log", xlabel="budget, steps", ylabel="training loss")
+    top = axis.get_ylim()[1]
     skipped = [row["step"] for row in history.records if not np.isfinite(row["loss"])]
-    for place in skipped:
-        axis.axvline(place, color=GREY, lw=1.0, ls="--")
-        axis.text(place - 3, axis.get_ylim()[1] * 0.55, "a batch of NaN:\nskipped", ha="right", va="top", fontsize=8)
-    for event in history.events:
-        if event.get("kind") == "rollback":
-            axis.axvline(event["step"], color=RED, lw=1.0, ls="--")
-            where = event["step"] + 4, axis.get_ylim()[1] * 0.55
-            axis.text(*where, "weights times 30:\nback to a healthy copy", va="top", fontsize=8, color=RED)
-    axis.plot([], [], color=BLUE, label="kept")
-    axis.plot([], [], color=ORANGE, label="forks, and what was gone back over")
+    undone = [event["step"] for event in history.events if event.get("kind") == "rollback"]
+    for places, color, text in (
+        (skipped, GREY, "a loss of NaN:\nthe step does\nnot happen"),
+        (undone, RED, "weights negated:\nback to a\nhealthy copy"),
+    ):
+        for place in places:
+            axis.axvline(place, color=color, lw=1.0, ls="--")
+            axis.text(place - 4, top, text, ha="right", va="top", fontsize=8, color=color)
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
@@ -245,7 +253,7 @@ def snapshots():
         with contextlib.suppress(OSError):
             tuned(batches=failing, snapshots=folder)
         with atn.Snapshots(folder, read_only=True) as store:
-            saved = store.latest().step
+            saved = store.latest()
         resumed = tuned(snapshots=folder, resume=True)
     figure, (axis,) = panels()
     kept = {row["step"]: row["loss"] for row in whole.kept()}
