@@ -38,16 +38,6 @@ class SnapshotFolder:
     """The records of a folder and every change to them.
 
     Not thread-safe: the caller sees to it that one thread at a time uses it.
-
-    Args:
-      root: The folder; made when absent, unless read only.
-      is_read_only: Whether to take no lock and change nothing.
-
-    Raises:
-      SnapshotFolderBusyError: Somebody else writes to the folder.
-      SnapshotVersionError: The folder was written by a newer version of the library.
-      FileNotFoundError: Read only, and there is no such folder.
-      PermissionError: The folder cannot be written to.
     """
 
     def __init__(self, root: pathlib.Path, *, is_read_only: bool):
@@ -191,11 +181,7 @@ class SnapshotFolder:
         self.records.sort(key=lambda r: r.id)
 
     def make_ready(self) -> None:
-        """Sees that the folder is there and still ours before a write; makes it anew when it was removed.
-
-        Raises:
-          OSError: It cannot be had now.
-        """
+        """Sees that the folder is there and still ours before a write; makes it anew when it was removed."""
         if self._lock is not None and self._lock_identity == _identity(self.root / _LOCK_NAME) is not None:
             return
         was_there = self.root.is_dir()

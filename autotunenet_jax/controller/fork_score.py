@@ -45,10 +45,6 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
 def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The score of the fork that ended, to be minimised.
 
-    Args:
-      ts: State; `step` and `validation_monitor.observe` have summed up what the fork reported.
-      is_opening: Whether it is the first fork of its round.
-
     Returns:
       Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
     """

@@ -81,12 +81,6 @@ def _tick(
 ) -> tuple[TunerState, Directive, Bool[Array, ""]]:
     """Takes the loss of one step in.
 
-    Args:
-      guard: Thresholds of the monitor.
-      space: What is tuned.
-      ts: State before.
-      loss: Scalar, float32.
-
     Returns:
       The state, what the loop must do, and whether a decision is due.
     """

@@ -52,16 +52,7 @@ def with_values(stripped: Any, current: Any) -> Any:
 def with_left(
     order: Order, home: Array, params: Any, aux: tuple[Any, ...], inner: Any, snapshots: HeldSnapshots
 ) -> tuple[Any, HeldSnapshots]:
-    """The inner state that belongs to where the last update went, and the snapshots after what was asked for since.
-
-    Args:
-      order: What `observe` asked for.
-      home: The snapshot that the parameters have been sent to: 1 saved, 2 kept, or 0.
-      params: The parameters now.
-      aux: What goes with them.
-      inner: State of the inner optimizer.
-      snapshots: Before.
-    """
+    """The inner state that belongs to where the last update went, and the snapshots after what was asked for since."""
     now = without_values(inner)
     snapshots = snapshots.written((order.save, order.keep), Snapshot, params, now, aux)
     past = snapshots.read_at(jnp.maximum(home - 1, 0)).inner
