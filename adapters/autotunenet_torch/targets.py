@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import BatchSampler
 
-from . import lr_schedulers
+from . import lr_schedulers, param_groups
 from .dropout import DropoutTarget
 
 _RATES = ("learning_rate", "lr")
@@ -90,8 +90,7 @@ class GroupTarget:
             self._put(index, now * share)
 
     def _value(self, group: dict[str, Any]) -> float:
-        value = group[self._key]
-        return float(value if self._position is None else value[self._position])
+        return param_groups.read(group, self._key, self._position)
 
     def read(self) -> float:
         index = max(range(len(self._shares)), key=lambda number: abs(self._shares[number]))
@@ -104,15 +103,7 @@ class GroupTarget:
 
     def _put(self, index: int, value: float) -> None:
         group = self._optimizer.param_groups[index]
-        if self._position is None:
-            lr_schedulers.write_number(group, self._key, value)
-        else:
-            pair = list(group[self._key])
-            if isinstance(pair[self._position], torch.Tensor):
-                pair[self._position].fill_(value)
-            else:
-                pair[self._position] = value
-                group[self._key] = tuple(pair)
+        param_groups.write(group, self._key, value, self._position)
         if self._first_new is not None and index >= self._first_new:
             self._new[index] = self._value(group)
 
@@ -157,7 +148,7 @@ class RateTarget:
             return
         for group in groups[self._known :]:
             if math.isclose(float(group["lr"]), self._start, rel_tol=1e-9):
-                lr_schedulers.write_number(group, "lr", self.applied)
+                param_groups.write(group, "lr", self.applied)
         self.indices |= frozenset(range(self._known, len(groups)))
         self._known = len(groups)
 

@@ -180,6 +180,13 @@ def shape_kernel(
     return covariance
 
 
+def time_slope(
+    weight: Float[Array, "s pairs"], lag: Float[Array, "pairs"], *, time_rate: Float[Array, "s"]
+) -> Float[Array, "s"]:
+    """Slope of the logarithm of the Matern-1/2 kernel over that of its lengthscale, a weighted sum over the pairs."""
+    return time_rate * (weight @ lag)
+
+
 def shape_slope(total: Float[Array, "..."]) -> Float[Array, "..."]:
     """Slope of the logarithm of the Matern-5/2 kernel over the squared scaled distance."""
     square = jnp.maximum(total, _SAME_PLACE)

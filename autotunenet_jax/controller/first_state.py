@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..space.search_space import Choice, SearchSpace
 from ..space.search_space import Float as FloatParameter
-from . import fork_round, judge
+from . import fork_round, fork_surrogate
 from .plan import Plan
 from .state import (
     FORK,
@@ -122,7 +122,7 @@ def _first(
         round=held._replace(x=jnp.broadcast_to(incumbent, held.x.shape)),
         slots=Slots(zero, zero, zero, zero),
         validation=no_validation(),
-        knowledge=judge.no_knowledge(space, capacity, incumbent),
+        knowledge=fork_surrogate.no_knowledge(space, capacity, incumbent),
         plan=plan,
     )
     in_fork = fork_round.length_at(space, state, incumbent)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
-from . import fork_round, loss_monitor, range_test, rollback
+from . import fork_score, loss_monitor, range_test, rollback
 from .plan import NEVER
 from .roles import roles_of
 from .rollback import select
@@ -105,7 +105,7 @@ def _tick(
     after = _advanced(ts, heard)
     result = rollback.step(guard, roles_of(space), after, heard)
     result = select(ts.phase == SWEEP, range_test.step(after, heard), result)
-    new, directive, due = select(ts.phase == FORK, fork_round.step(after, heard), result)
+    new, directive, due = select(ts.phase == FORK, fork_score.step(after, heard), result)
     since = jnp.minimum(new.health.since_rollback + 1, NEVER)
     return new._replace(health=new.health._replace(since_rollback=since)), directive, due
 

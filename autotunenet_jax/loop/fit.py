@@ -19,9 +19,9 @@ from ..session.batches import BatchSource, EndOfDataError
 from ..session.notices import LOGGER, NO_METRIC, Notice, announce_compilation, warn
 from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
-from .checks import check_eval_step, check_train_step
 from .progress import Progress
 from .run import Run
+from .train_step_contract import check_eval_step, check_train_step
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25

@@ -13,7 +13,7 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
-from . import auxiliary, budget, notices, trees
+from . import aux_state, budget, inner_state, notices
 from .loss import interpret, take_loss
 from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
 
@@ -67,7 +67,7 @@ def _in_force(state: AutotuneState) -> dict[str, Array]:
     values = in_force(state.settings, state.course)
     if not state.settings.is_on:
         return values
-    inner = write_in_force(trees.found_next(state), values)
+    inner = write_in_force(inner_state.found_next(state), values)
     return {**values, **injection.read(inner, injection.resolve(values, inner))}
 
 
@@ -274,7 +274,7 @@ def rewound(opt_state: Any, aux: Any) -> Any:
     if state is None:
         raise ValueError(_NOT_TUNED)
     state = _unboxed(state)
-    return auxiliary.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
+    return aux_state.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
 
 
 def wants_eval(opt_state: Any) -> Bool[Array, ""]:

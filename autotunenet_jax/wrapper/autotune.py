@@ -13,10 +13,10 @@ from ..compiler import packing
 from ..controller import AutoTuneNet, Guard
 from ..controller.schedule import Decay
 from ..space import injection
-from . import auxiliary, drifting, trees
+from . import aux_state, inner_state, memory_drift, trees
 from .budget import digests_of, planned
-from .copies import Snapshot, snapshots_of
-from .start import build, starting_values
+from .held_snapshots import Snapshot, snapshots_of
+from .inner_optimizer import build, starting_values
 from .state import MEMORIES, AutotuneState, Course, Memory, Settings, no_order
 from .update import update
 
@@ -129,7 +129,7 @@ def autotune(
     options |= {"max_share": max_share, "digests": digests_of(tuner)}
     # The protocols of optax name their arguments; a partial hides them from the type checker.
     seen = trees.as_seen if is_given else _as_is
-    init: Any = functools.partial(_init, inner, tuner, options, key, seen, auxiliary.leaves_of(aux))
+    init: Any = functools.partial(_init, inner, tuner, options, key, seen, aux_state.leaves_of(aux))
     bound: Any = functools.partial(update, inner, seen)
     return optax.GradientTransformationExtraArgs(init, bound)
 
@@ -147,7 +147,7 @@ def _init(
     aux: tuple[Any, ...],
     params: Any,
 ) -> AutotuneState:
-    inner = trees.copied(trees.with_real_values(optimizer.init(seen(params))))
+    inner = trees.copied(inner_state.with_real_values(optimizer.init(seen(params))))
     start = starting_values(tuner, inner)
     ts = tuner.init(jax.random.key(0) if key is None else key, start=start)
     zero = jnp.zeros((), jnp.int32)
@@ -161,7 +161,7 @@ def _init(
         attempts=zero,
         is_reverted=jnp.zeros((), bool),
         largest=jnp.zeros((), jnp.float32),
-        drift=drifting.init() if options["memory"] == "drift" else None,
+        drift=memory_drift.init() if options["memory"] == "drift" else None,
     )
     state = AutotuneState(
         packed=packing.pack(course),
@@ -173,5 +173,5 @@ def _init(
     state = trees.copied(state)
     if not state.settings.slots:
         return state
-    one = Snapshot(params, trees.without_values(inner), aux)
+    one = Snapshot(params, inner_state.without_values(inner), aux)
     return state._replace(snapshots=snapshots_of([one] * state.settings.slots))

@@ -9,14 +9,14 @@ from ..compiler import packing
 from ..controller import AutoTuneNet
 from ..controller.extension import extended
 from ..controller.first_state import PARTS
-from . import drifting
+from . import memory_drift
 from .state import AutotuneState, Memory, Settings
 
 
 def planned(tuner: AutoTuneNet, memory: Memory) -> AutoTuneNet:
     """The tuner with the plan of a memory mode."""
     if memory == "drift":
-        tuner.plan = drifting.plan(tuner.space, tuner.plan)
+        tuner.plan = memory_drift.plan(tuner.space, tuner.plan)
     return tuner
 
 

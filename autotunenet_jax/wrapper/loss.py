@@ -11,7 +11,7 @@ from ..compiler.single_kernel import single_kernel
 from ..compiler.stored_program import named, stored_program
 from ..controller import when
 from ..controller.state import FORK, Directive
-from . import drifting
+from . import memory_drift
 from .state import Course, Memory, Order, Settings, advanced, no_order
 
 
@@ -69,7 +69,7 @@ def _hear(
     loss, is_heard = jnp.where(is_usable, loss, jnp.nan), ~is_away
     ts, drift = advanced(course.tuner, lag), course.drift
     if drift is not None:
-        drift, loss = drifting.feed(drift, ts, loss)
+        drift, loss = memory_drift.feed(drift, ts, loss)
     after, directive, is_due = settings.core.tick(ts, loss)
     after = optax.tree.where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
     copies = ("save", "restore", "keep", "adopt")
@@ -94,8 +94,8 @@ def interpret(
     """
     past, ts = advanced(before.tuner, lag), after.tuner
     if after.drift is not None:
-        ts = drifting.tighten(settings.core.space, past, ts)
-        return after._replace(tuner=ts, drift=drifting.mark(after.drift, past, ts)), no_order()
+        ts = memory_drift.tighten(settings.core.space, past, ts)
+        return after._replace(tuner=ts, drift=memory_drift.mark(after.drift, past, ts)), no_order()
     return _interpret(settings.memory, before, after, directive)
 
 

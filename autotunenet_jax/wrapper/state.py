@@ -12,8 +12,8 @@ from ..controller.core import Core
 from ..controller.rollback import wants_metric as train_wants_metric
 from ..controller.state import FORK, TRAIN, TunerState
 from ..space import injection
-from . import drifting
-from .copies import HeldSnapshots, Snapshot
+from . import memory_drift
+from .held_snapshots import HeldSnapshots, Snapshot
 
 Memory = Literal["keep-winner", "rewind", "drift"]
 MEMORIES = ("keep-winner", "rewind", "drift")
@@ -83,7 +83,7 @@ class Course(NamedTuple):
     attempts: Int[Array, ""]
     is_reverted: Bool[Array, ""]
     largest: Float[Array, ""]
-    drift: drifting.Drift | None
+    drift: memory_drift.Drift | None
 
 
 class AutotuneState(NamedTuple):
@@ -186,7 +186,7 @@ def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
     drift = course.drift
     fed = metric
     if drift is not None:
-        drift, fed = drifting.feed_eval(drift, ts, metric)
+        drift, fed = memory_drift.feed_eval(drift, ts, metric)
     told = settings.core.observe_eval(ts, fed)
     # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":

@@ -5,6 +5,7 @@ import pytest
 from scipy import special
 
 from autotunenet_jax.bayesopt import acquisition, kernels, quasi_random, surrogate, trials
+from autotunenet_jax.bayesopt.residuals import residuals_of
 from tests.reference import gaussian_process as twin
 
 CAPACITY, DIMS = 16, 2
@@ -123,7 +124,7 @@ def test_log_improvement_agrees_with_the_twin():
     got, live, is_live = improvement(post, x, obs.x, trials.mask(obs))
     assert bool(jnp.all(is_live))
 
-    target = surrogate.targets(
+    target = residuals_of(
         obs, group=obs.group, level=jnp.zeros(CAPACITY), standardise=False, is_centred_apart=True,
         outlier=CONFIG.outlier, failure_margin=CONFIG.failure_margin,
     )  # fmt: skip

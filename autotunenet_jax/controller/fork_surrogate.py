@@ -1,4 +1,4 @@
-"""The surrogate as the judge of a round: which fork is better, and what another one is expected to gain.
+"""The surrogate over the scores of all forks: which fork of a round is better, and what another is expected to gain.
 
 Scores are compared within their round only, in units of what its best fork gained; rounds share the surrogate's shape,
 which drifts with time.
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..bayesopt import acquisition, kernels, surrogate, trials
-from ..bayesopt.scores import group_median
+from ..bayesopt.residuals import group_median
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
 from .plan import SLOW

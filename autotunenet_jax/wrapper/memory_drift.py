@@ -1,4 +1,4 @@
-"""Tuning without snapshots: small moves, judged by how fast the loss falls while they are in force.
+"""``memory="drift"``, tuning without snapshots: small moves, judged by how fast the loss falls while in force.
 
 The forks of a round follow one another in the one state there is, so a later fork starts from a lower loss. Each is
 judged as if it had started where the round did: the fall since is added back to its losses.

@@ -1,4 +1,4 @@
-"""State of the training step's own that goes back with the parameters: `update(..., aux=...)` and `rewound`."""
+"""``update(..., aux=...)`` and `rewound`: state of the training step's own that goes back with the parameters."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..space import injection
-from .copies import HeldSnapshots, SnapshotTrees, vectors_of
+from .held_snapshots import HeldSnapshots, SnapshotTrees, vectors_of
 from .state import AutotuneState
 
 
