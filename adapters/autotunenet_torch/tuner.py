@@ -319,6 +319,11 @@ class AutoTuneNet:
         session.recorder.finish(session.controller.step, rollbacks)
         return session.recorder.history
 
+    def _write_history(self, folder: Any) -> None:
+        """Writes the history so far into a run's folder."""
+        session, _ = self._attached(), self.history
+        session.recorder.write(folder)
+
     # Saving and loading.
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from .index import (
 )
 
 _LOCK_NAME = ".lock"
-_SNAPSHOT_NAME = re.compile(r"\d{8,}")
+SNAPSHOT_NAME = re.compile(r"\d{8,}")
 _LITTER_NAME = re.compile(r"\.(tmp|old)-\d{8,}")
-_QUARANTINE_NAME = re.compile(r"quarantine-(\d{8,}).*")
+QUARANTINE_NAME = re.compile(r"quarantine-(\d{8,}).*")
 
 
 class SnapshotFolder:
@@ -119,12 +119,12 @@ class SnapshotFolder:
     def _snapshots_on_disk(self) -> list[int]:
         """Folders that are snapshots; one that only has such a name, as a date may, is somebody's own."""
         listed = {r.folder_name for r in self.records}
-        names = [name for name in os.listdir(self.root) if _SNAPSHOT_NAME.fullmatch(name)]
+        names = [name for name in os.listdir(self.root) if SNAPSHOT_NAME.fullmatch(name)]
         ours = [n for n in names if n in listed or os.path.lexists(self.root / n / MANIFEST_NAME)]
         return sorted(int(name) for name in ours if name == f"{int(name):08d}")
 
     def _quarantined_ids(self) -> list[int]:
-        return [int(m[1]) for name in os.listdir(self.root) if (m := _QUARANTINE_NAME.fullmatch(name))]
+        return [int(m[1]) for name in os.listdir(self.root) if (m := QUARANTINE_NAME.fullmatch(name))]
 
     def take_id(self) -> int:
         """An id that no snapshot has had, and whose folder is free."""

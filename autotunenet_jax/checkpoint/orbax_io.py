@@ -87,17 +87,7 @@ def read_snapshot(
     """
     path = root / record.folder_name
     where = f"Snapshot {record.id} (step {record.step}) in {root}"
-    try:
-        if path.is_symlink():
-            raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
-        body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
-        verify_files(path, entry_of(body, "files", list))
-    except FileNotFoundError as error:
-        raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
-    except OSError as error:
-        if error.errno in _OWN_TROUBLE:
-            raise
-        raise DamagedFileError(f"it cannot be read ({error})") from error
+    body = verified_manifest(root, record)
     if None not in (space, record.space) and space != record.space:
         raise SnapshotMismatchError(
             f"{where} is of another search space: {record.space} in the snapshot, {space} given. Nothing was loaded. "
@@ -114,6 +104,29 @@ def read_snapshot(
         return [restore_leaf(*by_name[w.name], like) for w, like in zip(wanted, likes, strict=True)]
     except (ValueError, TypeError, OverflowError) as error:
         raise DamagedFileError(f"its leaves cannot be rebuilt ({type(error).__name__}: {error})") from error
+
+
+def verified_manifest(root: pathlib.Path, record: SnapshotRecord) -> dict[str, Any]:
+    """The manifest of a snapshot whose files are, byte for byte, what was written.
+
+    Raises:
+      DamagedFileError: Something is not as it was written.
+      SnapshotVersionError: It was written by a newer version of the library.
+      OSError: This process cannot read anything just now.
+    """
+    path = root / record.folder_name
+    try:
+        if path.is_symlink():
+            raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
+        body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
+        verify_files(path, entry_of(body, "files", list))
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
+    except OSError as error:
+        if error.errno in _OWN_TROUBLE:
+            raise
+        raise DamagedFileError(f"it cannot be read ({error})") from error
+    return body
 
 
 def _key(number: int) -> str:

@@ -1,5 +1,7 @@
 """From what the device logs to a history."""
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,8 +24,10 @@ from ..controller.state import (
     Directive,
     Round,
 )
-from ..history.history import History
+from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
+
+_LOG = logging.getLogger("autotunenet")
 
 # Device scalars waiting to be read are read together once this many have gathered.
 _PENDING_LIMIT = 256
@@ -79,7 +83,7 @@ class Recorder:
         self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
         self._pending: list[tuple[Any, int, int, int]] = []
         self._steps_seen = 0
-        self._has_fallen = False
+        self._has_fallen, self._has_written = False, True
         self._round_start = 0
         self._fork_start = 0
         self._sweep: tuple[int, int] | None = None
@@ -297,6 +301,18 @@ class Recorder:
         self._sweep = None if held["sweep"] is None else tuple(held["sweep"])
         self._forks = [(start, end) for start, end in held["forks"]]
         self._pending = []
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the history so far into a run's folder; where that fails, it is said once, and training goes on."""
+        self.flush()
+        try:
+            self.history.to_json(os.path.join(folder, HISTORY_NAME))
+        except OSError as error:
+            if self._has_written:
+                _LOG.warning("The history could not be written to %s: %s", folder, error)
+            self._has_written = False
+        else:
+            self._has_written = True
 
     def finish(self, step: int, rollbacks: int, *, dropped: int = 0) -> None:
         """The run ended; ``dropped`` decisions before the first recorded one are not known."""
