@@ -21,9 +21,9 @@ from ..session.callbacks import Callback, StopTraining
 from ..session.notices import NO_METRIC, Notice, announce_compilation, warn
 from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
-from .checks import check_eval_step, check_train_step
 from .progress import Progress
 from .run import Run
+from .train_step_contract import check_eval_step, check_train_step
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
@@ -161,7 +161,7 @@ def fit(
       monitor: Entry of ``eval_step``'s dict to tune by; by default the only one, or ``"loss"`` where it is minimised.
       snapshots: Folder of durable snapshots, or a `Snapshots` of your own; None for none. They are written in the
         background at a cadence that blocks at most one per cent of the run, when the run ends, and when it is
-        interrupted.
+        interrupted. Beside them lies ``history.json``, for ``python -m autotunenet_jax``.
       resume: Whether to go on from the latest good snapshot in ``snapshots``, if there is one, instead of from
         ``state``. On the same machine and software the run then ends bit for bit as if it had never stopped.
         ``batches`` must give the same batches again; an iterable is read up to where the run stood.
@@ -242,7 +242,7 @@ def fit(
         bar.close()
         if opened is not None:
             opened.close()
-    return _ended(run, total, ending, stop)
+    return _ended(run, total, ending, stop, store)
 
 
 def _restored(run: Run, store: Snapshots) -> Any:
@@ -279,7 +279,7 @@ class _Ending(NamedTuple):
     is_cut_short: bool = False
 
 
-def _ended(run: Run, total: int, ending: _Ending, stop: Stop) -> FitResult:
+def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Snapshots | None) -> FitResult:
     """Brings the run to its end, says why where that is early, and gives its result."""
     step = run.controller.step
     is_told = bool(ending.reason) and (step < total or ending.is_cut_short)
@@ -295,6 +295,8 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop) -> FitResult:
         run.recorder.note(step, ending.kind, message, level=level)
     run.end(is_whole=not ending.is_cut_short)
     run.recorder.finish(step, int(run.controller.state.rollbacks))
+    if store is not None:
+        run.recorder.write(store.folder)
     run.recorder.end()
     return _result(run, is_interrupted=ending.is_cut_short, reason=ending.reason if is_told else None)
 
@@ -361,6 +363,7 @@ def _save(run: Run, store: Snapshots) -> None:
     health = run.controller.state.health
     is_calm = int(health.monitor.strikes) == 0 and int(health.bad_run) == 0
     store.save(step, run.snapshot(), metric=metric, status="healthy" if is_calm else "unusual")
+    run.recorder.write(store.folder)
 
 
 def _save_last(run: Run, store: Snapshots, stop: Stop) -> None:

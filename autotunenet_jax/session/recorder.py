@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from ..controller.state import (
     Directive,
     Round,
 )
-from ..history.history import History
+from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
 from .callbacks import Step
 from .feed import Feed
@@ -88,7 +89,8 @@ class Recorder:
       callbacks: Hooks of the user's; see `Callback`.
       loggers: Where the user wants the numbers; see `history.loggers.Writer`.
       log_every: Steps between two rows of the loggers.
-      log: Where decisions and what happens are told of, a line each.
+      log: Where decisions and what happens are told of, a line each; None for nowhere.
+      undoes: Whether training goes back from what is not kept; else all of it is part of the final state's past.
 
     Attributes:
       history: Of the run.
@@ -109,15 +111,16 @@ class Recorder:
         *,
         loggers: Sequence[Any] = (),
         log_every: int = 50,
-        log: logging.Logger = LOGGER,
+        log: logging.Logger | None = LOGGER,
+        undoes: bool = True,
     ):
-        self.history, self.discarded, self.rollbacks = history, 0, 0
+        self.history, self.discarded, self.rollbacks, self._undoes = history, 0, 0, undoes
         history.describe(space)
         self._space, self._progress, self._log = space, progress, log
         self._feed = Feed(history, callbacks, loggers, log_every=log_every)
         self._pending: list[tuple[Any, bool, int, int, int]] = []
         self._steps_seen = 0
-        self._has_fallen = False
+        self._has_fallen, self._has_written = False, True
         self._round_start = 0
         self._fork_start = 0
         self._sweep: tuple[int, int] | None = None
@@ -205,7 +208,13 @@ class Recorder:
 
     def _say(self, step: int, message: str, *, level: int = logging.INFO) -> None:
         self._progress.say(f"step {step}: {message}")
-        self._log.log(level, "step %d: %s", step, message)
+        if self._log is not None:
+            self._log.log(level, "step %d: %s", step, message)
+
+    def retreat(self, step: int, *, is_over: bool) -> None:
+        """Training goes back to its best state, by the validation metric."""
+        what = "the run ends in" if is_over else "training goes on, at a lower rate, from"
+        self.note(step, "retreat", f"The validation metric did not improve: {what} the best state.")
 
     def add_eval(
         self, step: int, value: float, *, is_settled: bool, metrics: Mapping[str, float] | None = None
@@ -274,7 +283,7 @@ class Recorder:
         """The range test ended; none of its steps are kept."""
         self._sweep = (self._round_start, step)
         self._fork_start = step
-        self.history.discard(self._round_start, step)
+        self._lose(self._round_start, step)
 
     def end_fork(self, step: int) -> None:
         """A fork ended."""
@@ -283,7 +292,7 @@ class Recorder:
 
     def retry(self, step: int) -> None:
         """The range test or fork that was running begins again; its steps so far are lost."""
-        self.history.discard(self._fork_start, step)
+        self._lose(self._fork_start, step)
         self._feed.drop_fork(len(self._forks))
         self._fork_start = step
         self.note(step, "retry", OUTCOMES[OUTCOME_RETRIED])
@@ -337,7 +346,7 @@ class Recorder:
                 }
             )  # fmt: skip
             if number != best:
-                self.history.discard(start, end)
+                self._lose(start, end)
         row = {
             "start": self._round_start,
             "end": step,
@@ -361,8 +370,12 @@ class Recorder:
             self.discarded += step - self._fork_start
         for number, (start, end) in enumerate([*self._forks, (self._fork_start, step)]):
             if number != kept:
-                self.history.discard(start, end)
+                self._lose(start, end)
         self._feed.end_round(kept)
+
+    def _lose(self, start: int, end: int) -> None:
+        if self._undoes:
+            self.history.discard(start, end)
 
     # Across processes.
 
@@ -390,8 +403,20 @@ class Recorder:
         self._forks = [(start, end) for start, end in held["forks"]]
         self._pending = []
 
-    def finish(self, step: int, rollbacks: int) -> None:
-        """The totals of the run up to a step."""
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the history so far into a run's folder; where that fails, it is said once, and training goes on."""
+        self.flush()
+        try:
+            self.history.to_json(os.path.join(folder, HISTORY_NAME))
+        except OSError as error:
+            if self._has_written:
+                LOGGER.warning("The history could not be written to %s: %s", folder, error)
+            self._has_written = False
+        else:
+            self._has_written = True
+
+    def finish(self, step: int, rollbacks: int, *, dropped: int = 0) -> None:
+        """The totals of the run up to a step; ``dropped`` decisions before the first recorded one are not known."""
         self.flush()
         self.history.summary = {
             "steps": step,
@@ -400,6 +425,7 @@ class Recorder:
             "rollbacks": rollbacks,
             "rounds": len(self.history.rounds),
             "evals": len(self.history.evals),
+            "dropped": dropped,
         }
 
     def end(self) -> None:

@@ -116,7 +116,7 @@ def test_every_decision_is_heard_between_begin_and_end(told):
 
 
 def test_rows_are_means_of_the_kept_steps(told):
-    result, heard, rows = told
+    _, heard, rows = told
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps))
     kept = {step.step: step for step in of_kind(heard, atn.Step)}

@@ -1,6 +1,7 @@
 """What a user sees while a run goes on."""
 
 import io
+import itertools
 import re
 import time
 
@@ -66,7 +67,7 @@ def test_it_fits_and_nothing_is_cut(width, monkeypatch):
 
 def test_the_least_important_goes_first(monkeypatch):
     have = {width: set(re.split(r" {2,}", shown_at(width, monkeypatch)[0])) & set(WHOLE) for width in WIDTHS}
-    for narrow, wide in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for narrow, wide in itertools.pairwise(WIDTHS):
         assert have[narrow] <= have[wide]
     assert have[200] == set(WHOLE)
     assert have[60] == {"train", "12345/100000", "loss 0.123", "learning_rate 0.00123"}
