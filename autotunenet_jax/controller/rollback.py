@@ -14,6 +14,7 @@ from .state import (
     OUTCOME_ACCEPTED,
     OUTCOME_NONE,
     OUTCOME_ROLLBACK,
+    TRAIN,
     Directive,
     Slots,
     TunerState,
@@ -191,3 +192,17 @@ def wants_metric(ts: TunerState) -> Bool[Array, ""]:
     is_regular = ts.step % ts.plan.check_every == 0
     has_next_round = ts.plan.start[ts.round.index] < NEVER
     return is_regular | (has_next_round & (ts.segment_left == 1)) | (ts.plan.total - ts.step == 1)
+
+
+def may_copy(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the next loss may ask for a copy of the training state; a host that has to look at it first does it then.
+
+    A decision follows the last step of a segment, and a run ends in a state that is kept.
+    """
+    slots, seen = ts.slots, ts.validation
+    saved_age, kept_age = ts.step - slots.saved_step, ts.step - slots.kept_step
+    owns_kept = seen.is_kept | seen.keeps
+    age = jnp.where(owns_kept, saved_age, jnp.minimum(saved_age, kept_age))
+    is_last = (ts.plan.total > 0) & (ts.plan.total - ts.step <= 1)
+    in_train = (ts.phase == TRAIN) & (seen.keeps | (age >= ts.plan.save_every) | is_last)
+    return (ts.segment_left <= 1) | in_train
