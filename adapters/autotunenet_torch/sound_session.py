@@ -61,7 +61,7 @@ class SoundSession(Session):
         is_broken, is_refused = not distributed.everywhere(not state), self._is_sound is False
         if is_broken and is_refused and self.controller.phase == FORK:
             # The end of a fork that is not whole: what is put back is no state of its own.
-            self.controller.observe_eval(math.nan)
+            self.controller.spoil_fork()
         if is_broken and self._mends >= _MAX_MENDS:
             return
         if is_broken:

@@ -93,6 +93,12 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
     return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
 
 
+def spoiled(ts: TunerState) -> TunerState:
+    """The state with a running fork that cannot win: the training that it led to is not whole."""
+    nan = jnp.full_like(ts.window.loss_sum, jnp.nan)
+    return ts._replace(window=ts.window._replace(loss_sum=nan, eval_sum=nan))
+
+
 def finished(held: Round) -> Bool[Array, "forks"]:
     """Which forks of the round have a usable score."""
     return (held.status == FORK_FINISHED) & jnp.isfinite(held.score)

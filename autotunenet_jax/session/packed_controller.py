@@ -16,10 +16,11 @@ import numpy as np
 from ..compiler import packing
 from ..compiler.blas_threads import one_blas_thread
 from ..controller import AutoTuneNet
+from ..controller.fork_round import spoiled
 from ..controller.rollback import may_copy
 from ..controller.state import Directive, TunerState
+from ..controller.validation_monitor import kept_at_once
 from ..space.search_space import Choice, Float, Int
-from .measured import kept_at_once
 from .session import Decision, Tick
 
 _DIRECTIVE_FIELDS = len(Directive._fields)
@@ -83,7 +84,10 @@ class _Programs:
             ts, keeps = kept_at_once(core.observe_eval(unpack(*halves), metric))
             return pack(ts), _spoken(core, _nothing(ts)._replace(keep=keeps), False, ts, ts.slots)
 
-        self.begin, self.unpack = jax.jit(begin), jax.jit(unpack)
+        def spoil(halves: _Halves) -> _Halves:
+            return pack(spoiled(unpack(*halves)))
+
+        self.begin, self.unpack, self.spoil = jax.jit(begin), jax.jit(unpack), jax.jit(spoil)
         self.tick = jax.jit(tick, donate_argnums=0)
         # Not donated: they may have to be undone.
         self.decide, self.observe = jax.jit(decide), jax.jit(observe)
@@ -186,6 +190,10 @@ class PackedController:
         sign = -1.0 if self.tuner.mode == "max" else 1.0
         halves, said = self._programs.observe(_Halves(self._live, self._idle), np.float32(sign * metric))
         return bool(self._replace(halves, said).directive.keep)
+
+    def spoil_fork(self) -> None:
+        """Lets the running fork fail: the training that it led to is not whole."""
+        self._live, self._idle = self._programs.spoil(_Halves(self._live, self._idle))
 
     def undo(self) -> None:
         """Takes the last decision or metric back."""

@@ -100,7 +100,7 @@ class Recorder:
         for row, (_, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
             if "loss" in row:
-                values = {name: np.asarray(value).item() for name, value in row["hyperparams"].items()}
+                values = {name: _plain(value) for name, value in row["hyperparams"].items()}
                 self.history.add(
                     {
                         "step": step,
@@ -297,6 +297,11 @@ class Recorder:
             "rounds": len(self.history.rounds),
             "evals": len(self.history.evals),
         }
+
+
+def _plain(value: Any) -> Any:
+    """A scalar array as a Python number; options of a choice are what they are."""
+    return np.asarray(value).item() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
 def shown(value: Any) -> str:

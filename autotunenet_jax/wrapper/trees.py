@@ -150,8 +150,10 @@ def with_left(
 ) -> tuple[Any, HeldSnapshots]:
     """The inner state that belongs to where the last update went, and the snapshots after what was asked for since.
 
+    Only what is whole is copied.
+
     Args:
-      order: What `observe` asked for.
+      order: What `observe` and `observe_eval` asked for.
       home: The snapshot that the parameters have been sent to: 1 saved, 2 kept, or 0.
       params: The parameters now.
       aux: What goes with them.
@@ -159,7 +161,8 @@ def with_left(
       snapshots: Before.
     """
     now = without_values(inner)
-    snapshots = snapshots.written((order.save, order.keep), Snapshot, params, now, aux)
+    is_whole = is_as_finite((now, aux), snapshots.read_at(jnp.zeros((), jnp.int32))[1:])
+    snapshots = snapshots.written((order.save & is_whole, order.keep & is_whole), Snapshot, params, now, aux)
     past = snapshots.read_at(jnp.maximum(home - 1, 0)).inner
     return with_values(optax.tree.where(home > 0, past, now), inner), snapshots
 
