@@ -38,3 +38,4 @@ from .wrapper.accessors import observe_eval as observe_eval
 from .wrapper.accessors import rewound as rewound
 from .wrapper.accessors import wants_eval as wants_eval
 from .wrapper.autotune import autotune as autotune
+from .wrapper.history import history as history

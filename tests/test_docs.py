@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
+from autotunenet_jax.hosting import Host
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -36,6 +37,12 @@ def test_the_page_on_histories(capsys):
     exec(compile("\n".join(code("history.md")), "docs/history.md", "exec"), names)
     assert "range test" in capsys.readouterr().out
     assert 1e-4 < float(names["rate"]) <= 1.0
+
+
+def test_the_page_names_every_method_of_a_host():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "add_a_framework.md").read_text(), re.M)
+    named = set(re.findall(r"`(\w+)\(", " ".join(rows)))
+    assert named == {name for name in vars(Host) if not name.startswith("_")}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
+from . import param_groups
+
 _PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 _SHARED = ("eta_min", "default_min_lr")
 
@@ -115,9 +117,9 @@ def scale(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]], factors: 
     """
     for group, factor in zip(groups, factors, strict=True):
         if factor != 1.0:
-            write_number(group, "lr", float(group["lr"]) * factor)
+            param_groups.write(group, "lr", float(group["lr"]) * factor)
             if "initial_lr" in group:
-                write_number(group, "initial_lr", float(group["initial_lr"]) * factor)
+                param_groups.write(group, "initial_lr", float(group["initial_lr"]) * factor)
     shared = factors[0] if len(set(factors)) == 1 else 1.0
     for item in everything(schedulers):
         for name in _PER_GROUP:
@@ -132,11 +134,3 @@ def scale(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]], factors: 
             value = getattr(item, name, None)
             if value is not None and shared != 1.0:
                 setattr(item, name, value * shared)
-
-
-def write_number(group: dict[str, Any], key: str, value: float) -> None:
-    """Writes a number into a parameter group; into a tensor, if it holds one, so that compiled steps see it."""
-    if isinstance(group[key], torch.Tensor):
-        group[key].fill_(value)
-    else:
-        group[key] = value

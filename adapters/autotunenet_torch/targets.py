@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import BatchSampler
 
-from . import lr_schedulers
+from . import lr_schedulers, param_groups
 from .dropout import DropoutTarget
 
 _RATES = ("learning_rate", "lr")
@@ -90,8 +90,7 @@ class GroupTarget:
             self._put(index, now * share)
 
     def _value(self, group: dict[str, Any]) -> float:
-        value = group[self._key]
-        return float(value if self._position is None else value[self._position])
+        return param_groups.read(group, self._key, self._position)
 
     def read(self) -> float:
         index = max(range(len(self._shares)), key=lambda number: abs(self._shares[number]))
@@ -104,15 +103,7 @@ class GroupTarget:
 
     def _put(self, index: int, value: float) -> None:
         group = self._optimizer.param_groups[index]
-        if self._position is None:
-            lr_schedulers.write_number(group, self._key, value)
-        else:
-            pair = list(group[self._key])
-            if isinstance(pair[self._position], torch.Tensor):
-                pair[self._position].fill_(value)
-            else:
-                pair[self._position] = value
-                group[self._key] = tuple(pair)
+        param_groups.write(group, self._key, value, self._position)
         if self._first_new is not None and index >= self._first_new:
             self._new[index] = self._value(group)
 
@@ -157,7 +148,7 @@ class RateTarget:
             return
         for group in groups[self._known :]:
             if math.isclose(float(group["lr"]), self._start, rel_tol=1e-9):
-                lr_schedulers.write_number(group, "lr", self.applied)
+                param_groups.write(group, "lr", self.applied)
         self.indices |= frozenset(range(self._known, len(groups)))
         self._known = len(groups)
 
@@ -182,13 +173,7 @@ class RateTarget:
 
 
 class AttributeTarget:
-    """An attribute of an object, such as a loss module's label smoothing.
-
-    Args:
-      owner: The object.
-      name: The attribute's.
-      start: What it counts as before it is set, in place of the attribute itself.
-    """
+    """An attribute of an object, such as a loss module's label smoothing; None counts as ``start``."""
 
     def __init__(self, owner: Any, name: str, *, start: Any = None):
         self._owner, self._name, self._start = owner, name, start
@@ -206,12 +191,7 @@ class AttributeTarget:
 
 
 class KeywordTarget:
-    """A keyword argument, such as a loss function's label smoothing.
-
-    Args:
-      options: The arguments, by name.
-      name: Which.
-    """
+    """A keyword argument, such as a loss function's label smoothing."""
 
     def __init__(self, options: dict[str, Any], name: str):
         self._options, self._name = options, name
@@ -224,12 +204,7 @@ class KeywordTarget:
 
 
 class SetterTarget:
-    """Whatever a user's function sets.
-
-    Args:
-      setter: ``(model, value) -> None``.
-      model: Handed to it.
-    """
+    """Whatever a user's function sets."""
 
     def __init__(self, setter: Callable[[Any, Any], Any], model: Any):
         self._setter, self._model = setter, model
@@ -255,11 +230,7 @@ class _TunedBatches(BatchSampler):
 
 
 class BatchSizeTarget:
-    """The batch size of a data loader, from the next batch on that its workers have not yet begun.
-
-    Args:
-      loader: A ``torch.utils.data.DataLoader`` that batches.
-    """
+    """The batch size of a data loader, from the next batch on that its workers have not yet begun."""
 
     def __init__(self, loader: Any):
         if getattr(getattr(loader, "batch_sampler", None), "batch_size", None) is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import lr_schedulers
+from . import lr_schedulers, param_groups
 from .copying import clone, write_back
 
 # A warm-up is looked for over so many steps, and its end behind so many that change nothing.
@@ -21,12 +21,6 @@ class WarmUp:
 
     Forks are compared by the rates they claim, not by what an early step of a warm-up makes of them. The schedulers
     keep their numbers: a rate is raised for the length of the optimizer's own step only.
-
-    Args:
-      optimizer: Whose groups.
-      schedulers: That shape their rates.
-      indices: Groups that are tuned.
-      steps: Steps of the run; None for an open-ended one.
 
     Attributes:
       end: Place of the schedulers, see `lr_schedulers.place`, up to which rates only rise.
@@ -73,11 +67,11 @@ class WarmUp:
         groups = self._optimizer.param_groups
         for index, rate in self.raised().items():
             self._shaped[index] = float(groups[index]["lr"])
-            lr_schedulers.write_number(groups[index], "lr", rate)
+            param_groups.write(groups[index], "lr", rate)
 
     def _lower(self) -> None:
         for index, rate in self._shaped.items():
-            lr_schedulers.write_number(self._optimizer.param_groups[index], "lr", rate)
+            param_groups.write(self._optimizer.param_groups[index], "lr", rate)
         self._shaped = {}
 
 

@@ -1,6 +1,6 @@
 """How well hyperparameters explain the trials: the evidence and its gradient, for several at once.
 
-Notation as in ``_surrogate``.
+Notation as in `surrogate`.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .kernels import SurrogateConfig, hyperprior, shape_kernel, shape_slope, square
+from .kernels import SurrogateConfig, hyperprior, shape_kernel, shape_slope, square, time_slope
 
 # Triangles up to this size are inverted by substitution.
 _SMALL_TRIANGLE = 32
@@ -90,7 +90,7 @@ def evidence_of(
     slopes += one_hot[d] * jnp.sum(weight, axis=1)[:, None]
     slopes += one_hot[d + 1] * (natural[:, p] * (weight @ data.used))[:, None]
     if config.has_time:
-        slopes += one_hot[d + 2] * (0.5 * natural[:, d + 2] * (weight @ data.lag))[:, None]
+        slopes += one_hot[d + 2] * (0.5 * time_slope(weight, data.lag, time_rate=natural[:, d + 2]))[:, None]
     diagonal = whitener.reshape(count, n * n)[:, :: n + 1]
     terms = jnp.concatenate([jnp.square(white), jnp.square(standard), jnp.log(diagonal)], axis=1)
     return terms @ np.repeat(np.array([0.5, -1.0], np.float32), [n + p, n]), slopes, whitener

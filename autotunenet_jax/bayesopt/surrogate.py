@@ -22,7 +22,7 @@ from .bfgs import minimise
 from .kernels import Hyper, SurrogateConfig, flatten, hyperprior, shape_kernel, shape_slope, square, unflatten
 from .marginal_likelihood import Data, evidence_of, prepare
 from .quasi_random import spread_table, turned, uniforms
-from .scores import Targets, targets
+from .residuals import Residuals, residuals_of
 from .trials import Observations
 from .trials import mask as used_slots
 
@@ -88,12 +88,12 @@ def _prepared(
     key: PRNGKeyArray,
     prior_mean: PriorMean | None,
     noise: Float[Array, ""] | None,
-) -> tuple[Float[Array, "n d"], Bool[Array, "n"], Targets, Data, Float[Array, "draws starts p"]]:
+) -> tuple[Float[Array, "n d"], Bool[Array, "n"], Residuals, Data, Float[Array, "draws starts p"]]:
     """What a fit begins with: points, which of them count, targets, what the evidence needs, and where to look."""
     used = used_slots(obs)
     x = jnp.where(used[:, None], obs.x, 0.5)
     group = obs.group if config.has_groups else jnp.zeros_like(obs.group)
-    target = targets(
+    target = residuals_of(
         obs,
         group=group,
         level=None if prior_mean is None else bowl(prior_mean, x),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ..bayesopt import trials
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
-from . import fork_round, judge, loss_monitor, range_test
+from . import fork_round, fork_score, fork_surrogate, loss_monitor, range_test
 from .plan import FAST, MAX_FORKS, NEVER
 from .roles import roles_of
 from .rollback import select
@@ -81,7 +81,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
     in_fork = (ts.phase == FORK) & ~is_retry
     held = ts.round
-    has_eval, score, reference = fork_round.score(ts, is_opening=in_fork & (fork == 0))
+    has_eval, score, reference = fork_score.score(ts, is_opening=in_fork & (fork == 0))
     succeeded = in_fork & ~ts.health.has_failed & jnp.isfinite(score)
     is_fork = in_fork & (jnp.arange(MAX_FORKS) == fork)
     held = held._replace(
@@ -96,7 +96,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
         ts.knowledge.observations,
         ts.trial,
         jnp.where(succeeded, (score - reference) / loss_monitor.magnitude(reference), 0.0),
-        time=judge.time_of(ts.data_step),
+        time=fork_surrogate.time_of(ts.data_step),
         group=row,
         failed=~succeeded,
     )
@@ -116,11 +116,11 @@ def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, R
     """
     ended = _end(space, ts)
     points = jnp.concatenate([ended.ts.round.x, ended.candidates.x])
-    return _choose(space, ended, judge.judge(space, ended.ts, points, ended.key))
+    return _choose(space, ended, fork_surrogate.judge(space, ended.ts, points, ended.key))
 
 
 @single_kernel(static_argnums=(0,))
-def _choose(space: SearchSpace, ended: _Ended, judged: judge.Judgement) -> tuple[TunerState, Directive, Round]:
+def _choose(space: SearchSpace, ended: _Ended, judged: fork_surrogate.Judgement) -> tuple[TunerState, Directive, Round]:
     """Carries on by the kind of stretch that ended."""
     ts = ended.ts._replace(knowledge=ended.ts.knowledge._replace(hyper=judged.hyper))
     after_fork, fork_directive, report = _after_fork(space, ts, ended.candidates, judged)
@@ -173,7 +173,7 @@ def _opened(space: SearchSpace, ts: TunerState) -> TunerState:
     """The state at the beginning of a round's first fork, which tries the hyperparameters in force."""
     held = empty_round(space.dims, ts.round.index)
     held = held._replace(x=jnp.broadcast_to(ts.incumbent, held.x.shape))
-    prior = judge.prior_about(roles_of(space), ts.incumbent)
+    prior = fork_surrogate.prior_about(roles_of(space), ts.incumbent)
     ts = ts._replace(round=held, trial=ts.incumbent, knowledge=ts.knowledge._replace(prior=prior))
     return _stretch(ts, FORK, fork_round.length_at(space, ts, ts.incumbent))
 
@@ -229,13 +229,13 @@ def _budget(ts: TunerState) -> Array:
 
 
 def _after_fork(
-    space: SearchSpace, ts: TunerState, next_forks: fork_round.Candidates, judged: judge.Judgement
+    space: SearchSpace, ts: TunerState, next_forks: fork_round.Candidates, judged: fork_surrogate.Judgement
 ) -> tuple[TunerState, Directive, Round]:
     """The fork takes the place of the kept one or is discarded, and the next one begins or the round ends."""
     held, row, fork = ts.round, ts.round.index, ts.round.fork
     succeeded = fork_round.finished(held)[fork]
     holder, has_holder = jnp.maximum(held.kept, 0), held.kept >= 0
-    p_better = jnp.where(has_holder, judge.probability_better(judged, fork, holder), 1.0)
+    p_better = jnp.where(has_holder, fork_surrogate.probability_better(judged, fork, holder), 1.0)
     wins = succeeded & (~has_holder | (p_better > 0.5))
     lost = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), held.steps[fork])
     held = held._replace(
@@ -249,7 +249,7 @@ def _after_fork(
     ts = ts._replace(round=held, slots=slots, discarded=ts.discarded + lost, health=_held(ts.health, wins))
 
     best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
-    gain = jnp.where(next_forks.is_allowed, judge.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
+    gain = jnp.where(next_forks.is_allowed, fork_surrogate.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
     chosen = jnp.argmax(gain)
     # While every fork has failed, lower rates are tried, whatever the surrogate expects.
     chosen = jnp.where(has_kept, chosen, 0)

@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..space.search_space import Choice, SearchSpace
 from ..space.search_space import Float as FloatParameter
-from . import fork_round, judge
+from . import fork_round, fork_surrogate
 from .plan import Plan
 from .state import (
     FORK,
@@ -57,16 +57,7 @@ def defaults(space: SearchSpace) -> dict[str, Array]:
 def first_state(
     space: SearchSpace, capacity: int, *, key: PRNGKeyArray, start: Mapping[str, Any], plan: Plan, digests: np.ndarray
 ) -> TunerState:
-    """The state before the first step.
-
-    Args:
-      space: What may be tuned.
-      capacity: Most observations held.
-      key: A typed PRNG key, or a legacy uint32 one.
-      start: Values to start from, by name: numbers, arrays, or options of a choice.
-      plan: When rounds are held; of NumPy arrays.
-      digests: Its fingerprint.
-    """
+    """The state before the first step."""
     starts_now, has_test = int(plan.start[0]) == 0, int(plan.range_test[0]) > 0
     phase = (SWEEP if has_test else FORK) if starts_now else TRAIN
     segment = (plan.range_test[0] if has_test else plan.length[0]) if starts_now else plan.start[0]
@@ -122,7 +113,7 @@ def _first(
         round=held._replace(x=jnp.broadcast_to(incumbent, held.x.shape)),
         slots=Slots(zero, zero, zero, zero),
         validation=no_validation(),
-        knowledge=judge.no_knowledge(space, capacity, incumbent),
+        knowledge=fork_surrogate.no_knowledge(space, capacity, incumbent),
         plan=plan,
     )
     in_fork = fork_round.length_at(space, state, incumbent)

@@ -1,4 +1,4 @@
-"""A round of forks: the score of a fork, and where the next one goes."""
+"""A round of forks: how long each runs, and where the next one may go."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..bayesopt.quasi_random import spread_table, turned
 from ..space.search_space import SearchSpace
-from . import loss_monitor
-from .loss_monitor import Heard
-from .plan import FAST, MAX_FORKS, SLOW
+from .plan import MAX_FORKS, SLOW
 from .roles import Roles, roles_of
-from .schedule import COOL_SHARE
-from .state import FORK_FINISHED, Directive, Round, TunerState, nothing_to_do, position
+from .state import FORK_FINISHED, Round, TunerState
 
 LINE_STEP_DECADES = 0.5
 """Step of the line search over the rates."""
@@ -40,63 +37,6 @@ def length_at(space: SearchSpace, ts: TunerState, x: Float[Array, "d"]) -> Int[A
     name, middle = batch_size
     ratio = jnp.clip(middle / space.decode(x)[name], 1.0 / _MOST_STRETCH, _MOST_STRETCH)
     return jnp.maximum(jnp.round(planned * ratio), _LEAST_STEPS).astype(jnp.int32)
-
-
-def scored_from(length: Array) -> Array:
-    """First step of a fork whose training loss counts in its score, where there is no metric: its cool-down's."""
-    return length - jnp.maximum(jnp.round(COOL_SHARE * length).astype(jnp.int32), 2)
-
-
-def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Array, ""]]:
-    """Takes in one loss of a fork.
-
-    Returns:
-      The state, what the loop must do, and whether the fork has ended.
-    """
-    pos = position(ts) - 1
-    is_scored = heard.is_finite & (pos >= scored_from(ts.segment_length))
-    value = heard.value * ts.health.scale
-    window = ts.window._replace(
-        loss_sum=ts.window.loss_sum + jnp.where(is_scored, value, 0.0),
-        loss_count=ts.window.loss_count + is_scored,
-    )
-    # The first two losses of a round's first fork come before any fork could differ: where all of them start.
-    counts = (ts.round.fork == 0) & heard.is_finite & ~ts.round.has_eval
-    reference = jnp.where(counts & (pos == 0), value, ts.round.reference)
-    reference = jnp.where(counts & (pos == 1), 0.5 * (reference + value), reference)
-    faulted = heard.is_blue & (ts.health.retries < loss_monitor.MAX_RETRIES)
-    ts = ts._replace(
-        window=window,
-        round=ts.round._replace(reference=reference),
-        health=ts.health._replace(has_failed=heard.unhealthy, has_faulted=faulted),
-    )
-    directive = nothing_to_do(ts, heard.verdict)._replace(evaluate=ts.segment_left == 1)
-    return ts, directive, (ts.segment_left <= 0) | heard.unhealthy
-
-
-def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The score of the fork that ended, to be minimised.
-
-    Args:
-      ts: State; `step` and `validation_monitor.observe` have summed up what the fork reported.
-      is_opening: Whether it is the first fork of its round.
-
-    Returns:
-      Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
-    """
-    window, held = ts.window, ts.round
-    has_eval = jnp.where(is_opening, window.eval_count > 0, held.has_eval)
-    # A slow hyperparameter is never judged by the training loss.
-    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.loss_sum / window.loss_count, jnp.nan)
-    value = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)
-    reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
-    return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
-
-
-def spoiled(ts: TunerState) -> TunerState:
-    """The state with a running fork that cannot win: the training that it led to is not whole."""
-    nan = jnp.full_like(ts.window.loss_sum, jnp.nan)
-    return ts._replace(window=ts.window._replace(loss_sum=nan, eval_sum=nan))
 
 
 def finished(held: Round) -> Bool[Array, "forks"]:
@@ -126,11 +66,6 @@ def candidates(space: SearchSpace, ts: TunerState, shift: Float[Array, "d"]) -> 
 
     In a round of fast hyperparameters the rates move together, outward by half a decade. Where there is more to search
     than one rate, points spread over a trust region around the best fork compete with them; in slow rounds these alone.
-
-    Args:
-      space: What is tuned.
-      ts: State; the round's forks include the one that just ended.
-      shift: Random turn of the spread points.
     """
     roles, held = roles_of(space), ts.round
     is_slow = ts.plan.kind[held.index] == SLOW

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
-from . import fork_round, loss_monitor, range_test, rollback
+from . import fork_score, loss_monitor, range_test, rollback
 from .plan import NEVER
 from .roles import roles_of
 from .rollback import select
@@ -90,12 +90,6 @@ def _tick(
 ) -> tuple[TunerState, Directive, Bool[Array, ""]]:
     """Takes the loss of one step in.
 
-    Args:
-      guard: Thresholds of the monitor.
-      space: What is tuned.
-      ts: State before.
-      loss: Scalar, float32.
-
     Returns:
       The state, what the loop must do, and whether a decision is due.
     """
@@ -114,7 +108,7 @@ def _tick(
     after = _advanced(ts, heard)
     result = rollback.step(guard, roles_of(space), after, heard)
     result = select(ts.phase == SWEEP, range_test.step(after, heard), result)
-    new, directive, due = select(ts.phase == FORK, fork_round.step(after, heard), result)
+    new, directive, due = select(ts.phase == FORK, fork_score.step(after, heard), result)
     since = jnp.minimum(new.health.since_rollback + 1, NEVER)
     return new._replace(health=new.health._replace(since_rollback=since)), directive, due
 

@@ -5,13 +5,7 @@ from typing import Any
 
 
 def is_better(metric: float | None, other: float | None, mode: Any) -> bool:
-    """Whether a metric is better than another in the direction of a tuner's mode; none, and what is not finite, is not.
-
-    Args:
-      metric: The one.
-      other: The other.
-      mode: ``"min"`` or ``"max"``.
-    """
+    """Whether a metric is the better one in the direction of a mode; what is none, or not finite, never is."""
     if metric is None or not math.isfinite(metric):
         return False
     sign = -1.0 if mode == "max" else 1.0

@@ -16,7 +16,7 @@ import numpy as np
 from ..compiler import packing
 from ..compiler.blas_threads import one_blas_thread
 from ..controller import AutoTuneNet
-from ..controller.fork_round import spoiled
+from ..controller.fork_score import spoiled
 from ..controller.rollback import may_copy
 from ..controller.state import Directive, TunerState
 from ..controller.validation_monitor import kept_at_once

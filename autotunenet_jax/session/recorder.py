@@ -1,5 +1,7 @@
 """From what the device logs to a history."""
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,8 +24,10 @@ from ..controller.state import (
     Directive,
     Round,
 )
-from ..history.history import History
+from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
+
+_LOG = logging.getLogger("autotunenet")
 
 # Device scalars waiting to be read are read together once this many have gathered.
 _PENDING_LIMIT = 256
@@ -62,6 +66,7 @@ class Recorder:
       space: What is tuned.
       progress: Where messages are shown.
       callbacks: Called with each round's record.
+      undoes: Whether training goes back from what is not kept; else all of it is part of the final state's past.
     """
 
     def __init__(
@@ -70,13 +75,15 @@ class Recorder:
         space: SearchSpace,
         progress: Display,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
+        *,
+        undoes: bool = True,
     ):
-        self.history, self.discarded = history, 0
+        self.history, self.discarded, self._undoes = history, 0, undoes
         history.describe(space)
         self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
         self._pending: list[tuple[Any, int, int, int]] = []
         self._steps_seen = 0
-        self._has_fallen = False
+        self._has_fallen, self._has_written = False, True
         self._round_start = 0
         self._fork_start = 0
         self._sweep: tuple[int, int] | None = None
@@ -141,6 +148,11 @@ class Recorder:
             self.history.events.append({"step": step, "kind": kind, "message": message})
             self._progress.say(f"step {step}: {message}")
 
+    def retreat(self, step: int, *, is_over: bool) -> None:
+        """Training goes back to its best state, by the validation metric."""
+        what = "the run ends in" if is_over else "training goes on, at a lower rate, from"
+        self.note(step, "retreat", f"The validation metric did not improve: {what} the best state.")
+
     def add_eval(self, step: int, value: float, *, is_settled: bool) -> None:
         """Records a validation metric; ``is_settled`` where it is not a fork's."""
         self.history.evals.append({"step": step, "value": value, "is_settled": is_settled})
@@ -173,7 +185,7 @@ class Recorder:
         """The range test ended; none of its steps are kept."""
         self._sweep = (self._round_start, step)
         self._fork_start = step
-        self.history.discard(self._round_start, step)
+        self._lose(self._round_start, step)
 
     def end_fork(self, step: int) -> None:
         """A fork ended."""
@@ -182,7 +194,7 @@ class Recorder:
 
     def retry(self, step: int) -> None:
         """The range test or fork that was running begins again; its steps so far are lost."""
-        self.history.discard(self._fork_start, step)
+        self._lose(self._fork_start, step)
         self._fork_start = step
         self.note(step, "retry", OUTCOMES[OUTCOME_RETRIED])
 
@@ -235,7 +247,7 @@ class Recorder:
                 }
             )  # fmt: skip
             if number != best:
-                self.history.discard(start, end)
+                self._lose(start, end)
         row = {
             "start": self._round_start,
             "end": step,
@@ -260,7 +272,11 @@ class Recorder:
             self.discarded += step - self._fork_start
         for number, (start, end) in enumerate([*self._forks, (self._fork_start, step)]):
             if number != kept:
-                self.history.discard(start, end)
+                self._lose(start, end)
+
+    def _lose(self, start: int, end: int) -> None:
+        if self._undoes:
+            self.history.discard(start, end)
 
     # Across processes.
 
@@ -286,8 +302,20 @@ class Recorder:
         self._forks = [(start, end) for start, end in held["forks"]]
         self._pending = []
 
-    def finish(self, step: int, rollbacks: int) -> None:
-        """The run ended."""
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the history so far into a run's folder; where that fails, it is said once, and training goes on."""
+        self.flush()
+        try:
+            self.history.to_json(os.path.join(folder, HISTORY_NAME))
+        except OSError as error:
+            if self._has_written:
+                _LOG.warning("The history could not be written to %s: %s", folder, error)
+            self._has_written = False
+        else:
+            self._has_written = True
+
+    def finish(self, step: int, rollbacks: int, *, dropped: int = 0) -> None:
+        """The run ended; ``dropped`` decisions before the first recorded one are not known."""
         self.flush()
         self.history.summary = {
             "steps": step,
@@ -296,6 +324,7 @@ class Recorder:
             "rollbacks": rollbacks,
             "rounds": len(self.history.rounds),
             "evals": len(self.history.evals),
+            "dropped": dropped,
         }
 
 

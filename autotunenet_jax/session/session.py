@@ -2,10 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from ..controller import AutoTuneNet
-from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round, TunerState
+from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round
 from .host import Host
 from .measured import is_better
 from .recorder import Recorder
@@ -47,44 +46,6 @@ class Decision(NamedTuple):
     discarded: int
 
 
-class Controller(Protocol):
-    """The pure controller with its state, wherever that lives."""
-
-    tuner: AutoTuneNet
-    phase: int
-    step: int
-    data_step: int
-
-    @property
-    def state(self) -> TunerState:
-        """The state, as arrays."""
-        ...
-
-    def hyperparams(self) -> dict[str, Any]:
-        """Values in force for the next step."""
-        ...
-
-    def tick(self, loss: float) -> Tick:
-        """Takes the loss of one step in; `Session.report` alone asks for it."""
-        ...
-
-    def decide(self) -> Decision:
-        """Takes the decision that is due."""
-        ...
-
-    def observe_eval(self, metric: float) -> bool:
-        """Takes a validation metric in, in the direction of the tuner's mode.
-
-        Returns:
-          Whether the state that was measured is to be copied over the kept one, now.
-        """
-        ...
-
-    def undo(self) -> None:
-        """Takes the last decision or metric back, as if it had never been asked for."""
-        ...
-
-
 class Report(NamedTuple):
     """What came of one step.
 
@@ -109,7 +70,7 @@ class Session:
 
     Args:
       host: The training.
-      controller: Decides.
+      controller: Decides; a `PackedController`, or a `DeviceController` where steps run ahead of the host.
       recorder: Writes the history.
 
     Attributes:
@@ -273,9 +234,7 @@ class Session:
         retreats = int(self.controller.state.validation.retreats)
         if retreats > self._retreats:
             self._retreats = retreats
-            what = "the run ends in" if self.is_settled else "training goes on, at a lower rate, from"
-            message = f"The validation metric did not improve: {what} the best state."
-            self.recorder.note(self.controller.step, "retreat", message)
+            self.recorder.retreat(self.controller.step, is_over=self.is_settled)
 
     # The end.
 
@@ -317,7 +276,7 @@ class Session:
         self.recorder.note(self.controller.step, "rollback", message)
 
     def leave_wreck(self, loss: float) -> None:
-        """Goes back to a copy where no metric tells what the last state is worth, and its loss is far above what was held.
+        """Goes back to a copy where no metric tells of the last state, and its loss is far above what was held.
 
         Args:
           loss: Of that state, which is one of ordinary training.

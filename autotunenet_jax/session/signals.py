@@ -1,4 +1,8 @@
-"""Signals that ask a run to end."""
+"""What happens on SIGTERM and Ctrl-C: the step under way is finished, the run saved, and its loop left.
+
+`Stop` only notes the signal; the loops, `_train` of ``loop/fit.py`` and `_run` of PyTorch's ``trainer.py``, look at
+`Stop.is_requested` after each step.
+"""
 
 import contextlib
 import signal
@@ -10,7 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; a second one raises.
+    """Turns the first Ctrl-C or SIGTERM into a request to end after the step under way; a second one raises.
 
     Inside `shielded` a second one raises only where the run is `exposed`: in the user's own code and while something is
     awaited, where all that is known of the run fits together.

@@ -12,11 +12,12 @@ from jaxtyping import Array, PRNGKeyArray
 from ..compiler import packing
 from ..controller import AutoTuneNet, Guard
 from ..controller.schedule import Decay
+from ..controller.state import TunerState
 from ..space import injection
-from . import auxiliary, drifting, trees
+from . import aux_state, inner_state, memory_drift, ring, trees
 from .budget import digests_of, planned
-from .copies import Snapshot, snapshots_of
-from .start import build, starting_values
+from .held_snapshots import Snapshot, snapshots_of
+from .inner_optimizer import build, starting_values
 from .state import MEMORIES, AutotuneState, Course, Memory, Settings, no_order
 from .update import update
 
@@ -129,13 +130,21 @@ def autotune(
     options |= {"max_share": max_share, "digests": digests_of(tuner)}
     # The protocols of optax name their arguments; a partial hides them from the type checker.
     seen = trees.as_seen if is_given else _as_is
-    init: Any = functools.partial(_init, inner, tuner, options, key, seen, auxiliary.leaves_of(aux))
+    init: Any = functools.partial(_init, inner, tuner, options, key, seen, aux_state.leaves_of(aux))
     bound: Any = functools.partial(update, inner, seen)
     return optax.GradientTransformationExtraArgs(init, bound)
 
 
 def _as_is(params: Any) -> Any:
     return params
+
+
+@jax.jit
+def _begun(ts: TunerState) -> Array:
+    """The record of a run that has not begun."""
+    dims = ts.incumbent.shape[-1]
+    words = ring.words_of(ring.entry(ts, cause=ring.START, phase=ts.phase))
+    return ring.add_entry(ring.empty(dims), words, dims, flag=jnp.ones((), bool))
 
 
 def _init(
@@ -147,7 +156,7 @@ def _init(
     aux: tuple[Any, ...],
     params: Any,
 ) -> AutotuneState:
-    inner = trees.copied(trees.with_real_values(optimizer.init(seen(params))))
+    inner = trees.copied(inner_state.with_real_values(optimizer.init(seen(params))))
     start = starting_values(tuner, inner)
     ts = tuner.init(jax.random.key(0) if key is None else key, start=start)
     zero = jnp.zeros((), jnp.int32)
@@ -161,17 +170,18 @@ def _init(
         attempts=zero,
         is_reverted=jnp.zeros((), bool),
         largest=jnp.zeros((), jnp.float32),
-        drift=drifting.init() if options["memory"] == "drift" else None,
+        drift=memory_drift.init() if options["memory"] == "drift" else None,
     )
     state = AutotuneState(
         packed=packing.pack(course),
         inner=injection.write(inner, start, injection.resolve(start, inner)),
         snapshots=None,
         aux=aux if options["is_on"] else (),
+        record=_begun(ts) if options["is_on"] else None,
         settings=Settings(**options, layout=packing.layout(course)),
     )
     state = trees.copied(state)
     if not state.settings.slots:
         return state
-    one = Snapshot(params, trees.without_values(inner), aux)
+    one = Snapshot(params, inner_state.without_values(inner), aux)
     return state._replace(snapshots=snapshots_of([one] * state.settings.slots))

@@ -14,8 +14,8 @@ from ..compiler.single_kernel import single_kernel
 from ..compiler.stored_program import named, stored_program
 from ..controller import when
 from ..controller.state import Directive
-from . import auxiliary, budget, notices, trees
-from .copies import HeldSnapshots, Snapshot
+from . import aux_state, budget, inner_state, notices, trees
+from .held_snapshots import HeldSnapshots, Snapshot
 from .loss import interpret, take_loss
 from .state import AutotuneState, Order, Settings, in_force, no_order, write_in_force
 
@@ -58,7 +58,7 @@ def update(
         new, inner = step(updates, params, updates, state.inner)
         return new, state._replace(inner=inner, packed=_passed(settings, state.packed))
 
-    state, given_aux = auxiliary.with_room(state, aux)
+    state, given_aux = aux_state.with_room(state, aux)
     opened = _open(settings, value is None, state.packed)
     inner, snapshots, away = state.inner, state.held, jnp.zeros((), bool)
     if snapshots is not None:
@@ -78,13 +78,13 @@ def update(
 
     new, inner = when(is_made, made, room, inner)
     is_taken = is_made & jnp.isfinite(trees.squared_norm(new))
-    packed, directive = state.packed, None
+    packed, record, directive = state.packed, state.record, None
     if value is not None:
-        is_usable = is_finite & (is_taken | ~is_made)
-        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=is_usable, is_away=away)
+        flags = {"is_usable": is_finite & (is_taken | ~is_made), "is_away": away, "is_made": is_taken}
+        packed, directive, record = take_loss(settings, packed, record, value, lag=opened.lag, **flags)
     closed = _close(settings, state.packed, packed, directive, opened, square, is_taken, away)
     kept_aux = optax.tree.where(is_taken, given_aux, state.aux)
-    state = state._replace(packed=closed.packed, inner=inner, aux=kept_aux)
+    state = state._replace(packed=closed.packed, inner=inner, aux=kept_aux, record=record)
     is_going, new, state = _obeyed(closed, is_taken, params, new, state, snapshots)
     return trees.kept_finite(is_taken | is_going, params, new), state
 
@@ -108,9 +108,9 @@ def _check(state: AutotuneState, params: Any, value: Any) -> None:
 def _brought(
     opened: "_Opened", params: Any, aux: tuple[Any, ...], away: Array, inner: Any, snapshots: HeldSnapshots
 ) -> tuple[Array, Any, HeldSnapshots]:
-    """Whether the parameters are still on their way to a snapshot, and `trees.with_left`."""
+    """Whether the parameters are still on their way to a snapshot, and `inner_state.with_left`."""
     left = opened.left
-    inner, snapshots = trees.with_left(left, opened.home, params, aux, inner, snapshots)
+    inner, snapshots = inner_state.with_left(left, opened.home, params, aux, inner, snapshots)
     target = snapshots.read_at(jnp.maximum(opened.home - 1, 0)).params
     return away | (opened.is_returning & ~trees.has_arrived(params, target)), inner, snapshots
 
@@ -140,12 +140,12 @@ def _obeyed(
         # Only what is whole is copied; what is not goes back to what was. Parameters are: no update makes one infinite,
         # and none could bring an infinite one back.
         saved = snapshots.read_at(jnp.zeros((), jnp.int32))
-        is_whole = trees.is_as_finite((trees.without_values(inner), aux), (saved.inner, saved.aux))
+        is_whole = trees.is_as_finite((inner_state.without_values(inner), aux), (saved.inner, saved.aux))
         order, settings = closed.order, state.settings
 
         def here(new: Any, inner: Any, aux: Any) -> Snapshot:
             after = trees.moved(params, trees.kept_finite(is_taken, params, new))
-            return Snapshot(after, trees.without_values(inner), aux)
+            return Snapshot(after, inner_state.without_values(inner), aux)
 
         flags = (order.save & is_whole, order.keep & is_whole)
         snapshots = snapshots.written(flags, here, new, inner, aux)

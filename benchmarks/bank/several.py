@@ -19,7 +19,7 @@ import optax
 
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import stored_program
-from autotunenet_jax.controller import judge
+from autotunenet_jax.controller import fork_surrogate
 from autotunenet_jax.controller.plan import MAX_FORKS
 from benchmarks.bank import split
 from benchmarks.bank.lab import Lab
@@ -41,7 +41,7 @@ FAMILIES = ("digits", "teacher", "moons", "friedman", "imbalanced", "shifted", "
 
 def _propose_at_random() -> None:
     """Of all proposals any is as good as another; the line search over the rates stays as it is. Before any tracing."""
-    original = judge.expected_improvement
+    original = fork_surrogate.expected_improvement
 
     def shuffled(judged: Any, best: Any) -> Any:
         gain = original(judged, best)
@@ -49,7 +49,7 @@ def _propose_at_random() -> None:
         draw = jax.random.uniform(jax.random.key(jax.lax.bitcast_convert_type(judged.mean[-1], jnp.uint32)), gain.shape)
         return jnp.where(proposals, jnp.max(jnp.where(proposals, gain, -jnp.inf)) * (0.5 + 0.5 * draw), gain)
 
-    judge.expected_improvement = shuffled
+    fork_surrogate.expected_improvement = shuffled
     # Programs of this must not be taken for those of the surrogate.
     stored_program._folder = lambda: None
 

@@ -41,10 +41,12 @@ def _hot_scores() -> Any:
 
 def _one_intercept() -> Any:
     """Rounds share one level of the loss."""
-    from autotunenet_jax.controller import judge
+    from autotunenet_jax.controller import fork_surrogate
 
-    original = judge.config_of
-    return mock.patch.object(judge, "config_of", lambda space: dataclasses.replace(original(space), has_groups=False))
+    original = fork_surrogate.config_of
+    return mock.patch.object(
+        fork_surrogate, "config_of", lambda space: dataclasses.replace(original(space), has_groups=False)
+    )
 
 
 def _fresh_surrogate() -> Any:

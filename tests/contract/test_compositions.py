@@ -15,7 +15,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import packing
-from autotunenet_jax.wrapper import trees
+from autotunenet_jax.wrapper import inner_state
 
 
 def assert_finite(tree):
@@ -74,7 +74,7 @@ def test_batch_size_inside_it_changes_between_batches_only(toy):
     )
     step, carry, seen, emitted = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), set(), 0
     for key in toy.draws(200):
-        accumulated = int(trees.found_next(carry[1]).inner_state.mini_step)
+        accumulated = int(inner_state.found_next(carry[1]).inner_state.mini_step)
         in_force = int(atn.hyperparams(carry[1])["accumulation"])
         carry, _ = step(carry, key)
         inner = carry[1].inner

@@ -8,7 +8,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import packing
-from autotunenet_jax.wrapper.copies import snapshots_of
+from autotunenet_jax.wrapper.held_snapshots import snapshots_of
 
 MEMORIES = ("keep-winner", "rewind", "drift")
 

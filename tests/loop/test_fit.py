@@ -13,8 +13,8 @@ import autotunenet_jax as atn
 from autotunenet_jax import faults
 from autotunenet_jax.controller import loss_monitor
 from autotunenet_jax.controller import state as states
-from autotunenet_jax.loop import checks, run
 from autotunenet_jax.loop import fit as fit_module
+from autotunenet_jax.loop import run, train_step_contract
 from autotunenet_jax.loop.device_copies import Copies
 from autotunenet_jax.loop.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
@@ -375,7 +375,9 @@ def test_a_hyperparameter_that_only_the_data_needs_is_no_mistake(reader):
     assert reads.names == set()
     assert float(reader(reads)) == 0.5
     assert "noise" in reads.names
-    checks.check_train_step(lambda state, batch, hp: (state, hp["learning_rate"]), {}, None, dict(reads), reads.names)
+    train_step_contract.check_train_step(
+        lambda state, batch, hp: (state, hp["learning_rate"]), {}, None, dict(reads), reads.names
+    )
 
 
 @pytest.mark.parametrize(

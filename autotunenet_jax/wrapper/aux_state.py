@@ -1,4 +1,4 @@
-"""State of the training step's own that goes back with the parameters: `update(..., aux=...)` and `rewound`."""
+"""``update(..., aux=...)`` and `rewound`: state of the training step's own that goes back with the parameters."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..space import injection
-from .copies import HeldSnapshots, SnapshotTrees, vectors_of
+from .held_snapshots import HeldSnapshots, SnapshotTrees, vectors_of
 from .state import AutotuneState
 
 
@@ -22,10 +22,6 @@ def leaves_of(aux: Any) -> tuple[Any, ...]:
 
 def with_room(state: AutotuneState, aux: Any) -> tuple[AutotuneState, tuple[Any, ...]]:
     """The state with room for what it is given, and that as the state holds it.
-
-    Args:
-      state: Before the update.
-      aux: What `update` was given; None where nothing was.
 
     Raises:
       ValueError: It is not of the shapes that the state has room for.

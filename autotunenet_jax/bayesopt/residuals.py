@@ -1,4 +1,4 @@
-"""From scores to what the surrogate is fitted to."""
+"""From the scores of trials to the residuals that the surrogate is fitted to: centred, scaled, outliers tamed."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from .trials import mask as used_slots
 _NOISE_KEPT = 4.0
 
 
-class Targets(NamedTuple):
-    """Residuals for the surrogate, in its own unit, and the way back: ``score = location + scale * value``."""
+class Residuals(NamedTuple):
+    """What the surrogate is fitted to, in its own unit, and the way back: ``score = location + scale * value``."""
 
     residual: Float[Array, "n"]
     noise: Float[Array, "n"]
@@ -84,7 +84,7 @@ def _row_max(rows: Float[Array, "m n"]) -> Float[Array, "m"]:
     return jnp.where(is_largest, rows, 0.0) @ np.ones(rows.shape[1], np.float32)
 
 
-def targets(
+def residuals_of(
     obs: Observations,
     *,
     group: Int[Array, "n"],
@@ -95,7 +95,7 @@ def targets(
     failure_margin: float,
     kept: float = 0.2,
     noise: Float[Array, ""] | float = 0.0,
-) -> Targets:
+) -> Residuals:
     """Centres the scores, compresses outliers, and places failures a margin above the worst score of their group.
 
     Neither a failure nor an explosion can bend a fit to the result.
@@ -158,4 +158,4 @@ def targets(
     residual = jnp.where(obs.failed, worst + failure_margin, centred)
     # Beyond this a trial weighs nothing, and larger numbers would cost digits.
     known = jnp.minimum(obs.noise / jnp.square(scale), 1e4)
-    return Targets(jnp.where(used, residual, 0.0), jnp.where(used, known, 0.0), location, scale)
+    return Residuals(jnp.where(used, residual, 0.0), jnp.where(used, known, 0.0), location, scale)

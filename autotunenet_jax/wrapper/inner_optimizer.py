@@ -1,4 +1,4 @@
-"""How a tuned run starts: the optimizer of a factory, and the values of the first step."""
+"""The optimizer inside `autotune`: made by a factory where one is given, and the values that it starts with."""
 
 import difflib
 import functools

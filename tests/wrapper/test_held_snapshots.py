@@ -8,8 +8,8 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import packing
-from autotunenet_jax.wrapper import copies
-from autotunenet_jax.wrapper.copies import Snapshot, SnapshotTrees, SnapshotVectors, snapshots_of
+from autotunenet_jax.wrapper import held_snapshots
+from autotunenet_jax.wrapper.held_snapshots import Snapshot, SnapshotTrees, SnapshotVectors, snapshots_of
 
 
 def snapshot(seed, *, shape=(3, 4)):
@@ -122,7 +122,7 @@ def test_a_step_carries_few_arrays_more_however_many_parameters_there_are():
 
 
 def test_where_a_program_may_spread_them_they_stay_trees(monkeypatch):
-    monkeypatch.setattr(copies.jax, "device_count", lambda: 2)
+    monkeypatch.setattr(held_snapshots.jax, "device_count", lambda: 2)
     # Arrays that one device holds are known to be whole, traced ones are not.
     assert isinstance(wrapped("keep-winner").init(layers(2)).snapshots, SnapshotVectors)
     state = jax.jit(wrapped("keep-winner").init)(layers(2))

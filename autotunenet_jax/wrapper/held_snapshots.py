@@ -1,4 +1,4 @@
-"""The snapshots in the state of a tuned optimizer: as trees, or in a few vectors where that can be."""
+"""The snapshots that `autotune` holds in the optimizer's state: as trees, or in a few vectors where that can be."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

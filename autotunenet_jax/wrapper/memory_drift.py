@@ -1,4 +1,4 @@
-"""Tuning without snapshots: small moves, judged by how fast the loss falls while they are in force.
+"""``memory="drift"``, tuning without snapshots: small moves, judged by how fast the loss falls while in force.
 
 The forks of a round follow one another in the one state there is, so a later fork starts from a lower loss. Each is
 judged as if it had started where the round did: the fall since is added back to its losses.
@@ -45,12 +45,7 @@ def init() -> Drift:
 
 
 def plan(space: SearchSpace, base: Plan) -> Plan:
-    """A plan of many small rounds; steps are never thrown away here, so they are cheap.
-
-    Args:
-      space: What may be tuned.
-      base: The usual plan, whose budget is kept.
-    """
+    """A plan of many small rounds; steps are never thrown away here, so they are cheap."""
     total = int(base.total) or _OPEN_ENDED_STEPS
     length = max(round(_FORK_SHARE * total), 10)
     kinds = [kind for kind, is_there in ((FAST, "fast"), (SLOW, "slow")) if _has(space, is_there)]

@@ -1,4 +1,4 @@
-"""The surrogate as a judge: who is better, what another fork may gain, and what does not matter."""
+"""Forks judged: which is better, what another may gain, and what does not matter."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.bayesopt import trials
-from autotunenet_jax.controller import judge
+from autotunenet_jax.controller import fork_surrogate
 from tests.reference.algorithm import shortfall
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-5, 1.0)})
@@ -31,8 +31,8 @@ def _add(obs, x, y, group, failed):
 
 
 def told(obs, **options):
-    resolution = options.get("resolution", judge._RESOLUTION)
-    return np.asarray(judge.shortfalls(obs, resolution=resolution).y)[: int(obs.count)]
+    resolution = options.get("resolution", fork_surrogate._RESOLUTION)
+    return np.asarray(fork_surrogate.shortfalls(obs, resolution=resolution).y)[: int(obs.count)]
 
 
 def test_the_best_fork_of_a_round_is_zero_and_one_that_gained_nothing_is_one():
@@ -44,7 +44,7 @@ def test_the_best_fork_of_a_round_is_zero_and_one_that_gained_nothing_is_one():
 
 @pytest.mark.parametrize("scores", [[-0.5, -0.2, 0.1], [0.3, 0.1, 0.6], [-1.0], [2.0, 2.0], [-1e-3, 1e15]])
 def test_it_says_what_the_plain_twin_says(scores):
-    for is_fast, resolution in ((True, judge._RESOLUTION), (False, judge._SLOW_RESOLUTION)):
+    for is_fast, resolution in ((True, fork_surrogate._RESOLUTION), (False, fork_surrogate._SLOW_RESOLUTION)):
         expected = [shortfall(score, scores, is_fast=is_fast) for score in scores]
         np.testing.assert_allclose(told(record(scores), resolution=resolution), expected, rtol=1e-5)
 
@@ -73,8 +73,10 @@ def compiled():
     @jax.jit
     def judged(obs, x):
         known = ts.knowledge._replace(observations=obs)
-        result = judge.judge(SPACE, ts._replace(knowledge=known, data_step=jnp.int32(20)), x, jax.random.key(1))
-        return result, judge.probability_better(result, 0, 1), judge.expected_improvement(result, 0)
+        result = fork_surrogate.judge(
+            SPACE, ts._replace(knowledge=known, data_step=jnp.int32(20)), x, jax.random.key(1)
+        )
+        return result, fork_surrogate.probability_better(result, 0, 1), fork_surrogate.expected_improvement(result, 0)
 
     return judged
 
@@ -101,19 +103,19 @@ def test_the_expected_improvement_is_that_of_the_joint_posterior():
     rng = np.random.default_rng(0)
     factor = rng.normal(size=(4, 4))
     mean, covariance = rng.normal(size=4), factor @ factor.T
-    judged = judge.Judgement(jnp.float32(mean), jnp.float32(covariance), hyper=None)
+    judged = fork_surrogate.Judgement(jnp.float32(mean), jnp.float32(covariance), hyper=None)
     draws = rng.multivariate_normal(mean, covariance, size=400_000)
     for best in range(4):
         expected = np.mean(np.maximum(draws[:, best, None] - draws, 0.0), axis=0)
-        actual = np.asarray(judge.expected_improvement(judged, jnp.int32(best)))
+        actual = np.asarray(fork_surrogate.expected_improvement(judged, jnp.int32(best)))
         np.testing.assert_allclose(actual, expected, atol=0.01)
         assert np.all(actual >= 0.0)
         for other in set(range(4)) - {best}:
             share = np.mean(draws[:, other] < draws[:, best])
-            assert float(judge.probability_better(judged, other, best)) == pytest.approx(share, abs=0.005)
+            assert float(fork_surrogate.probability_better(judged, other, best)) == pytest.approx(share, abs=0.005)
 
 
 @pytest.mark.parametrize("gap", [-1e6, -40.0, 0.0, 40.0, 1e6])
 def test_the_expected_improvement_is_never_negative(gap):
-    judged = judge.Judgement(jnp.float32([0.0, gap]), jnp.float32(1e-4 * np.eye(2)), hyper=None)
-    assert float(judge.expected_improvement(judged, 0)[1]) == pytest.approx(max(-gap, 0.0), abs=0.01)
+    judged = fork_surrogate.Judgement(jnp.float32([0.0, gap]), jnp.float32(1e-4 * np.eye(2)), hyper=None)
+    assert float(fork_surrogate.expected_improvement(judged, 0)[1]) == pytest.approx(max(-gap, 0.0), abs=0.01)

@@ -1,4 +1,4 @@
-"""Whether a train step keeps its contract, told before training starts."""
+"""Whether `train_step` and `eval_step` take and return what `fit` needs, told before training starts."""
 
 from collections.abc import Callable
 from typing import Any
