@@ -7,6 +7,7 @@ release = version = autotunenet_jax.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
+myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"AutoTuneNet {release}"
 
