@@ -24,6 +24,7 @@ from ..controller.state import (
     Directive,
     Round,
 )
+from ..history.explain import verdict
 from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
 
@@ -260,6 +261,7 @@ class Recorder:
             "outcome": OUTCOMES[int(directive.outcome)],
             "chosen": self._space.to_python(chosen),
         }
+        row["verdict"] = verdict(row)
         self.history.rounds.append(row)
         values = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
         self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
