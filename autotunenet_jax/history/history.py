@@ -215,13 +215,16 @@ class History:
         ``steps``, ``kept`` and the like. Scores of different rounds are of different moments of the training: compare
         them within a round.
 
+        Args:
+          storage: Where to keep the study, such as ``"sqlite:///study.db"``; in memory by default.
+
         Raises:
           ImportError: optuna is not installed.
-          ValueError: The history does not know its search space.
+          ValueError: The history does not know its search space, or the storage holds a study of this name.
         """
         from .optuna_study import to_study
 
-        return to_study(self)
+        return to_study(self, storage=storage)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """`records` as a data frame, one row per record.
