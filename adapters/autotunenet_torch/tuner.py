@@ -216,7 +216,8 @@ class AutoTuneNet:
         self.total_steps = core.total_steps
         shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
         options = {"loggers": loggers, "log_every": log_every, **({} if self._log is None else {"log": self._log})}
-        recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks, **options)
+        history = atn.History(self.space.names, is_paired=stream is not None)
+        recorder = Recorder(history, self.space, shown, callbacks, **options)
         announce_compilation(core.core)
         self._is_over = False
         self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)

@@ -21,21 +21,22 @@ class _FileLogger:
         if self.path.is_dir():
             raise ValueError(f"path must be that of a file; {self.path} is a folder. Name a file in it.")
 
-    def begin(self, step: int) -> None:
-        """Makes ready for the rows after a step.
+    def begin(self, after: int | None) -> None:
+        """Makes ready for rows.
 
-        A file that is there stays: for a run that begins anew, under another name (``log.1.csv``); for one that goes
-        on, with its rows up to the step, since those after it will be written again.
+        Args:
+          after: None in a new run: a file that is there stays under another name, ``log.1.csv``. For one that goes on,
+            the step up to which rows stay; those after it will come again.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
-        if step == 0:
+        if after is None:
             numbered = (self.path.with_suffix(f".{n}{self.path.suffix}") for n in range(1, 1 << 30))
             self.path.rename(next(path for path in numbered if not path.exists()))
             return
         try:
-            rows = [row for row in self.read() if row["step"] <= step]
+            rows = [row for row in self.read() if row["step"] <= after]
         except (ValueError, KeyError, TypeError) as error:
             message = f"{self.path} is there and is no log of a run, so a resumed one cannot go on in it. Name another."
             raise ValueError(message) from error
@@ -118,9 +119,9 @@ class CSVLogger(_FileLogger):
         super().__init__(path)
         self._columns: list[str] = []
 
-    def begin(self, step: int) -> None:
-        """Makes ready for the rows after a step, as a JSON file does."""
-        super().begin(step)
+    def begin(self, after: int | None) -> None:
+        """Makes ready for rows, as a JSON file does."""
+        super().begin(after)
         self._columns = []
 
     def log(self, row: Row, step: int) -> None:
@@ -188,11 +189,11 @@ class Writer:
     def __init__(self, logger: Any):
         self._logger, self._log, self._last, self._has_failed = logger, _way_in(logger), -1, False
 
-    def begin(self, step: int) -> None:
-        """The run begins, or goes on, after a step."""
+    def begin(self, after: int | None) -> None:
+        """The run begins, or goes on after a step."""
         self._last = -1
         if isinstance(self._logger, _FileLogger):
-            self._guarded(self._logger.begin, step)
+            self._guarded(self._logger.begin, after)
 
     def write(self, row: Row, step: int) -> None:
         """Hands a row on; none of a step that was handed on already.

@@ -79,12 +79,13 @@ class Feed:
     Attributes:
       hears_steps: Whether anybody wants to know of each step.
       is_open: Whether there is anybody at all.
-      resumed_at: Budget step after which a resumed run goes on; 0 for a new one.
     """
 
     def __init__(self, history: History, callbacks: Any, loggers: Any, *, log_every: int):
         self._history, self._callbacks, self._writers = history, as_callbacks(callbacks), as_writers(loggers)
-        self.log_every, self.resumed_at = check_log_every(log_every), 0
+        self.log_every = check_log_every(log_every)
+        # Step of the last row, and that of the last one before a resumed run was cut off; None in a new run.
+        self._written, self._after = -1, None
         self.hears_steps = bool(self._writers) or any(map(hears_steps, self._callbacks))
         self.is_open = bool(self._writers or self._callbacks)
         self._queue: collections.deque[tuple[str, Any]] = collections.deque()
@@ -189,7 +190,7 @@ class Feed:
             return None
         self._has_begun = True
         for writer in self._writers:
-            writer.begin(self.resumed_at)
+            writer.begin(self._after)
         stop = self._call("on_begin", self._history)
         states, self._states = self._states, []
         for callback in self._callbacks:
@@ -248,6 +249,7 @@ class Feed:
     def _write(self) -> None:
         rows, self._rows = self._rows, {}
         for step, row in sorted(rows.items()):
+            self._written = step
             for writer in self._writers:
                 writer.write(row, step)
 
@@ -257,7 +259,7 @@ class Feed:
         """What is not handed on yet, as plain data."""
         forks = {str(fork): [held.steps, held.stride] for fork, held in self._forks.items()}
         block = self._block
-        counts = {"block": [block.step, block.sums, block.held], "rewinds": self._rewinds}
+        counts = {"block": [block.step, block.sums, block.held], "rewinds": self._rewinds, "written": self._written}
         states = [[type(callback).__name__, callback.state_dict()] for callback in self._callbacks]
         # Before it has begun, a resumed run has its callbacks' states still to give back.
         return {
@@ -267,9 +269,15 @@ class Feed:
             **counts,
         }
 
-    def load(self, data: Mapping[str, Any] | None) -> None:
-        """Takes back what `to_dict` gave; None where nobody listened then."""
+    def load(self, data: Mapping[str, Any] | None, *, step: int) -> None:
+        """Takes back what `to_dict` gave; None where nobody listened then.
+
+        Args:
+          data: That.
+          step: Budget step from which the run goes on.
+        """
         if data is None:
+            self._after = step
             self._queue.clear()
             self._forks, self._block = {}, _Block()
             return
@@ -278,4 +286,6 @@ class Feed:
             int(fork): _Fork([Step(*row) for row in rows], stride) for fork, (rows, stride) in data["forks"].items()
         }
         self._forks, self._rewinds, self._states = kept, data["rewinds"], list(data["states"])
+        # Where nothing had been written, whatever lies there is of another run.
+        self._written, self._after = data["written"], data["written"] if data["written"] >= 0 else None
         self._block.step, self._block.sums, self._block.held = data["block"]

@@ -25,6 +25,7 @@ from ..controller.state import (
     Directive,
     Round,
 )
+from ..history.explain import verdict
 from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
 from .callbacks import Step
@@ -145,7 +146,7 @@ class Recorder:
         rows = jax.device_get([entry for entry, *_ in pending])
         for row, (_, is_recorded, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
-            values = {name: np.asarray(value).item() for name, value in row.get("hyperparams", {}).items()}
+            values = {name: _plain(value) for name, value in row.get("hyperparams", {}).items()}
             metrics = {name: float(value) for name, value in row.get("metrics", {}).items()}
             if "loss" in row:
                 self._hand_on(step, row, phase, fork, values, metrics)
@@ -241,10 +242,6 @@ class Recorder:
             if self._feed.hears_steps and len(self._pending) >= self._feed.log_every:
                 self.flush()
             self._feed.deliver()
-
-    def resume_at(self, step: int) -> None:
-        """The run goes on from a snapshot of this step."""
-        self._feed.resumed_at = step
 
     def wait(self, what: str) -> None:
         """Shows what the run waits for."""
@@ -359,6 +356,7 @@ class Recorder:
             "outcome": OUTCOMES[int(directive.outcome)],
             "chosen": self._space.to_python(chosen),
         }
+        row["verdict"] = verdict(row)
         self.history.rounds.append(row)
         self._feed.end_round(best, row, discarded=self.discarded)
         values = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
@@ -391,11 +389,11 @@ class Recorder:
         told = {"feed": self._feed.to_dict()} if self._feed.is_open else {}
         return {"history": self.history.to_dict(), "open_round": open_round, "counts": counts, **told}
 
-    def load(self, data: dict[str, Any]) -> None:
-        """Goes on from what `to_dict` gave."""
+    def load(self, data: dict[str, Any], *, step: int) -> None:
+        """Goes on, from a budget step on, from what `to_dict` gave."""
         self.history.load(data["history"], stride=data["counts"]["stride"])
         self._steps_seen, self.rollbacks = data["counts"]["steps_seen"], data["counts"].get("rollbacks", 0)
-        self._feed.load(data.get("feed"))
+        self._feed.load(data.get("feed"), step=step)
         self._has_fallen = any(event["kind"] == "fall" for event in self.history.events)
         held = data["open_round"]
         self._round_start, self._fork_start = held["round_start"], held["fork_start"]
@@ -432,6 +430,11 @@ class Recorder:
         """The run is over, and its history is complete."""
         if self._feed.is_open:
             self._feed.finish(self.history)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar array as a Python number; options of a choice are what they are."""
+    return np.asarray(value).item() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
 def shown(value: Any) -> str:

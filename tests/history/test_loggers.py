@@ -12,7 +12,7 @@ from autotunenet_jax.history.loggers import Writer, as_writers
 FILES = {"csv": atn.CSVLogger, "jsonl": atn.JSONLLogger}
 
 
-def written(path, kind, rows, *, begin=0):
+def written(path, kind, rows, *, begin=None):
     writer = Writer(FILES[kind](path))
     writer.begin(begin)
     for step, row in rows:
@@ -124,7 +124,7 @@ def test_every_kind_is_recognised_by_what_it_has():
     row = {"loss": 0.5, "optimizer": "adam", "is_on": True}
     board, run, module, heard = Scalars(), Run(), mlflow(), []
     for writer in as_writers([board, run, module, lambda row, step: heard.append((row, step))]):
-        writer.begin(0)
+        writer.begin(None)
         writer.write(row, 10)
     assert board.calls == [("loss", 0.5, 10), ("is_on", 1.0, 10)]
     assert run.calls == heard == [(row, 10)]
@@ -134,7 +134,7 @@ def test_every_kind_is_recognised_by_what_it_has():
 def test_a_step_is_handed_on_once_and_steps_only_grow():
     heard = []
     writer = Writer(lambda row, step: heard.append(step))
-    writer.begin(0)
+    writer.begin(None)
     for step in (1, 2, 2, 1, 3):
         writer.write({"loss": 1.0}, step)
     writer.write({}, 4)

@@ -226,11 +226,7 @@ def test_a_resumed_run_tells_and_logs_what_is_left(tmp_path, told, call):
     before = [step for step in first.steps() if step[0] < min(dict(second.steps()))]
     assert before + second.steps() == expected.steps()
     assert done <= call
-    steps = [row["step"] for row in log.read()]
-    assert steps == sorted(set(steps))
-    whole = {row["step"]: row for row in rows}
-    later = [row for row in log.read() if row["step"] > call]
-    assert later and all({"step": row["step"], **row} == whole[row["step"]] for row in later)
+    assert log.read() == rows
 
 
 def test_an_early_stop_counts_on_after_an_interruption(tmp_path):

@@ -223,7 +223,7 @@ def test_another_process_goes_on_wherever_the_first_one_was(cut):
     kept = json.loads(json.dumps(feed.to_dict()))
     _, later_rows, feed = make(second, log_every=4)
     feed._history = history
-    feed.load(kept)
+    feed.load(kept, step=cut)
     drive(feed, history, range(cut + 1, 12))
     feed.finish(history)
     assert first.steps() + second.steps() == expected.steps()
