@@ -26,7 +26,8 @@ class AutoTuneCallback(pl.Callback):
     Forks see fresh batches, since Lightning owns the loop. Where there is validation data, Lightning also validates
     each time the tuner wants to compare forks by it. Callbacks that monitor a metric, such as ``EarlyStopping`` and
     ``ModelCheckpoint``, see the regular validations of the training that lives on alone, never those of forks.
-    Checkpoints hold the tuner's state, and a resumed training goes on from it.
+    Checkpoints hold the tuner's state, and a resumed training goes on from it. Where there are checkpoints, the log
+    folder gets ``history.json``, for ``python -m autotunenet_jax``.
 
     Example:
         >>> tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)})
@@ -59,7 +60,7 @@ class AutoTuneCallback(pl.Callback):
         self._pending: Mapping[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self._steps = 0
-        self._is_attached = False
+        self._is_attached = self._has_saved = False
         self._asked: Any = None
         self._is_regular = True
 
@@ -181,6 +182,22 @@ class AutoTuneCallback(pl.Callback):
         """Ends inside a round of forks with the best state so far."""
         self._leave(trainer)
         self.tuner.finish()
+        if self._has_saved:
+            self._write_history(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Writes the history into the log folder, or, without a logger, into the Trainer's root folder."""
+        if self._is_attached:
+            self._has_saved = True
+            self._write_history(trainer)
+
+    def _write_history(self, trainer: pl.Trainer) -> None:
+        # Processes agree on the folder, so all of them ask.
+        folder = trainer.log_dir or trainer.default_root_dir
+        if trainer.is_global_zero:
+            self.tuner._write_history(folder)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves other callbacks as they were."""

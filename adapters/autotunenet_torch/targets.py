@@ -173,13 +173,7 @@ class RateTarget:
 
 
 class AttributeTarget:
-    """An attribute of an object, such as a loss module's label smoothing.
-
-    Args:
-      owner: The object.
-      name: The attribute's.
-      start: What it counts as before it is set, in place of the attribute itself.
-    """
+    """An attribute of an object, such as a loss module's label smoothing; None counts as ``start``."""
 
     def __init__(self, owner: Any, name: str, *, start: Any = None):
         self._owner, self._name, self._start = owner, name, start
@@ -197,12 +191,7 @@ class AttributeTarget:
 
 
 class KeywordTarget:
-    """A keyword argument, such as a loss function's label smoothing.
-
-    Args:
-      options: The arguments, by name.
-      name: Which.
-    """
+    """A keyword argument, such as a loss function's label smoothing."""
 
     def __init__(self, options: dict[str, Any], name: str):
         self._options, self._name = options, name
@@ -215,12 +204,7 @@ class KeywordTarget:
 
 
 class SetterTarget:
-    """Whatever a user's function sets.
-
-    Args:
-      setter: ``(model, value) -> None``.
-      model: Handed to it.
-    """
+    """Whatever a user's function sets."""
 
     def __init__(self, setter: Callable[[Any, Any], Any], model: Any):
         self._setter, self._model = setter, model
@@ -246,11 +230,7 @@ class _TunedBatches(BatchSampler):
 
 
 class BatchSizeTarget:
-    """The batch size of a data loader, from the next batch on that its workers have not yet begun.
-
-    Args:
-      loader: A ``torch.utils.data.DataLoader`` that batches.
-    """
+    """The batch size of a data loader, from the next batch on that its workers have not yet begun."""
 
     def __init__(self, loader: Any):
         if getattr(getattr(loader, "batch_sampler", None), "batch_size", None) is None:

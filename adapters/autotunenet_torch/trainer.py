@@ -219,7 +219,10 @@ class Trainer:
         tuner.finish()
         if self.restore_best and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
-        return tuner.history
+        history = tuner.history
+        if store is not None:
+            session.recorder.write(store.folder)
+        return history
 
     def _run(
         self,
@@ -427,6 +430,7 @@ class Trainer:
     def _save(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
         tree = {**checkpoint.snapshot(session, self._tuner._host), "source": source.state()}
         serialization.save(store, session.controller.step, tree, metric=session.last_eval)
+        session.recorder.write(store.folder)
 
     def _resume(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
         found = serialization.restore_together(store)

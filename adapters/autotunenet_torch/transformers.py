@@ -27,7 +27,8 @@ class AutoTuneCallback(TrainerCallback):
     moves its height. The loss that is told is the one the Trainer trains by, whoever computes it, per item of the whole
     step. Where the Trainer evaluates at all, it evaluates each time the tuner wants to compare forks by it;
     ``EarlyStoppingCallback`` and the best model see the regular evaluations of the training that lives on alone.
-    Checkpoints get a file with the tuner's state.
+    Checkpoints get a file with the tuner's state, and the output folder ``history.json``, for
+    ``python -m autotunenet_jax``.
 
     Example:
         >>> tuner = AutoTuneNet({"learning_rate": (1e-6, 1e-3)})
@@ -47,7 +48,7 @@ class AutoTuneCallback(TrainerCallback):
         self.tuner, self.monitor = tuner, monitor
         self._losses: list[torch.Tensor] = []
         self._undo: list[Callable[[], None]] = []
-        self._is_asked = self._is_training = self._has_many = False
+        self._is_asked = self._is_training = self._has_many = self._has_saved = False
         self._shown: dict[str, float] = {}
 
     def on_train_begin(
@@ -164,6 +165,8 @@ class AutoTuneCallback(TrainerCallback):
         folder = _folder(args, state)
         if state.is_world_process_zero and folder.is_dir():
             torch.save(self.tuner.state_dict(), folder / _FILE)
+            self._has_saved = True
+            self.tuner._write_history(args.output_dir)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +178,8 @@ class AutoTuneCallback(TrainerCallback):
             self.tuner._release()
         else:
             self.tuner.finish()
+        if self._has_saved:
+            self.tuner._write_history(args.output_dir)
 
     def _leave(self) -> None:
         while self._undo:

@@ -11,7 +11,8 @@ import autotunenet_jax as atn
 from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Report, announce_compilation
 
 from . import arguments, checkpoint, distributed, lr_schedulers
-from .host import Stream, TorchHost
+from .data import ReplayBuffer
+from .host import TorchHost
 from .notices import Notices
 from .sound_session import SoundSession
 from .step_guard import StepGuard
@@ -111,7 +112,7 @@ class AutoTuneNet:
         self.space = self._core(total_steps, self._initial, has_scheduler=False).space
         self._session: SoundSession | None = None
         # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
-        self._stream: Stream | None = None
+        self._stream: ReplayBuffer | None = None
         self._keeps_best = False
         # Where the adapters of frameworks send what a user should know.
         self._through: Callable[[str], None] | None = None
@@ -318,6 +319,11 @@ class AutoTuneNet:
         rollbacks = int(session.controller.state.rollbacks) + session.mended
         session.recorder.finish(session.controller.step, rollbacks)
         return session.recorder.history
+
+    def _write_history(self, folder: Any) -> None:
+        """Writes the history so far into a run's folder."""
+        session, _ = self._attached(), self.history
+        session.recorder.write(folder)
 
     # Saving and loading.
 

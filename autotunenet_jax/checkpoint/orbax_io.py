@@ -56,20 +56,7 @@ def structure_of(specs: Sequence[LeafSpec]) -> str:
 def write_snapshot(
     folder: pathlib.Path, record: SnapshotRecord, specs: Sequence[LeafSpec], arrays: Sequence[np.ndarray | None]
 ) -> SnapshotRecord:
-    """Writes a snapshot into an empty folder, durably.
-
-    Args:
-      folder: Where to.
-      record: What the index will say of it.
-      specs: What the leaves are.
-      arrays: Their values, None where the description holds them.
-
-    Returns:
-      The record with the manifest's checksum.
-
-    Raises:
-      Exception: Of whatever kind Orbax or the operating system raises; the folder is then of no use.
-    """
+    """Writes a snapshot into an empty folder, durably; returns its record with the manifest's checksum."""
     checked = [
         s if a is None else dataclasses.replace(s, crc32=checksum(a)) for s, a in zip(specs, arrays, strict=True)
     ]
@@ -90,17 +77,7 @@ def read_snapshot(
     *,
     space: str | None,
 ) -> list[Any]:
-    """Reads and verifies a snapshot.
-
-    Args:
-      root: Folder of all snapshots.
-      record: Which of them.
-      wanted: Descriptions of the leaves asked for.
-      likes: Those leaves.
-      space: Fingerprint of the search space in use, None to accept any.
-
-    Returns:
-      The leaves, in the order asked for.
+    """Reads and verifies a snapshot; returns the leaves in the order asked for.
 
     Raises:
       DamagedFileError: Something is not as it was written.
@@ -110,17 +87,7 @@ def read_snapshot(
     """
     path = root / record.folder_name
     where = f"Snapshot {record.id} (step {record.step}) in {root}"
-    try:
-        if path.is_symlink():
-            raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
-        body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
-        verify_files(path, entry_of(body, "files", list))
-    except FileNotFoundError as error:
-        raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
-    except OSError as error:
-        if error.errno in _OWN_TROUBLE:
-            raise
-        raise DamagedFileError(f"it cannot be read ({error})") from error
+    body = verified_manifest(root, record)
     if None not in (space, record.space) and space != record.space:
         raise SnapshotMismatchError(
             f"{where} is of another search space: {record.space} in the snapshot, {space} given. Nothing was loaded. "
@@ -137,6 +104,29 @@ def read_snapshot(
         return [restore_leaf(*by_name[w.name], like) for w, like in zip(wanted, likes, strict=True)]
     except (ValueError, TypeError, OverflowError) as error:
         raise DamagedFileError(f"its leaves cannot be rebuilt ({type(error).__name__}: {error})") from error
+
+
+def verified_manifest(root: pathlib.Path, record: SnapshotRecord) -> dict[str, Any]:
+    """The manifest of a snapshot whose files are, byte for byte, what was written.
+
+    Raises:
+      DamagedFileError: Something is not as it was written.
+      SnapshotVersionError: It was written by a newer version of the library.
+      OSError: This process cannot read anything just now.
+    """
+    path = root / record.folder_name
+    try:
+        if path.is_symlink():
+            raise DamagedFileError(f"{path.name} is a symbolic link; links are never followed")
+        body = read_json(path / MANIFEST_NAME, expected_crc32=record.manifest_crc32)
+        verify_files(path, entry_of(body, "files", list))
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{MANIFEST_NAME if path.is_dir() else path.name} is missing") from error
+    except OSError as error:
+        if error.errno in _OWN_TROUBLE:
+            raise
+        raise DamagedFileError(f"it cannot be read ({error})") from error
+    return body
 
 
 def _key(number: int) -> str:

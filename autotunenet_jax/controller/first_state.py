@@ -57,16 +57,7 @@ def defaults(space: SearchSpace) -> dict[str, Array]:
 def first_state(
     space: SearchSpace, capacity: int, *, key: PRNGKeyArray, start: Mapping[str, Any], plan: Plan, digests: np.ndarray
 ) -> TunerState:
-    """The state before the first step.
-
-    Args:
-      space: What may be tuned.
-      capacity: Most observations held.
-      key: A typed PRNG key, or a legacy uint32 one.
-      start: Values to start from, by name: numbers, arrays, or options of a choice.
-      plan: When rounds are held; of NumPy arrays.
-      digests: Its fingerprint.
-    """
+    """The state before the first step."""
     starts_now, has_test = int(plan.start[0]) == 0, int(plan.range_test[0]) > 0
     phase = (SWEEP if has_test else FORK) if starts_now else TRAIN
     segment = (plan.range_test[0] if has_test else plan.length[0]) if starts_now else plan.start[0]

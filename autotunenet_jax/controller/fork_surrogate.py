@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..bayesopt import acquisition, kernels, surrogate, trials
 from ..bayesopt.residuals import group_median
@@ -117,11 +117,16 @@ class Judgement(NamedTuple):
     hyper: kernels.Hyper
 
 
+def resolution_of(is_slow: Bool[Array, "n"]) -> Float[Array, "n"]:
+    """The resolution at which trials count, by whether their round was of slow hyperparameters."""
+    return jnp.where(is_slow, _SLOW_RESOLUTION, _RESOLUTION)
+
+
 @single_kernel(static_argnums=(0,))
 def _evidence(space: SearchSpace, ts: TunerState) -> trials.Observations:
     obs = ts.knowledge.observations
     is_slow = ts.plan.kind[jnp.clip(obs.group, 0, ts.plan.kind.size - 1)] == SLOW
-    return shortfalls(obs, resolution=jnp.where(is_slow, _SLOW_RESOLUTION, _RESOLUTION))
+    return shortfalls(obs, resolution=resolution_of(is_slow))
 
 
 def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGKeyArray) -> Judgement:

@@ -1,8 +1,11 @@
 """What happened, as data: tables, a plot, and schedules that replay a run without the tuner."""
 
 import bisect
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -12,6 +15,12 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import optuna
     import pandas
+
+    from .pictures.figure import Style
+    from .pictures.kinds import Kind
+
+HISTORY_NAME = "history.json"
+"""Name of the file beside a run's snapshots that holds its history."""
 
 # Rows are thinned evenly beyond this many, so that a history never grows with the length of the run.
 _MAX_RECORDS = 4096
@@ -164,6 +173,31 @@ class History:
         self.space, self.mode = dict(data.get("space", self.space)), data.get("mode", self.mode)
         self.is_paired = data.get("is_paired", self.is_paired)
 
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes what `to_dict` gives to a file, in one step: whoever reads it meanwhile finds the old or the new one.
+
+        Raises:
+          OSError: It cannot be written.
+        """
+        path = pathlib.Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(self.to_dict(), allow_nan=False))
+        os.replace(partial, path)
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> "History":
+        """The history that `to_json` wrote.
+
+        Raises:
+          OSError: The file cannot be read.
+          ValueError: It holds something else.
+        """
+        path = pathlib.Path(path)
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not what History.to_json wrote ({type(error).__name__}: {error}).") from error
+
     def explain(self) -> str:
         """The run in plain words, under forty lines however long it was.
 
@@ -174,20 +208,23 @@ class History:
 
         return explain(self)
 
-    def to_optuna(self) -> "optuna.study.Study":
-        """A study of Optuna in memory, one trial for each fork, for its plots and its dashboard.
+    def to_optuna(self, *, storage: str | None = None) -> "optuna.study.Study":
+        """A study of Optuna, one trial for each fork, for its plots and its dashboard.
 
         Values are the forks' scores, failed forks are trials that failed, and ``user_attrs`` hold ``round``, ``fork``,
         ``steps``, ``kept`` and the like. Scores of different rounds are of different moments of the training: compare
         them within a round.
 
+        Args:
+          storage: Where to keep the study, such as ``"sqlite:///study.db"``; in memory by default.
+
         Raises:
           ImportError: optuna is not installed.
-          ValueError: The history does not know its search space.
+          ValueError: The history does not know its search space, or the storage holds a study of this name.
         """
         from .optuna_study import to_study
 
-        return to_study(self)
+        return to_study(self, storage=storage)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """`records` as a data frame, one row per record.
@@ -249,22 +286,45 @@ class History:
 
     def value_at(self, name: str, step: int) -> Any:
         """The recorded value of a hyperparameter at a budget step, or just before it."""
-        steps = [row["step"] for row in self.records]
-        index = max(bisect.bisect_right(steps, step) - 1, 0)
-        return self.records[index][name]
+        return self.records[max(self.index_at(step), 0)][name]
 
-    def plot(self, path: Any = None) -> "matplotlib.figure.Figure":
-        """Draws the loss and each hyperparameter over the budget, with rounds shaded and forks marked.
+    def index_at(self, step: int) -> int:
+        """Place in `records` of the last one up to a budget step; -1 where there is none."""
+        return bisect.bisect_right(self.records, step, key=lambda row: row["step"]) - 1
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        kind: "Kind" = "overview",
+        style: "Style" = None,
+        round: int | None = None,
+        names: Sequence[str] | None = None,
+    ) -> "matplotlib.figure.Figure":
+        """Draws the run, or a part of it.
+
+        ``"overview"`` is the loss, the metric and each hyperparameter over the budget, rounds shaded. ``"posterior"``
+        is what the surrogate said of each hyperparameter after each round that searched it, with the forks. ``"round"``
+        is one round close up: the loss of every fork over its steps, and its score. ``"slice"`` is the surrogate over
+        two hyperparameters, with the forks so far and the path. The last three are drawn of rounds that have ended.
 
         Args:
-          path: Where to write the picture, if anywhere.
+          path: Where to write the picture, if anywhere; the name tells the format.
+          kind: Which picture.
+          style: ``"light"``, ``"dark"``, or None to follow matplotlib's settings.
+          round: Which round, from 1: the last by default, and for ``"posterior"`` up to four spread over the run.
+          names: Hyperparameters shown: by default, for ``"posterior"`` all that were searched, and for ``"slice"`` the
+            two that were searched together most often.
+
+        Returns:
+          The figure, of 8 inches in width.
 
         Raises:
           ImportError: matplotlib is not installed.
-          ValueError: Nothing was recorded.
-        """
-        if not self.records:
-            raise ValueError("nothing was recorded: run fit first, then plot its history.")
-        from .plot import plot_history
+          ValueError: Nothing was recorded that such a picture shows, or an argument is none of those above.
 
-        return plot_history(self, path)
+        Cost: for ``"posterior"`` and ``"slice"``, compiling one fit of the surrogate, some 10 s the first time.
+        """
+        from .pictures.kinds import plot
+
+        return plot(self, path, kind=kind, style=style, round=round, names=names)

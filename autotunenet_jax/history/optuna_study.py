@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from .history import History
 
 
-def to_study(history: "History") -> "optuna.study.Study":
+_NAME = "autotunenet"
+
+
+def to_study(history: "History", *, storage: str | None = None) -> "optuna.study.Study":
     """The forks as trials; see `History.to_optuna`."""
     try:
         import optuna
@@ -19,7 +22,11 @@ def to_study(history: "History") -> "optuna.study.Study":
     distributions = {name: _distribution(optuna, held) for name, held in history.space.items()}
     # One study has one direction: where some rounds were scored by the training loss, that of a loss.
     is_max = history.mode == "max" and all(row["scored_by"] == "validation" for row in history.rounds)
-    study = optuna.create_study(direction="maximize" if is_max else "minimize", study_name="autotunenet")
+    try:
+        direction = "maximize" if is_max else "minimize"
+        study = optuna.create_study(direction=direction, study_name=_NAME, storage=storage)
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise ValueError(f"{storage} holds a study {_NAME!r} already. Choose another storage, or delete it.") from error
     for number, row in enumerate(history.rounds):
         for place, fork in enumerate(row["forks"]):
             is_failed = not fork["scores"] or fork["status"] == "failed"

@@ -145,7 +145,7 @@ def fit(
         compared by it. Without it they are compared by their training losses, and slow hyperparameters stay put.
       snapshots: Folder of durable snapshots, or a `Snapshots` of your own; None for none. They are written in the
         background at a cadence that blocks at most one per cent of the run, when the run ends, and when it is
-        interrupted.
+        interrupted. Beside them lies ``history.json``, for ``python -m autotunenet_jax``.
       resume: Whether to go on from the latest good snapshot in ``snapshots``, if there is one, instead of from
         ``state``. On the same machine and software the run then ends bit for bit as if it had never stopped.
         ``batches`` must give the same batches again; an iterable is read up to where the run stood.
@@ -210,7 +210,10 @@ def fit(
     _say_why(run, total, stop, is_out_of_data=is_out_of_data)
     is_interrupted = is_out_of_data or stop.is_requested
     run.end(is_whole=not is_interrupted)
-    return _result(run, is_interrupted=is_interrupted)
+    result = _result(run, is_interrupted=is_interrupted)
+    if store is not None:
+        run.recorder.write(store.folder)
+    return result
 
 
 def _restored(run: Run, store: Snapshots) -> Any:
@@ -306,6 +309,7 @@ def _save(run: Run, store: Snapshots) -> None:
     health = run.controller.state.health
     is_calm = int(health.monitor.strikes) == 0 and int(health.bad_run) == 0
     store.save(step, run.snapshot(), metric=metric, status="healthy" if is_calm else "unusual")
+    run.recorder.write(store.folder)
 
 
 def _save_last(run: Run, store: Snapshots, stop: Stop) -> None:

@@ -1,5 +1,7 @@
 """From what the device logs to a history."""
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,8 +25,10 @@ from ..controller.state import (
     Round,
 )
 from ..history.explain import verdict
-from ..history.history import History
+from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
+
+_LOG = logging.getLogger("autotunenet")
 
 # Device scalars waiting to be read are read together once this many have gathered.
 _PENDING_LIMIT = 256
@@ -80,7 +84,7 @@ class Recorder:
         self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
         self._pending: list[tuple[Any, int, int, int]] = []
         self._steps_seen = 0
-        self._has_fallen = False
+        self._has_fallen, self._has_written = False, True
         self._round_start = 0
         self._fork_start = 0
         self._sweep: tuple[int, int] | None = None
@@ -104,7 +108,7 @@ class Recorder:
         for row, (_, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
             if "loss" in row:
-                values = {name: np.asarray(value).item() for name, value in row["hyperparams"].items()}
+                values = {name: _plain(value) for name, value in row["hyperparams"].items()}
                 self.history.add(
                     {
                         "step": step,
@@ -300,6 +304,18 @@ class Recorder:
         self._forks = [(start, end) for start, end in held["forks"]]
         self._pending = []
 
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the history so far into a run's folder; where that fails, it is said once, and training goes on."""
+        self.flush()
+        try:
+            self.history.to_json(os.path.join(folder, HISTORY_NAME))
+        except OSError as error:
+            if self._has_written:
+                _LOG.warning("The history could not be written to %s: %s", folder, error)
+            self._has_written = False
+        else:
+            self._has_written = True
+
     def finish(self, step: int, rollbacks: int, *, dropped: int = 0) -> None:
         """The run ended; ``dropped`` decisions before the first recorded one are not known."""
         self.flush()
@@ -312,6 +328,11 @@ class Recorder:
             "evals": len(self.history.evals),
             "dropped": dropped,
         }
+
+
+def _plain(value: Any) -> Any:
+    """A scalar array as a Python number; options of a choice are what they are."""
+    return np.asarray(value).item() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
 def shown(value: Any) -> str:

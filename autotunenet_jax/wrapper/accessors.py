@@ -27,8 +27,6 @@ from .state import (
     write_in_force,
 )
 
-_NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
-
 
 def _tree_of(holder: Any) -> Any:
     """The optimizer state of an object that holds one, such as a train state or a module library's optimizer."""
@@ -44,44 +42,48 @@ def _find(holder: Any) -> AutotuneState | None:
     return found[0] if found else None
 
 
+def _boxed(holder: Any) -> AutotuneState:
+    state = _find(holder)
+    if state is None:
+        raise ValueError("there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it.")
+    return state
+
+
 def tuned_state(holder: Any) -> AutotuneState:
     """The state of `autotune` in a holder, out of the boxes of a module library.
 
     Raises:
       ValueError: There is none in it, or several.
     """
-    state = _find(holder)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    return _unboxed(state)
+    return _unboxed(_boxed(holder))
 
 
 def _unboxed(tree: Any) -> Any:
     return jax.tree.map(injection.unboxed, tree, is_leaf=injection.is_box)
 
 
+def _holding(holder: Any, tree: Any) -> Any:
+    """The holder with another optimizer state; an object that cannot be made anew is changed in place."""
+    if _tree_of(holder) is holder:
+        return tree
+    if hasattr(holder, "replace"):
+        return holder.replace(opt_state=tree)
+    if dataclasses.is_dataclass(holder):
+        return dataclasses.replace(holder, opt_state=tree)  # type: ignore[type-var]
+    holder.opt_state = tree
+    return holder
+
+
 def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
-    """The holder with its tuned state replaced; an object that is not a tree is changed in place."""
-    state = _find(holder)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    new = tell(_unboxed(state))
+    """The holder with its tuned state replaced."""
+    new = tell(tuned_state(holder))
 
     def change(node: Any) -> Any:
         if not injection.is_tuned(node):
             return node
         return jax.tree.map(injection.reboxed, node, new, is_leaf=injection.is_box)
 
-    tree = _tree_of(holder)
-    changed = jax.tree.map(change, tree, is_leaf=injection.is_tuned)
-    if tree is holder:
-        return changed
-    if hasattr(holder, "replace"):
-        return holder.replace(opt_state=changed)
-    if dataclasses.is_dataclass(holder):
-        return dataclasses.replace(holder, opt_state=changed)  # type: ignore[type-var]
-    holder.opt_state = changed
-    return holder
+    return _holding(holder, jax.tree.map(change, _tree_of(holder), is_leaf=injection.is_tuned))
 
 
 @jax.jit
@@ -259,22 +261,17 @@ def extend(opt_state: Any, *, total_steps: int) -> Any:
       TypeError: ``total_steps`` is not an integer, or the structure of the state cannot change.
       ValueError: It does not exceed the updates done, or there is no tuned optimizer in it.
     """
-    state = _find(opt_state)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
+    state = _boxed(opt_state)
     if any(injection.is_box(leaf) for leaf in jax.tree.leaves(state, is_leaf=injection.is_box)):
         raise TypeError(
             "the structure of this optimizer's state is fixed. Make a new one with autotune(..., total_steps=...), and "
             "extend the state of that library's optimizer outside of it."
         )
     new = budget.with_budget(state, total_steps)
-    tree = _tree_of(opt_state)
-    changed = jax.tree.map(lambda node: new if injection.is_tuned(node) else node, tree, is_leaf=injection.is_tuned)
-    if tree is opt_state:
-        return changed
-    if hasattr(opt_state, "replace"):
-        return opt_state.replace(opt_state=changed)
-    return dataclasses.replace(opt_state, opt_state=changed)
+    tree = jax.tree.map(
+        lambda node: new if injection.is_tuned(node) else node, _tree_of(opt_state), is_leaf=injection.is_tuned
+    )
+    return _holding(opt_state, tree)
 
 
 def rewound(opt_state: Any, aux: Any) -> Any:

@@ -187,13 +187,6 @@ def interpret(
 ) -> tuple[Course, Order]:
     """Reads what the tuner asks for as the memory mode can carry it out.
 
-    Args:
-      settings: Of the wrapper.
-      before: The course before the loss.
-      after: The course that `take_loss` gave.
-      lag: As for `take_loss`.
-      directive: What it gave with the course.
-
     Returns:
       The course with its books put right, and the copies to make.
     """

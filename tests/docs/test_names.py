@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_files_and_modules_named_exist(page):
     text = page.read_text()
-    for name in re.findall(r"\b((?:examples|benchmarks|tests|docs|autotunenet_jax)/[\w./]+\.(?:py|md|json|ipynb))", text):
+    for name in re.findall(r"\b((?:examples|benchmarks|tests|docs)/[\w./]+\.(?:py|md|json|ipynb))", text):
         assert (ROOT / name).is_file(), f"{page.name} names {name}"
     for name in re.findall(r"python -m (benchmarks(?:\.\w+)+)", text):
         place = ROOT / name.replace(".", "/")
@@ -60,7 +60,7 @@ def documented():
     """The names in the directives of autodoc, of all pages, with those that whole modules bring."""
     names, current = set(), ""
     for page in PAGES:
-        for kind, name in re.findall(r"^\.\. (currentmodule|auto\w+):: ([\w.]+)", page.read_text(), re.M):
+        for kind, name in re.findall(r"^\.\. (currentmodule|auto\w+|py:data):: ([\w.]+)", page.read_text(), re.M):
             if kind == "currentmodule":
                 current = name
             elif kind == "automodule":
@@ -73,9 +73,8 @@ def documented():
 
 def public(module):
     """The names of a package that are its users'."""
-    return [
-        name for name, value in vars(module).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
-    ]
+    names = {name for name, value in vars(module).items() if not isinstance(value, types.ModuleType)}
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 @pytest.mark.parametrize("package", ["autotunenet_jax", "autotunenet_torch", "autotunenet_flax"])

@@ -1,0 +1,180 @@
+"""What the surrogate made of a round, computed again from a history's forks and scores."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ..bayesopt import kernels, surrogate, trials
+from ..controller import fork_surrogate, loss_monitor
+from ..controller.roles import roles_of
+from ..controller.state import OUTCOME_ROUND_SKIPPED, OUTCOMES
+from ..space.search_space import Choice, SearchSpace
+from ..space.search_space import Float as FloatParameter
+from ..space.search_space import Int as IntParameter
+
+if TYPE_CHECKING:
+    from .history import History
+
+# As many forks as a tuner remembers by default.
+_CAPACITY = 64
+
+# Points that are asked for at a time.
+_PIECE = 160
+
+
+class RoundPosterior(NamedTuple):
+    """The posterior at the end of a round.
+
+    Shortfalls are in the unit that the tuner decides by: 0 is the best fork of the round, 1 one that gained nothing.
+
+    Attributes:
+      space: What is tuned.
+      x: The round's forks, unit cube.
+      shortfall: Theirs; NaN where a fork failed.
+      best: The fork that won; -1 for none.
+      config: Of the surrogate.
+      fitted: The surrogate.
+      time: When the round was.
+    """
+
+    space: SearchSpace
+    x: Float[np.ndarray, "forks d"]
+    shortfall: Float[np.ndarray, "forks"]
+    best: int
+    config: kernels.SurrogateConfig
+    fitted: surrogate.Posterior
+    time: float
+
+    def at(self, points: Float[np.ndarray, "m d"]) -> tuple[Float[np.ndarray, "m"], Float[np.ndarray, "m"]]:
+        """Mean and standard deviation of the shortfall at points of the unit cube.
+
+        Only differences within a round are known, so both are those of the difference to the mean of the round's
+        forks, put at the height of their scores.
+        """
+        is_scored = np.isfinite(self.shortfall)
+        anchors = self.x[is_scored] if is_scored.any() else self.x
+        level = self.shortfall[is_scored].mean() if is_scored.any() else 0.0
+        # Pieces of one size, so that one program does for all.
+        size = _PIECE - len(anchors)
+        pieces = [points[first : first + size] for first in range(0, len(points), size)]
+        found = [self._relative(piece, anchors) for piece in pieces]
+        mean, deviation = (np.concatenate(part) for part in zip(*found, strict=True))
+        return level + mean, deviation
+
+    def _relative(self, points: np.ndarray, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of the difference to the mean of some anchors."""
+        size, count = len(points), len(anchors)
+        padding = np.repeat(anchors[:1], _PIECE - size - count, axis=0)
+        everything = np.concatenate([points, anchors, padding]).astype(np.float32)
+        found = _predict(self.config, self.fitted, everything, np.float32(self.time))
+        mean, covariance = (np.asarray(part, np.float64)[: size + count] for part in found)
+        covariance = covariance[:, : size + count]
+        to_anchors = covariance[:size, size:].mean(axis=1)
+        variance = np.diagonal(covariance)[:size] - 2.0 * to_anchors + covariance[size:, size:].mean()
+        return mean[:size] - mean[size:].mean(), np.sqrt(np.maximum(variance, 0.0))
+
+
+def space_of(history: "History") -> SearchSpace:
+    """The search space that a history describes.
+
+    Raises:
+      ValueError: It describes none.
+    """
+    if not history.space:
+        raise ValueError("this history does not know its search space: ask the history of a run, or one read from one.")
+
+    def parameter(held: Mapping[str, Any]) -> Any:
+        if "options" in held:
+            return Choice([_hashable(option) for option in held["options"]], role=held["role"])
+        kind = IntParameter if isinstance(held["lo"], int) else FloatParameter
+        return kind(held["lo"], held["hi"], log=held["log"], role=held["role"])
+
+    return SearchSpace({name: parameter(held) for name, held in history.space.items()})
+
+
+def _hashable(option: Any) -> Any:
+    """An option as it was before a way through JSON, which knows no tuples."""
+    return tuple(map(_hashable, option)) if isinstance(option, list) else option
+
+
+def encoded(space: SearchSpace, hyperparams: Mapping[str, Any]) -> Float[np.ndarray, "d"]:
+    """A point of the unit cube."""
+    values = {name: _hashable(value) for name, value in hyperparams.items()}
+    return np.asarray(space.encode(values), np.float32)
+
+
+def posterior_of(history: "History", number: int) -> RoundPosterior:
+    """What the surrogate said at the end of a round, from that round and those before it.
+
+    Args:
+      history: Of any run.
+      number: Of the round, from 1.
+
+    Cost: one surrogate fit; compiled once for each search space.
+    """
+    space, rounds = space_of(history), history.rounds[:number]
+    obs, is_slow = trials.empty(_CAPACITY, space.dims), np.zeros(len(rounds), bool)
+    points, time = [], 0.0
+    for place, row in enumerate(rounds):
+        points, is_slow[place] = [encoded(space, fork["hyperparams"]) for fork in row["forks"]], row["kind"] == "slow"
+        for x, fork in zip(points, row["forks"], strict=True):
+            time = fork_surrogate.time_of(jnp.float32(_data_step(history, fork["end"])))
+            if row["outcome"] != OUTCOMES[OUTCOME_ROUND_SKIPPED]:
+                obs = _add(obs, x, _relative(row, fork), time, place)
+    slow = is_slow[np.minimum(np.asarray(obs.group), len(rounds) - 1)]
+    evidence, fitted = _fit(space, obs, slow, points[0])
+    forks = rounds[-1]["forks"]
+    mine = np.flatnonzero((np.asarray(obs.group) == number - 1) & np.asarray(trials.mask(obs)))[-len(forks) :]
+    shortfall = np.where(np.asarray(evidence.failed), np.nan, np.asarray(evidence.y))[mine]
+    if not mine.size:
+        shortfall = np.full(len(forks), np.nan)
+    best, config = rounds[-1]["best"], fork_surrogate.config_of(space)
+    return RoundPosterior(space, np.stack(points), shortfall, best, config, fitted, float(time))
+
+
+def _relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
+    """A fork's score as the tuner takes it in: about where the round started, in a unit near that; NaN if it failed."""
+    if not fork["scores"] or fork["status"] == "failed":
+        return math.nan
+    score = np.float32(fork["scores"][0])
+    reference = score if row.get("reference") is None else np.float32(row["reference"])
+    return float((score - reference) / np.asarray(loss_monitor.magnitude(jnp.asarray(reference))))
+
+
+def _data_step(history: "History", step: int) -> int:
+    """Where in the data a run stood at a budget step; where steps were not recorded, how many had been kept."""
+    rows = history.records
+    index = history.index_at(step)
+    if index >= 0 and "data_step" in rows[index]:
+        return rows[index]["data_step"] + step - rows[index]["step"]
+    return step - sum(min(end, step) - start for start, end in history.discarded if start < step)
+
+
+@jax.jit
+def _add(
+    obs: trials.Observations, x: Float[Array, "d"], y: Array | float, time: Array | float, group: Array | int
+) -> trials.Observations:
+    return trials.add(obs, x, jnp.asarray(y, jnp.float32), time=time, group=group)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(
+    space: SearchSpace, obs: trials.Observations, is_slow: Bool[Array, "n"], start: Float[Array, "d"]
+) -> tuple[trials.Observations, surrogate.Posterior]:
+    evidence = fork_surrogate.shortfalls(obs, resolution=fork_surrogate.resolution_of(is_slow))
+    config, prior = fork_surrogate.config_of(space), fork_surrogate.prior_about(roles_of(space), start)
+    begin = kernels.initial_hyper(config)
+    return evidence, surrogate.fit(config, evidence, start=begin, key=jax.random.key(0), prior_mean=prior)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(
+    config: kernels.SurrogateConfig, fitted: surrogate.Posterior, points: Float[Array, "m d"], time: Array | float
+) -> tuple[Float[Array, "m"], Float[Array, "m m"]]:
+    return surrogate.predict(config, fitted, points, time=time)
