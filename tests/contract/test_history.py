@@ -238,7 +238,8 @@ def test_a_run_that_breaks_for_ever_is_told_in_a_few_rows(toy):
     for number in range(3 * ring.CAPACITY):
         step = 170 + 8 * number
         made = ring.entry(
-            ts._replace(step=jnp.int32(step)), cause=ring.HEARD, phase=0, outcome=OUTCOME_ROLLBACK, verdict=2, rewound=155
+            ts._replace(step=jnp.int32(step)), cause=ring.HEARD, phase=0, outcome=OUTCOME_ROLLBACK, verdict=2,
+            rewound=155,
         )  # fmt: skip
         record = add_entry(record, ring.words_of(made))
     packed = packing.pack(opt_state.course._replace(tuner=ts._replace(step=jnp.int32(step))))
@@ -270,7 +271,7 @@ def test_what_has_no_history_is_said(toy):
         jax.jit(lambda state: atn.history(state).summary)(state)
     with pytest.raises(ValueError, match="several runs"):
         atn.history(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state))
-    with pytest.raises(ValueError, match="no state of autotunenet_jax.autotune"):
+    with pytest.raises(ValueError, match=r"no state of autotunenet_jax\.autotune"):
         atn.history(optax.adam(1e-3).init(toy.make_params()))
     assert atn.history(toy.wrapped(enabled=False).init(toy.make_params())).records == []
 
@@ -281,4 +282,3 @@ def test_steps_without_any_loss_follow_the_schedule_from_the_start(toy):
     state = state._replace(packed=packing.pack(state.course._replace(lag=jnp.int32(3))))
     records = atn.history(state).records
     assert [row["learning_rate"] for row in records] == [float(values["learning_rate"]) for values in rates]
-
