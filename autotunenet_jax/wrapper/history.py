@@ -12,7 +12,17 @@ from jaxtyping import Array, Int
 
 from ..controller.plan import MAX_FORKS
 from ..controller.schedule import shape_of
-from ..controller.state import FORK, OUTCOME_RETRIED, OUTCOME_ROLLBACK, PHASES, TRAIN, Directive, Round, TunerState, empty_round
+from ..controller.state import (
+    FORK,
+    OUTCOME_RETRIED,
+    OUTCOME_ROLLBACK,
+    PHASES,
+    TRAIN,
+    Directive,
+    Round,
+    TunerState,
+    empty_round,
+)
 from ..history.history import History
 from ..session.recorder import Recorder
 from . import ring
