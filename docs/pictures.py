@@ -1,8 +1,6 @@
 """The runs behind the pictures of ``pictures.md``, and the pictures: ``python docs/pictures.py``."""
 
-import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp

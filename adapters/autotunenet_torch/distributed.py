@@ -55,3 +55,8 @@ def mean(value: float) -> float:
         return value
     numbers = [number for (number,) in gather(value)]
     return sum(numbers) / len(numbers)
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether something holds on all processes; to be asked on all of them at once."""
+    return flag if not is_distributed() else all(bool(value) for (value,) in gather(flag))

@@ -185,7 +185,9 @@ class AutoTuneCallback(pl.Callback):
         if self._has_saved:
             self._write_history(trainer)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Writes the history into the log folder, or, without a logger, into the Trainer's root folder."""
         if self._is_attached:
             self._has_saved = True

@@ -207,7 +207,8 @@ class AutoTuneNet:
         core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
         shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
-        recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks)
+        history = atn.History(self.space.names, is_paired=stream is not None)
+        recorder = Recorder(history, self.space, shown, callbacks)
         announce_compilation(core.core)
         self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
         self._guard = StepGuard(state.optimizers)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import filelock
 
 from .entries import DamagedFileError, entry_of
-from .errors import SnapshotFolderBusyError, SnapshotVersionError
+from .errors import SnapshotDamagedError, SnapshotFolderBusyError, SnapshotVersionError
 from .index import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -76,6 +76,12 @@ class SnapshotFolder:
                 "is still open in this one. Close that one, choose another folder, or open with read_only=True."
             ) from None
         except OSError as error:
+            if _is_no_file(path):
+                raise SnapshotDamagedError(
+                    errno.EISDIR,
+                    f"{path} is not the file by which writers keep each other out. Remove it, "
+                    "or open with read_only=True to restore from the folder as it is.",
+                ) from error
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raise OSError(
@@ -282,3 +288,7 @@ def _identity(path: pathlib.Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _is_no_file(path: pathlib.Path) -> bool:
+    return os.path.lexists(path) and not path.is_file()

@@ -73,6 +73,10 @@ class Core:
 
         return when(due, decided, ts, directive)
 
+    def is_wrecked(self, ts: TunerState, loss: Any) -> Array:
+        """Whether the loss of a state, in ordinary training, says that the state is not worth keeping."""
+        return tick.is_wrecked(self.guard, ts, loss)
+
     @in_float32
     def observe_eval(self, ts: TunerState, metric: Array) -> TunerState:
         """Takes a validation metric in, to be minimised."""

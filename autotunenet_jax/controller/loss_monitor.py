@@ -242,6 +242,7 @@ class Heard(NamedTuple):
       bad_run: Losses in a row, with it, that are not.
       verdict: What the monitor made of it.
       unhealthy: Whether that asks for a rollback.
+      is_far: Whether it lies above ``limit``.
       is_blue: Whether a run of bad ones came although nothing led up to it: a rate that is too large announces itself.
       after: Statistics after it.
     """
@@ -251,6 +252,7 @@ class Heard(NamedTuple):
     bad_run: Int[Array, ""]
     verdict: Int[Array, ""]
     unhealthy: Bool[Array, ""]
+    is_far: Bool[Array, ""]
     is_blue: Bool[Array, ""]
     after: MonitorState
 
@@ -283,6 +285,7 @@ def hear(
         bad_run=bad_run,
         verdict=verdict,
         unhealthy=is_failure(verdict),
+        is_far=is_finite & (loss > limit),
         is_blue=(verdict == NON_FINITE) & ~climbed,
         after=after,
     )

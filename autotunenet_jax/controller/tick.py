@@ -35,6 +35,15 @@ def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
     return jnp.where((ts.phase == TRAIN) & (health.held_level < jnp.inf), limit, jnp.inf)
 
 
+def is_wrecked(guard: loss_monitor.Guard, ts: TunerState, loss: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether the loss of a state, in ordinary training, says that the state is not worth keeping.
+
+    It is not finite, or no noise above the best level that was held and half way back to where training began.
+    """
+    _, loss = _scaled(ts, jnp.asarray(loss, jnp.float32))
+    return ~jnp.isfinite(loss) | (loss > _limit(guard, ts))
+
+
 def _scaled(ts: TunerState, loss: Array) -> tuple[TunerState, Array]:
     """The loss in units of the first one, rounded to a power of two: whatever the unit, nothing overflows."""
     scale = ts.health.scale

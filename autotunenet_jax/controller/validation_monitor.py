@@ -107,3 +107,20 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
             is_kept=seen.is_kept & ~is_best,
         ),
     )
+
+
+def kept_at_once(ts: TunerState) -> tuple[TunerState, Bool[Array, ""]]:
+    """The state after a metric, if a host that has the measured state at hand copies it over the kept one now.
+
+    A step later it is another one.
+
+    Returns:
+      The state with that in its books, and whether the host has to.
+    """
+    slots, seen = ts.slots, ts.validation
+    keeps = seen.keeps
+    slots = slots._replace(
+        kept_step=jnp.where(keeps, ts.step, slots.kept_step), kept_data=jnp.where(keeps, ts.data_step, slots.kept_data)
+    )
+    seen = seen._replace(keeps=jnp.zeros_like(keeps), is_kept=seen.is_kept | keeps)
+    return ts._replace(slots=slots, validation=seen), keeps

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ..bayesopt import kernels, surrogate, trials
-from ..controller import judge, loss_monitor
+from ..controller import fork_surrogate, loss_monitor
 from ..controller.roles import roles_of
 from ..controller.state import OUTCOME_ROUND_SKIPPED, OUTCOMES
 from ..space.search_space import Choice, SearchSpace
@@ -124,7 +124,7 @@ def posterior_of(history: "History", number: int) -> RoundPosterior:
     for place, row in enumerate(rounds):
         points, is_slow[place] = [encoded(space, fork["hyperparams"]) for fork in row["forks"]], row["kind"] == "slow"
         for x, fork in zip(points, row["forks"], strict=True):
-            time = judge.time_of(np.float32(_data_step(history, fork["end"])))
+            time = fork_surrogate.time_of(jnp.float32(_data_step(history, fork["end"])))
             if row["outcome"] != OUTCOMES[OUTCOME_ROUND_SKIPPED]:
                 obs = _add(obs, x, _relative(row, fork), time, place)
     slow = is_slow[np.minimum(np.asarray(obs.group), len(rounds) - 1)]
@@ -134,7 +134,7 @@ def posterior_of(history: "History", number: int) -> RoundPosterior:
     shortfall = np.where(np.asarray(evidence.failed), np.nan, np.asarray(evidence.y))[mine]
     if not mine.size:
         shortfall = np.full(len(forks), np.nan)
-    best, config = rounds[-1]["best"], judge.config_of(space)
+    best, config = rounds[-1]["best"], fork_surrogate.config_of(space)
     return RoundPosterior(space, np.stack(points), shortfall, best, config, fitted, float(time))
 
 
@@ -144,7 +144,7 @@ def _relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
         return math.nan
     score = np.float32(fork["scores"][0])
     reference = score if row.get("reference") is None else np.float32(row["reference"])
-    return float((score - reference) / np.asarray(loss_monitor.magnitude(reference)))
+    return float((score - reference) / np.asarray(loss_monitor.magnitude(jnp.asarray(reference))))
 
 
 def _data_step(history: "History", step: int) -> int:
@@ -167,8 +167,8 @@ def _add(
 def _fit(
     space: SearchSpace, obs: trials.Observations, is_slow: Bool[Array, "n"], start: Float[Array, "d"]
 ) -> tuple[trials.Observations, surrogate.Posterior]:
-    evidence = judge.shortfalls(obs, resolution=judge.resolution_of(is_slow))
-    config, prior = judge.config_of(space), judge.prior_about(roles_of(space), start)
+    evidence = fork_surrogate.shortfalls(obs, resolution=fork_surrogate.resolution_of(is_slow))
+    config, prior = fork_surrogate.config_of(space), fork_surrogate.prior_about(roles_of(space), start)
     begin = kernels.initial_hyper(config)
     return evidence, surrogate.fit(config, evidence, start=begin, key=jax.random.key(0), prior_mean=prior)
 

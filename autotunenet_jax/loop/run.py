@@ -146,6 +146,8 @@ class Run:
         self.controller = DeviceController(tuner, key=key)
         self.session = Session(self.host, self.controller, recorder)
         self.notices, self._noticed = Notices(recorder), (0, 0)
+        # The last batch and its loss, where there is no metric.
+        self._last: Any = None
 
     @property
     def copies(self) -> Copies:
@@ -197,6 +199,8 @@ class Run:
         controller.step += 1
         controller.data_step += 1
         controller.segment_left -= 1
+        if host.eval_step is None:
+            self._last = batch, log["loss"]
         self.recorder.log({**log, "hyperparams": in_force}, controller.phase)
         if controller.segment_left <= 1 or controller.phase != TRAIN:
             session.wants_eval, session.is_due = bool(wants_eval), bool(due)
@@ -234,6 +238,24 @@ class Run:
         session = self.session
         session.settle()
         session.evaluate()
+        if is_whole and self._last is not None and self.controller.phase == TRAIN and not jax.config.jax_debug_nans:
+            self._look_at_last()
         if self.host.eval_step is not None and is_whole and session.end_at_best():
             session.last_eval = self.host.evaluate()
         self.tell(is_over=True)
+
+    def _look_at_last(self) -> None:
+        """The loss of the last state, which no step has told and no metric will: one more step, and not taken.
+
+        It is the compiled one. Only where the loss of the last batch has risen is it asked what that means.
+        """
+        host, controller, (batch, last) = self.host, self.controller, self._last
+        state, ts = copy_tree_to_host(host.state), copy_tree(controller.state)
+        # As if both copies had just been made, so that the step touches neither.
+        now = [jnp.copy(ts.step if number % 2 else ts.data_step) for number in range(4)]
+        slots = ts.slots._replace(saved_data=now[0], saved_step=now[1], kept_data=now[2], kept_step=now[3])
+        core, ts = controller.tuner.core, ts._replace(slots=slots)
+        copies, *_, log = _step_jit(core, self.train_step, self.copies, ts, host.hyperparams, batch)
+        self.copies = copies._replace(state=state.to_device())
+        if not float(log["loss"]) <= float(last):
+            self.session.leave_wreck(float(log["loss"]))

@@ -24,6 +24,7 @@ from ..controller.state import (
     Directive,
     Round,
 )
+from ..history.explain import verdict
 from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
 
@@ -107,7 +108,7 @@ class Recorder:
         for row, (_, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
             if "loss" in row:
-                values = {name: np.asarray(value).item() for name, value in row["hyperparams"].items()}
+                values = {name: _plain(value) for name, value in row["hyperparams"].items()}
                 self.history.add(
                     {
                         "step": step,
@@ -260,6 +261,7 @@ class Recorder:
             "outcome": OUTCOMES[int(directive.outcome)],
             "chosen": self._space.to_python(chosen),
         }
+        row["verdict"] = verdict(row)
         self.history.rounds.append(row)
         values = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
         self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
@@ -326,6 +328,11 @@ class Recorder:
             "evals": len(self.history.evals),
             "dropped": dropped,
         }
+
+
+def _plain(value: Any) -> Any:
+    """A scalar array as a Python number; options of a choice are what they are."""
+    return np.asarray(value).item() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
 def shown(value: Any) -> str:

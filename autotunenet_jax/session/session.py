@@ -259,14 +259,33 @@ class Session:
         if controller.phase != TRAIN:
             recorder.abandon(controller.step, fork)
         broken = host.count_non_finite()
-        copies = [(int(ts.slots.saved_step), self.saved), (int(ts.slots.kept_step), self.kept)]
-        whole = [(step, copy) for step, copy in copies if broken and host.count_non_finite(copy) < broken]
+        whole = [(step, copy) for step, copy in self._copies() if broken and host.count_non_finite(copy) < broken]
         if whole:
-            step, copy = max(whole, key=lambda entry: entry[0])
-            host.restore(copy, rewinds=False)
-            message = f"The last state was not finite; that of step {max(step, 0)} was restored."
-            recorder.note(controller.step, "rollback", message)
+            self._go_back(*max(whole, key=lambda entry: entry[0]), why="The last state was not finite")
         host.finish()
+
+    def _copies(self) -> list[tuple[int, Any]]:
+        """Both copies, each with its budget step."""
+        slots = self.controller.state.slots
+        return [(int(slots.saved_step), self.saved), (int(slots.kept_step), self.kept)]
+
+    def _go_back(self, step: int, copy: Any, *, why: str) -> None:
+        self.host.restore(copy, rewinds=False)
+        self.recorder.history.discard(max(step, 0), self.controller.step)
+        message = f"{why}; that of step {max(step, 0)} was restored."
+        self.recorder.note(self.controller.step, "rollback", message)
+
+    def leave_wreck(self, loss: float) -> None:
+        """Goes back to a copy where no metric tells of the last state, and its loss is far above what was held.
+
+        Args:
+          loss: Of that state, which is one of ordinary training.
+        """
+        controller = self.controller
+        older = [(step, copy) for step, copy in self._copies() if step < controller.step]
+        if older and self.best_eval is None and bool(controller.tuner.core.is_wrecked(controller.state, loss)):
+            why = "The loss of the last state was far above the best that was held"
+            self._go_back(*max(older, key=lambda entry: entry[0]), why=why)
 
     def end_at_best(self) -> bool:
         """Goes back to the best state where the last metric of a run is not the best; returns whether it did."""

@@ -73,7 +73,7 @@ def history(opt_state: Any) -> History:
     leaves = jax.tree.leaves(state)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError("a history is read on the host: call it with the state that the compiled function returned.")
-    made = History(settings.core.space.names, mode="max" if settings.is_max else "min")
+    made = History(settings.core.space.names, mode="max" if settings.is_max else "min", is_paired=False)
     if state.record is None:
         made.describe(settings.core.space)
         return made

@@ -9,8 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..compiler import packing
 from ..controller.core import Core
+from ..controller.rollback import select
 from ..controller.rollback import wants_metric as train_wants_metric
 from ..controller.state import FORK, TRAIN, TunerState
+from ..controller.validation_monitor import kept_at_once
 from ..space import injection
 from . import memory_drift, ring
 from .held_snapshots import HeldSnapshots, Snapshot
@@ -64,7 +66,7 @@ class Course(NamedTuple):
       tuner: What the tuner knows.
       start: Values the run started from, in the order of the space.
       lag: Steps taken since a loss was last reported.
-      order: Copies to make before the next step, asked for by `observe`.
+      order: Copies to make before the next step, asked for by `observe` and `observe_eval`.
       is_spoiled: Whether the last update, without its loss, was not made.
       home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept. The inner state follows
         with the next update.
@@ -193,7 +195,7 @@ class Noted(NamedTuple):
 
 
 def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Course, Noted]:
-    """Tells the tuner a validation metric of the current parameters."""
+    """Tells the tuner a validation metric of the current parameters; the next update keeps the best ones."""
     given = jnp.asarray(given, jnp.float32)
     metric = -given if settings.is_max else given
     ts = advanced(course.tuner, course.lag)
@@ -204,7 +206,12 @@ def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Cours
     told = settings.core.observe_eval(ts, fed)
     # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":
-        tuner = course.tuner._replace(window=told.window, validation=told.validation, incumbent=told.incumbent)
+        held, keeps = kept_at_once(told)
+        # On the way back to a snapshot, the inner state is still another one: that of a step later is kept then.
+        keeps &= (course.home == 0) & ~course.order.restore & ~course.order.adopt
+        seen, slots = select(keeps, (held.validation, held.slots), (told.validation, told.slots))
+        tuner = course.tuner._replace(window=told.window, validation=seen, slots=slots, incumbent=told.incumbent)
+        course = course._replace(order=course.order._replace(keep=course.order.keep | keeps))
     else:
         seen = course.tuner.validation._replace(level=told.validation.level)
         tuner = course.tuner._replace(window=told.window, validation=seen)

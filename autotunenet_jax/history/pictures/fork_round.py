@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from ...controller.fork_round import scored_from
+from ...controller.fork_score import scored_from
 from ..explain import score_of, varied
 from ..posterior import encoded, space_of
 from .axes import label_of, spans_decades, unit_ticks, written
@@ -84,7 +85,7 @@ def _draw_curves(axis: Any, row: dict[str, Any], look: Look, curves: list[tuple[
         is_best, line = place == row["best"], smoothed(losses, _MEMORY)
         axis.plot(steps, losses, color=inks[place], lw=0.5, alpha=0.4, zorder=1)
         axis.plot(steps, line, color=inks[place], lw=2.2 if is_best else 1.4, zorder=4 if is_best else 3)
-        counts = steps > int(scored_from(np.int32(row["forks"][place]["steps"])))
+        counts = steps > int(scored_from(jnp.int32(row["forks"][place]["steps"])))
         if is_by_loss:
             axis.plot(steps[counts], line[counts], color=inks[place], lw=5.0, alpha=0.45, zorder=2)
     if spans_decades(np.concatenate([losses for _, losses in curves])):
