@@ -138,7 +138,7 @@ def test_an_open_ended_run_anneals_when_asked_and_holds_no_more_rounds():
 
 @pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
 def test_flags_that_raise_at_every_nan_are_refused_at_the_start(flag):
-    tuner = AutoTuneNet({"learning_rate": (1e-4, 1e-1)}, 300)
+    tuner = atn.AutoTuneNet(RATE, 300)
     jax.config.update(flag, True)
     try:
         with pytest.raises(ValueError, match=f"{flag} would stop the tuner.*Switch it off"):
