@@ -41,7 +41,7 @@ class _Heard(NamedTuple):
 def take_loss(
     settings: Settings,
     packed: packing.Packed,
-    record: Array,
+    record: Any,
     loss: Any,
     *,
     lag: Array,

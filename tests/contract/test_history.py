@@ -51,11 +51,17 @@ def run_told(toy, optimizer, steps):
     return params, opt_state, np.asarray(rates), np.asarray(losses)
 
 
-@pytest.fixture(scope="module", params=MEMORIES)
-def told(request, toy):
-    optimizer = toy.wrapped(total_steps=260, memory=request.param)
-    params, opt_state, rates, losses = run_told(toy, optimizer, 260)
-    return request.param, params, rates, losses, atn.history(opt_state)
+RUNS = {}
+
+
+@pytest.fixture(params=MEMORIES)
+def told(request, toy, light_surrogate):
+    """A run in a memory mode, made once, under the light surrogate as the tests are."""
+    memory = request.param
+    if memory not in RUNS:
+        params, opt_state, rates, losses = run_told(toy, toy.wrapped(total_steps=260, memory=memory), 260)
+        RUNS[memory] = memory, params, rates, losses, atn.history(opt_state)
+    return RUNS[memory]
 
 
 def test_every_step_is_told_with_what_was_in_force(told):
