@@ -148,7 +148,7 @@ def advanced(ts: TunerState, steps: Array) -> TunerState:
     )
 
 
-def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> dict[str, Array]:
+def in_force(settings: Settings, course: Course, *, is_silent: bool | Array = False) -> dict[str, Array]:
     """Values for the next step, by name.
 
     Args:
