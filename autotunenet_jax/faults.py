@@ -119,19 +119,6 @@ def _run_out_of_memory(loss: jax.Array) -> jax.Array:
     return jax.experimental.io_callback(fail, jax.ShapeDtypeStruct(loss.shape, loss.dtype), loss)
 
 
-def raising_callback(*, at_call: int, error: Exception | None = None) -> Callable[..., None]:
-    """A callback that raises at one of its calls, counted from 0, and does nothing at the others."""
-    calls = 0
-
-    def callback(*_: Any, **__: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == at_call + 1:
-            raise error or RuntimeError("callback failed (injected)")
-
-    return callback
-
-
 # Files.
 
 

@@ -3,12 +3,16 @@
 python docs/figures.py [name ...]
 """
 
+import contextlib
 import pathlib
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -17,11 +21,10 @@ import autotunenet_jax as atn
 from autotunenet_jax import faults
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parent / "concepts"
 # Okabe and Ito's colours, which most kinds of colour blindness keep apart.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"
+BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 SIZE = (6.8, 2.7)
 SPACE = {"learning_rate": (1e-5, 1e-1)}
 
@@ -121,18 +124,18 @@ def paired():
     low, high, other = [], [], []
     for seed in range(1, 41):
         low.append(np.mean(train_for(state, 1e-3, 20, seed=seed)[1][-5:]))
-        high.append(np.mean(train_for(state, 2e-3, 20, seed=seed)[1][-5:]))
-        other.append(np.mean(train_for(state, 2e-3, 20, seed=100 + seed)[1][-5:]))
+        high.append(np.mean(train_for(state, 1.25e-3, 20, seed=seed)[1][-5:]))
+        other.append(np.mean(train_for(state, 1.25e-3, 20, seed=100 + seed)[1][-5:]))
     low, high, other = map(np.array, (low, high, other))
     figure, (left, right) = panels(2, sharey=True)
     for axis, values, color, title in (
         (left, other - low, ORANGE, "different batches"),
         (right, high - low, BLUE, "the same batches"),
     ):
-        bins = np.linspace(-0.25, 0.25, 26)
-        axis.hist(np.clip(values, -0.25, 0.25), bins=bins, color=color)
+        bins = np.linspace(-0.16, 0.16, 33)
+        axis.hist(np.clip(values, -0.16, 0.16), bins=bins, color=color)
         axis.axvline(0.0, color="0.3", lw=0.8)
-        axis.set(title=f"{title}: {np.mean(values < 0):.0%} say 0.002", xlabel="loss at 0.002 less loss at 0.001")
+        axis.set(title=f"{title}: {np.mean(values < 0):.0%} say .00125", xlabel="loss at .00125 less loss at .001")
     left.set_ylabel("pairs of forks, of 40")
     return figure
 
@@ -142,42 +145,47 @@ def horizons():
     rates = np.logspace(-4, -0.75, 14)
     figure, axes = panels(2, sharey=True)
     for axis, share, title in ((axes[0], 0.0, "scored hot"), (axes[1], 0.25, "scored after a cool-down")):
-        for steps, color in ((20, ORANGE), (80, GREEN), (640, BLUE)):
+        for place, (steps, color) in enumerate(((20, ORANGE), (80, GREEN), (640, BLUE))):
             scores = []
             for rate in rates:
                 runs = [train_for(first_state(s), rate, steps, seed=s, cooled=int(share * steps))[0] for s in range(2)]
                 scores.append(np.mean([float(eval_step(state)) for state in runs]))
             scores = np.log(scores) - np.min(np.log(scores))
             axis.plot(rates, scores, color=color, lw=1.5, label=f"{steps} steps")
-            axis.plot(rates[np.argmin(scores)], 0.0, "v", color=color, ms=8, clip_on=False, zorder=5)
+            axis.plot(rates[np.argmin(scores)], 0.06 + 0.1 * place, "v", color=color, ms=8, zorder=5)
         axis.set(xscale="log", ylim=(0.0, 1.5), xlabel="learning rate", title=title)
     axes[0].set_ylabel("log of the loss over the best")
-    axes[1].legend(frameon=False, fontsize=8, loc="upper center")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left", title="fork of", title_fontsize=8)
     return figure
 
 
 def posterior():
-    """What a Gaussian process with an intercept for each round makes of the forks of two rounds."""
-    history = tuned()
+    """What a Gaussian process with an intercept for each round makes of the forks of three rounds."""
     figure, (raw, joint) = panels(2)
-    points, values, rounds = [], [], []
-    for number, held in enumerate(history.rounds):
-        scores = [(fork["hyperparams"]["learning_rate"], fork["scores"][-1]) for fork in held["forks"] if fork["scores"]]
-        rates, losses = np.array(scores).T
-        color, marker = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))[number % 3]
-        raw.plot(rates, losses, marker, color=color, label=f"round {number + 1}")
-        points += list(np.log10(rates))
-        values += list(np.log(losses))
-        rounds += [number] * len(losses)
+    state, points, values, rounds = first_state(), [], [], []
+    marks = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))
+    for number, (before, places) in enumerate(
+        ((0, (-2.75, -2.25, -1.75, -1.25)), (80, (-2.0, -1.5)), (160, (-2.5, -1)))
+    ):
+        state, _ = train_for(state, 1e-2, before, seed=number)
+        forks = [train_for(state, 10**place, 40, seed=10 + number, cooled=10)[0] for place in places]
+        scores = [float(eval_step(fork)) for fork in forks]
+        raw.plot(
+            10.0 ** np.array(places), scores, marks[number][1], color=marks[number][0], label=f"round {number + 1}"
+        )
+        points += places
+        values += list(np.log(scores))
+        rounds += [number] * len(places)
     raw.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss", title="scores of the forks")
+    raw.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    raw.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     raw.legend(frameon=False, fontsize=8)
     points, values, rounds = map(np.array, (points, values, rounds))
-    grid = np.linspace(-4.0, -1.0, 200)
+    grid = np.linspace(-3.25, -0.75, 200)
     mean, deviation, offsets = _regression(points, values, rounds, grid)
     joint.fill_between(10**grid, mean - deviation, mean + deviation, color=BLUE, alpha=0.2, lw=0)
     joint.plot(10**grid, mean, color=BLUE, lw=1.5)
-    for number in np.unique(rounds):
-        color, marker = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"))[number % 3]
+    for number, (color, marker) in enumerate(marks):
         mine = rounds == number
         joint.plot(10 ** points[mine], values[mine] - offsets[mine], marker, color=color)
     joint.set(xscale="log", xlabel="learning rate", ylabel="log of the loss, less\nthe level of its round")
@@ -185,7 +193,7 @@ def posterior():
     return figure
 
 
-def _regression(points, values, rounds, grid, *, scale=0.6, height=0.5, noise=0.04):
+def _regression(points, values, rounds, grid, *, scale=0.8, height=0.8, noise=0.06):
     """Matern-5/2 regression with an unknown level for each round: mean, deviation, and the level of each point."""
 
     def kernel(a, b):
@@ -201,60 +209,66 @@ def _regression(points, values, rounds, grid, *, scale=0.6, height=0.5, noise=0.
 
 
 def guard():
-    """A run whose data are bad for one batch and whose state is wrecked later."""
-    step, source = faults.inject(train_step, batches, {170: "nan", 240: "wreck"})
-    history = tuned(step, source)
+    """A run that meets a loss of NaN, and whose last layer is negated later."""
+
+    def wrecked_step(state, batch, hp):
+        (params, opt_state), loss = train_step(state, batch[:2], hp)
+        sign = jnp.where(batch[2] == 240, -1.0, 1.0)
+        return ({**params, "w2": sign * params["w2"]}, opt_state), loss
+
+    def numbered(step, hp):
+        return (*batches(step), np.int32(step))
+
+    history = tuned(*faults.inject(wrecked_step, numbered, {170: "nan"}))
     figure, (axis,) = panels()
-    for is_kept, color in ((True, BLUE), (False, ORANGE)):
+    steps = [row["step"] for row in history.records]
+    for is_kept, color, label in ((True, BLUE, "kept"), (False, ORANGE, "forks, and what was gone back over")):
         losses = [row["loss"] if row["is_kept"] == is_kept else np.nan for row in history.records]
-        axis.plot([row["step"] for row in history.records], losses, color=color, lw=1.2)
+        axis.plot(steps, losses, color=color, lw=1.2, label=label)
     axis.set(yscale="log", xlabel="budget, steps", ylabel="training loss")
+    top = axis.get_ylim()[1]
     skipped = [row["step"] for row in history.records if not np.isfinite(row["loss"])]
-    for place in skipped:
-        axis.axvline(place, color=GREY, lw=1.0, ls="--")
-        axis.text(place - 3, axis.get_ylim()[1] * 0.55, "a batch of NaN:\nskipped", ha="right", va="top", fontsize=8)
-    for event in history.events:
-        if event.get("kind") == "rollback":
-            axis.axvline(event["step"], color=RED, lw=1.0, ls="--")
-            where = event["step"] + 4, axis.get_ylim()[1] * 0.55
-            axis.text(*where, "weights times 30:\nback to a healthy copy", va="top", fontsize=8, color=RED)
-    axis.plot([], [], color=BLUE, label="kept")
-    axis.plot([], [], color=ORANGE, label="forks, and what was gone back over")
+    undone = [event["step"] for event in history.events if event.get("kind") == "rollback"]
+    for places, color, side, text in (
+        (skipped, "0.4", "right", "a loss of NaN:\nthe step does\nnot happen"),
+        (undone, RED, "left", "weights negated:\nback to a\nhealthy copy"),
+    ):
+        for place in places:
+            axis.axvline(place, color=color, lw=1.0, ls="--")
+            beside = place + (4 if side == "left" else -4)
+            axis.text(beside, top, text, ha=side, va="top", fontsize=8, color=color)
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
 
 def snapshots():
-    """A run that is killed and resumed, over one that is not."""
-    import tempfile
-
+    """A run that ends with an exception and is resumed, over one that is not."""
     whole = tuned()
 
-    class Killed(Exception):
-        pass
-
-    def killing(step, hp):
+    def failing(step, hp):
         if step == 230:
-            raise Killed
+            raise OSError("the file server is gone")
         return batches(step)
 
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            tuned(batches=killing, snapshots=folder)
-        except Killed:
-            pass
+        with contextlib.suppress(OSError):
+            tuned(batches=failing, snapshots=folder)
         with atn.Snapshots(folder, read_only=True) as store:
-            saved = store.latest().step
+            saved = store.latest()
         resumed = tuned(snapshots=folder, resume=True)
     figure, (axis,) = panels()
     kept = {row["step"]: row["loss"] for row in whole.kept()}
     again = {row["step"]: row["loss"] for row in resumed.kept()}
     differing = sum(again[step] != kept.get(step) for step in again)
-    axis.plot(list(kept), list(kept.values()), color=ORANGE, lw=3.0, alpha=0.7, label="never interrupted")
-    axis.plot(list(again), list(again.values()), color=BLUE, lw=0.9, label="interrupted and resumed")
+    steps = range(1, 401)
+    for losses, color, width, label in (
+        (kept, ORANGE, 3.0, "never interrupted"),
+        (again, BLUE, 0.9, "interrupted and resumed"),
+    ):
+        axis.plot(steps, [losses.get(step, np.nan) for step in steps], color=color, lw=width, label=label)
     axis.axvline(saved, color=RED, lw=1.0, ls="--")
     axis.set(yscale="log", xlabel="budget, steps", ylabel="training loss")
-    text = f"an exception, and a new process:\n{differing} of {len(again)} losses differ"
+    text = f"an exception; gone on with:\n{differing} of {len(again)} losses differ"
     axis.text(saved + 4, axis.get_ylim()[1] * 0.6, text, va="top", fontsize=8, color=RED)
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure

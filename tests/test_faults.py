@@ -102,14 +102,6 @@ def test_unknown_faults_are_refused():
         faults.inject(train_step, batch_at, {1: "gremlin"})
 
 
-def test_a_callback_raises_once():
-    callback = faults.raising_callback(at_call=1, error=KeyError("mine"))
-    callback("any", argument=1)
-    with pytest.raises(KeyError, match="mine"):
-        callback()
-    callback()
-
-
 @pytest.mark.parametrize("how", faults.CORRUPTIONS)
 def test_corrupt(tmp_path, how):
     path = tmp_path / "file"

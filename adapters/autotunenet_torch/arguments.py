@@ -37,11 +37,7 @@ _LIMITS = {
 
 
 def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
-    """Whether every value of the space is one that PyTorch takes; those with a setter are the user's affair.
-
-    Raises:
-      ValueError: Some is not, which would end the training whenever the tuner came to try it.
-    """
+    """Whether every value of the space is one that PyTorch takes; those with a setter are the user's affair."""
     for name in space.names:
         param = space[name]
         leaf = name.rpartition("/")[2]
@@ -61,11 +57,7 @@ def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
 
 
 def check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Whether going back with the model takes back all that the optimizer trains.
-
-    Raises:
-      ValueError: The optimizer trains tensors that the model does not have.
-    """
+    """Whether going back with the model takes back all that the optimizer trains."""
     own = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strange = sum(id(parameter) not in own for parameter in trained)
@@ -78,11 +70,7 @@ def check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_places(targets: Mapping[str, Any]) -> None:
-    """Whether every hyperparameter has a place of its own.
-
-    Raises:
-      ValueError: Two names stand for the same number.
-    """
+    """Whether every hyperparameter has a place of its own."""
     owners: dict[Any, str] = {}
     for name, target in targets.items():
         for place in getattr(target, "places", tuple)():
@@ -95,11 +83,7 @@ def check_places(targets: Mapping[str, Any]) -> None:
 
 
 def check_schedulers(optimizer: torch.optim.Optimizer, given: Collection[Any]) -> None:
-    """Whether every scheduler that was made for an optimizer was handed over.
-
-    Raises:
-      ValueError: One was not: it would go on setting rates behind the tuner's back.
-    """
+    """Refuses schedulers of an optimizer that were not handed over: they would set rates behind the tuner's back."""
     known = {id(scheduler) for scheduler in given}
     # Those that are made of others keep them under names of their own.
     inner = [value for scheduler in given for value in vars(scheduler).values()]
@@ -130,11 +114,7 @@ def live_scaler(scaler: Any) -> Any:
 
 
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside the wrappers of other libraries.
-
-    Raises:
-      TypeError: There is none, or one that was never initialised.
-    """
+    """The torch optimizer inside the wrappers of other libraries."""
     # Optimizers around others are optimizers of their own; wrappers only hand on.
     while not _is_own(optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
@@ -160,11 +140,7 @@ def _is_own(optimizer: Any) -> bool:
 def budget(
     loader: Iterable[Any], *, steps: int | None, epochs: int | None, accumulate: int, planned: int | None
 ) -> int:
-    """Optimizer steps of the whole run: those asked for, or in so many passes over a loader.
-
-    Raises:
-      ValueError: The loader's length is unknown, and the tuner's own ``total_steps`` too.
-    """
+    """Optimizer steps of the whole run: those asked for, or in so many passes over a loader."""
     total = steps
     if total is None:
         try:
@@ -186,11 +162,7 @@ def budget(
 
 
 def check_slow(space: atn.SearchSpace, *, has_validation: bool) -> None:
-    """Says before training when slow hyperparameters cannot be tuned.
-
-    Raises:
-      ValueError: Nothing else is tuned.
-    """
+    """Says before training when slow hyperparameters cannot be tuned."""
     slow = slow_names(space)
     if has_validation or not slow:
         return

@@ -45,11 +45,7 @@ def _load_common(session: Session, host: TorchHost, state: Mapping[str, Any]) ->
 
 
 def _check(session: Session, state: Mapping[str, Any]) -> None:
-    """Whether a saved state belongs to a tuner.
-
-    Raises:
-      ValueError: Another format, search space or budget.
-    """
+    """Refuses a saved state of another format, search space or budget."""
     tuner = session.controller.tuner
     if state["format"] != _FORMAT:
         raise ValueError(f"the state has format {state['format']}; this version of the library reads {_FORMAT}.")

@@ -17,11 +17,7 @@ def rank() -> int:
 
 
 def to_float(value: Any, *, name: str) -> float:
-    """A scalar tensor or number as a float.
-
-    Raises:
-      TypeError: No real number, or a tensor with more than one element.
-    """
+    """A scalar tensor or number as a float."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
             raise TypeError(
@@ -36,11 +32,7 @@ def to_float(value: Any, *, name: str) -> float:
 
 
 def gather(*values: float) -> list[tuple[float, ...]]:
-    """The numbers of every process, in the order of their ranks; the same bits on each.
-
-    Raises:
-      RuntimeError: Another process made a different number of steps, or has ended.
-    """
+    """The numbers of every process, in the order of their ranks; the same bits on each."""
     if not is_distributed():
         return [values]
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
@@ -63,3 +55,8 @@ def mean(value: float) -> float:
         return value
     numbers = [number for (number,) in gather(value)]
     return sum(numbers) / len(numbers)
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether something holds on all processes; to be asked on all of them at once."""
+    return flag if not is_distributed() else all(bool(value) for (value,) in gather(flag))

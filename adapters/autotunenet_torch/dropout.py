@@ -48,12 +48,7 @@ def _take_over(module: Any) -> None:
 
 
 class DropoutTarget:
-    """The probability of dropout modules.
-
-    Args:
-      modules: Which.
-      model: That they are part of. When it is compiled, they are made to read their probability as data.
-    """
+    """The probability of dropout modules; those of a compiled model are made to read theirs as data."""
 
     def __init__(self, modules: list[_DropoutNd], model: nn.Module):
         self._modules = modules

@@ -1,30 +1,18 @@
 """PyTorch as the host of a run: values put in force on live objects, copies of the training made and put back."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from autotunenet_jax.hosting import Host
 
 from . import distributed, lr_schedulers, modes
 from .copying import clone
+from .data import ReplayBuffer
 from .finite import count_non_finite
 from .soundness import Soundness
 from .targets import GroupTarget, RateTarget, Target
 from .training_state import TrainingState
 from .warm_up import WarmUp
-
-
-class Stream(Protocol):
-    """Batches that can be asked for again."""
-
-    cursor: Any
-    """Where the stream stands."""
-
-    def hold(self) -> None:
-        """Keeps every batch from the cursor on."""
-
-    def release(self) -> None:
-        """Forgets every batch before the cursor, now and from now on."""
 
 
 class TorchHost(Host):
@@ -52,7 +40,7 @@ class TorchHost(Host):
         *,
         steps: int | None,
         validate: Callable[[], Any] | None = None,
-        stream: Stream | None = None,
+        stream: ReplayBuffer | None = None,
         keeps_best: bool = False,
     ):
         self.state, self.targets, self.soundness = state, targets, Soundness(state)

@@ -9,11 +9,7 @@ import torch
 
 
 def scalar(loss: Any) -> torch.Tensor:
-    """A loss as it has to be.
-
-    Raises:
-      TypeError: Not a tensor of one number.
-    """
+    """A loss as it has to be."""
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return loss
     shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__

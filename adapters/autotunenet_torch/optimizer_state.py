@@ -57,9 +57,6 @@ def _own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 class Whole:
     """An optimizer with those that it is made of.
 
-    Args:
-      optimizer: The outer one.
-
     Attributes:
       parts: All of them, the outer one first.
     """
@@ -87,11 +84,7 @@ class Whole:
         return [_copy_out(part, device, self._owns(number, "state")) for number, part in enumerate(self.parts)]
 
     def copy_back(self, saved: list[dict[str, Any]], device: Any) -> None:
-        """Puts copies back. Groups that were added since stay, without state.
-
-        Raises:
-          ValueError: The optimizer has fewer groups than the copy.
-        """
+        """Puts copies back. Groups that were added since stay, without state."""
         owners = [self._owns(number, "state") for number in range(len(self.parts))]
         for part, values, owns in zip(self.parts, saved, owners, strict=True):
             _copy_back(part, values, device, owns)

@@ -11,14 +11,15 @@ import torch
 
 def capture() -> dict[str, Any]:
     """The states of PyTorch's generators (CPU, and CUDA where it is in use), NumPy's global one and Python's."""
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(legacy=False),
-        "python": random.getstate(),
-    }
+    state = _capture_host()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def _capture_host() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    return {"torch": torch.get_rng_state(), "numpy": numpy_state, "python": random.getstate()}
 
 
 def restore(state: dict[str, Any]) -> None:
@@ -33,11 +34,7 @@ def restore(state: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def untouched(*, seed: int | None = None) -> Iterator[None]:
     """Whatever is drawn inside leaves the CPU generators as they were; with a seed, they start from it inside."""
-    before = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(legacy=False),
-        "python": random.getstate(),
-    }
+    before = _capture_host()
     if seed is not None:
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)

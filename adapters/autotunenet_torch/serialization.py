@@ -96,9 +96,6 @@ def _decode(value: Any, data: np.ndarray) -> Any:
 def save(store: atn.Snapshots, step: int, tree: Any, *, metric: float | None = None, wait: bool = False) -> int:
     """Saves a tree of tensors and plain data, in the background; returns the snapshot's id.
 
-    Raises:
-      TypeError: Something in it is neither.
-
     Cost: two copies to host memory.
     """
     writer = _Writer()

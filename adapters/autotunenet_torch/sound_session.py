@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
-from autotunenet_jax.hosting import TRAIN, Report, Session
+from autotunenet_jax.hosting import FORK, TRAIN, Report, Session
 
+from . import distributed
 from .host import TorchHost
 
 # A rate may be to blame for what breaks states: after so many of one stretch the guard is left to answer it.
@@ -14,8 +15,9 @@ _MAX_MENDS = 6
 class SoundSession(Session):
     """Carries out directives on a training that is looked at before it is copied.
 
-    A step whose loss is not finite has not happened: what it left behind is put back. A state that is not finite is
-    not copied; the newest copy comes back in its place. The state of the best metric is copied when it is measured.
+    A step whose loss is not finite has not happened: what it left behind is put back. A state is looked at before it
+    may be copied; one that is not finite is not copied, the newest copy comes back in its place, and the controller is
+    told that the step did not happen. The state of the best metric is copied when it is measured.
 
     Attributes:
       mended: States put back so far besides the guard's rollbacks.
@@ -25,14 +27,28 @@ class SoundSession(Session):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.mended = self._mends = 0
+        self._is_sound: bool | None = None
+        self._is_reporting = False
         self._made = {"saved": 0, "kept": 0}
         super().__init__(*args, **kwargs)
 
     def report(self, loss: float, *, recorded: float | None = None) -> Report:
         """Takes in the loss of the step just done; one that is not finite says that the step did not happen."""
-        if not math.isfinite(loss):
-            self._undo()
-        return super().report(loss, recorded=recorded)
+        self._is_sound, self._is_reporting = None, True
+        try:
+            if math.isfinite(loss) and self.controller.may_copy and not self._looked():
+                loss = math.nan
+            if not math.isfinite(loss):
+                self._undo()
+            return super().report(loss, recorded=recorded)
+        finally:
+            self._is_reporting = False
+
+    def _looked(self) -> bool:
+        """Whether the state may be copied, the same on all processes; looked at once for each step."""
+        if self._is_sound is None or not self._is_reporting:
+            self._is_sound = distributed.everywhere(self.host.soundness.may_copy())
+        return self._is_sound
 
     def decide(self) -> Any:
         """Lets the controller decide, and carries its directive out."""
@@ -40,16 +56,28 @@ class SoundSession(Session):
         return super().decide()
 
     def _undo(self) -> None:
+        """Puts back what the last step broke, on whichever process."""
         state, buffers = self.host.soundness.damage()
-        if state and self._mends < _MAX_MENDS:
+        is_broken, is_refused = not distributed.everywhere(not state), self._is_sound is False
+        if is_broken and is_refused and self.controller.phase == FORK:
+            # The end of a fork that is not whole: what is put back is no state of its own.
+            self.controller.spoil_fork()
+        if is_broken and self._mends >= _MAX_MENDS:
+            return
+        if is_broken:
             self._mends += 1
             self._mend()
-        elif buffers and not state:
-            self.host.put_buffers_back(getattr(self, self._newest()), buffers)
+        elif buffers:
+            name = self._newest()
+            self.host.put_buffers_back(getattr(self, name), buffers)
+            if is_refused:
+                message = f"{', '.join(buffers)} not finite: put back as at step {self._made[name]}."
+                self.recorder.note(self.controller.step, "rollback", message)
+        self._is_sound = True if is_refused else None
 
     def _obey(self, directive: Any, *, rewinds: bool) -> None:
         names = [name for name, is_due in (("saved", directive.save), ("kept", directive.keep)) if is_due]
-        is_sound = not names or self.host.soundness.may_copy()
+        is_sound = not names or self._looked()
         if names and is_sound:
             self._made |= {name: self.controller.step for name in names}
             self._mends = 0
@@ -69,14 +97,14 @@ class SoundSession(Session):
         self.host.restore(getattr(self, name), rewinds=False)
         self.mended += 1
         recorder.flush()
-        recorder.history.discard(self._made[name], controller.step)
+        recorder.go_back(controller.step, self._made[name], is_rollback=True)
         message = f"The state was not finite; that of step {self._made[name]} was restored."
         recorder.note(controller.step, "rollback", message)
 
     def observe(self, metric: float) -> None:
         """Takes in a validation metric of the present state; one of a state that is not whole is worse than any."""
         before = self.kept
-        super().observe(metric if self.host.soundness.may_copy() else math.nan)
+        super().observe(metric if self._looked() else math.nan)
         if self.kept is not before:
             self._made["kept"] = self.controller.step
 
@@ -84,9 +112,11 @@ class SoundSession(Session):
         """Leaves the best state there is; the last one is measured where it can be."""
         super().settle()
         controller = self.controller
-        if not self.host.soundness.may_copy():
+        is_over = controller.step == controller.tuner.total_steps
+        is_sound = self.host.soundness.may_copy()
+        if not (distributed.everywhere(is_sound) if is_over else is_sound):
             self._mend()
-        elif controller.phase == TRAIN and controller.step == controller.tuner.total_steps:
+        elif controller.phase == TRAIN and is_over:
             # It may have been measured a moment ago.
             self.evaluate()
             self.end_at_best()

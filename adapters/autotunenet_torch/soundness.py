@@ -15,9 +15,6 @@ class Soundness:
 
     Infinities that are there from the beginning, as in a mask, belong there, and so do those of a buffer that has
     changed its size.
-
-    Args:
-      state: The training.
     """
 
     def __init__(self, state: TrainingState):

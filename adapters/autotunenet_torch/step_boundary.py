@@ -12,10 +12,6 @@ from .data import ReplayBuffer
 class StepBoundary:
     """Remembers what a step changes before its update: random generators, place in the data, touched buffers.
 
-    Args:
-      model: Its buffers are watched.
-      source: The data.
-
     Cost: per step the states of the generators, and copies of the buffers that steps write to.
     """
 

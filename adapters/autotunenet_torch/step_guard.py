@@ -1,12 +1,13 @@
 """Optimizer steps whose gradients are not finite do not happen."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .finite import are_finite
+from .optimizer_state import parameters
 
 
 class StepGuard:
@@ -15,9 +16,6 @@ class StepGuard:
     It looks at the gradients just before the optimizer does, in the closure where there is one, and hides them from
     that step. The gradients themselves are left as they are. Where a `GradScaler` looks at them anyway, it is left to
     that.
-
-    Args:
-      optimizers: The optimizer, and those that it is made of.
 
     Attributes:
       loss: Loss of the step to come, where the loop knows it before: a step with one that is not finite is skipped
@@ -28,7 +26,7 @@ class StepGuard:
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
         self.loss: torch.Tensor | float | None = None
-        self._hidden: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._hidden: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._taken = self._skipped = 0
         self._outer: torch.optim.Optimizer | None = None
         self._hooks: list[Any] = []
@@ -76,7 +74,7 @@ class StepGuard:
         return checked
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        found = [(p, p.grad) for p in _parameters(optimizer) if p.grad is not None]
+        found = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
         if self._is_bad([grad for _, grad in found]):
             self._skipped += 1
             self._hidden = found
@@ -101,8 +99,3 @@ class StepGuard:
         for parameter, grad in self._hidden:
             parameter.grad = grad
         self._hidden = []
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 from . import lr_schedulers, param_groups
 from .dropout import DropoutTarget
 
-_RATES = ("learning_rate", "lr")
+RATES = ("learning_rate", "lr")
 _BETAS = {"beta1": 0, "b1": 0, "beta2": 1, "b2": 1}
 # Multiplied in each group by the group's own share, so that groups keep their proportions (and zeros stay zeros).
 _PROPORTIONAL = ("lr", "weight_decay")
@@ -173,13 +173,7 @@ class RateTarget:
 
 
 class AttributeTarget:
-    """An attribute of an object, such as a loss module's label smoothing.
-
-    Args:
-      owner: The object.
-      name: The attribute's.
-      start: What it counts as before it is set, in place of the attribute itself.
-    """
+    """An attribute of an object, such as a loss module's label smoothing; None counts as ``start``."""
 
     def __init__(self, owner: Any, name: str, *, start: Any = None):
         self._owner, self._name, self._start = owner, name, start
@@ -197,12 +191,7 @@ class AttributeTarget:
 
 
 class KeywordTarget:
-    """A keyword argument, such as a loss function's label smoothing.
-
-    Args:
-      options: The arguments, by name.
-      name: Which.
-    """
+    """A keyword argument, such as a loss function's label smoothing."""
 
     def __init__(self, options: dict[str, Any], name: str):
         self._options, self._name = options, name
@@ -215,12 +204,7 @@ class KeywordTarget:
 
 
 class SetterTarget:
-    """Whatever a user's function sets.
-
-    Args:
-      setter: ``(model, value) -> None``.
-      model: Handed to it.
-    """
+    """Whatever a user's function sets."""
 
     def __init__(self, setter: Callable[[Any, Any], Any], model: Any):
         self._setter, self._model = setter, model
@@ -246,11 +230,7 @@ class _TunedBatches(BatchSampler):
 
 
 class BatchSizeTarget:
-    """The batch size of a data loader, from the next batch on that its workers have not yet begun.
-
-    Args:
-      loader: A ``torch.utils.data.DataLoader`` that batches.
-    """
+    """The batch size of a data loader, from the next batch on that its workers have not yet begun."""
 
     def __init__(self, loader: Any):
         if getattr(getattr(loader, "batch_sampler", None), "batch_size", None) is None:
@@ -270,7 +250,8 @@ class BatchSizeTarget:
         self._sampler.batch_size = int(value)
 
 
-def _group_indices(optimizer: torch.optim.Optimizer, scope: str | None) -> list[int]:
+def group_indices(optimizer: torch.optim.Optimizer, scope: str | None) -> list[int]:
+    """Which groups a scope stands for: a group's name or number; None for all."""
     groups = optimizer.param_groups
     if scope is None:
         return list(range(len(groups)))
@@ -349,9 +330,9 @@ def _find(
     loss_fn: Any,
     loader: Any,
 ) -> Target | None:
-    indices = _group_indices(optimizer, scope)
+    indices = group_indices(optimizer, scope)
     groups = [optimizer.param_groups[index] for index in indices]
-    if leaf in _RATES and groups:
+    if leaf in RATES and groups:
         if schedulers:
             return RateTarget(optimizer, indices, schedulers, grows=scope is None)
         return GroupTarget(optimizer, "lr", indices, grows=scope is None)

@@ -166,11 +166,7 @@ class TrainingState:
             )
 
     def check(self, saved: dict[str, Any]) -> None:
-        """Whether a copy, perhaps of another process, is of a model like this one.
-
-        Raises:
-          SnapshotMismatchError: It is not; the message names the differences.
-        """
+        """Refuses a copy, perhaps of another process, of another model; the message names the differences."""
         here = {path: _kind(tensor) for path, tensor in self.tensors().items()}
         there = {path: _kind(tensor) for path, tensor in saved["model"].items()}
         wrong = [f"{path} is {there.get(path, 'missing')}, not {kind}" for path, kind in here.items()

@@ -22,12 +22,6 @@ class WarmUp:
     Forks are compared by the rates they claim, not by what an early step of a warm-up makes of them. The schedulers
     keep their numbers: a rate is raised for the length of the optimizer's own step only.
 
-    Args:
-      optimizer: Whose groups.
-      schedulers: That shape their rates.
-      indices: Groups that are tuned.
-      steps: Steps of the run; None for an open-ended one.
-
     Attributes:
       end: Place of the schedulers, see `lr_schedulers.place`, up to which rates only rise.
       in_round: Whether a round is being held.

@@ -28,20 +28,16 @@ _LOCAL_SCALE = 0.05
 _RADII = (0.003, 0.3)
 
 
-def log_h(z: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``log(phi(z) + z Phi(z))``: the logarithm of the expected positive part of a unit normal with mean z.
+def log_h_and_slope(z: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """``log h(z)`` and its slope; ``h(z) = phi(z) + z Phi(z)`` is the expected positive part of a unit normal, mean z.
 
     Accurate to 1e-6 of ``max(1, |result|)`` and finite, with its gradient, for every z down to -1e18. One smooth
-    formula for negative arguments, ``h(z) = z + h(-z)`` for positive ones, so no branch can poison a gradient.
+    formula for negative arguments, ``h(z) = z + h(-z)`` for positive ones, so no branch can poison a gradient. The
+    slope in closed form compiles to half the kernels of what JAX derives.
 
     Source:
       Ament et al., "Unexpected improvements to expected improvement" (NeurIPS 2023), eq. 9; theirs has three regimes.
     """
-    return log_h_and_slope(z)[0]
-
-
-def log_h_and_slope(z: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """`log_h` and its derivative in closed form, which compiles to half the kernels of what JAX derives."""
     below, fall = _log_h_below(z)
     # Where z is negative any positive number does: a logarithm of zero would make the gradient NaN there.
     small = jnp.exp(below)

@@ -61,9 +61,6 @@ class SurrogateConfig:
       fit_steps: Iterations of the fit; each evaluates the evidence once.
       fit_starts: Searches of the fit that run side by side; the first knows the warm start.
       fit_draws: Places each search looks at before it descends from the best of them.
-
-    Raises:
-      ValueError: A size, scale or tuple length that makes no sense.
     """
 
     dims: int
@@ -89,25 +86,13 @@ class SurrogateConfig:
     fit_draws: int = 3
 
     def __post_init__(self):
-        if self.dims < 1:
-            raise ValueError(f"dims must be at least 1; got {self.dims!r}.")
         defaults = {
             "is_categorical": (False,) * self.dims,
             "lengthscale_loc": (math.sqrt(2.0) + math.log(self.dims) / 2.0,) * self.dims,
         }
         for name, default in defaults.items():
             given = tuple(getattr(self, name)) or default
-            if len(given) != self.dims:
-                raise ValueError(f"{name} needs one entry per dimension, {self.dims}; got {len(given)}.")
             object.__setattr__(self, name, tuple(type(default[0])(entry) for entry in given))
-        positive = ("lengthscale_scale", "signal_scale", "noise_scale", "noise_floor", "time_scale", "intercept_scale",
-                    "outlier", "kept", "fit_steps", "fit_starts",
-                    "fit_draws")  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above zero; got {getattr(self, name)!r}.")
-        if self.failure_margin < 0:
-            raise ValueError(f"failure_margin must be at least 0; got {self.failure_margin!r}.")
         # Tracing needs it, and what is stored does not: importing takes almost a second.
         if not has_programs():
             _gpjax_kernels()

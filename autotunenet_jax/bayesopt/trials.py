@@ -32,18 +32,7 @@ class Observations(NamedTuple):
 
 
 def empty(capacity: int, dims: int) -> Observations:
-    """A record with no trial in it.
-
-    Args:
-      capacity: Number of slots, at least 1.
-      dims: Dimensions of the unit cube, at least 1.
-
-    Raises:
-      ValueError: A size below 1.
-    """
-    for name, size in (("capacity", capacity), ("dims", dims)):
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size!r}.")
+    """A record of so many slots, for points of the unit cube, with no trial in it."""
     zeros = jnp.zeros(capacity, jnp.float32)
     return Observations(
         x=jnp.zeros((capacity, dims), jnp.float32),

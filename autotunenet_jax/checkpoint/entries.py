@@ -13,12 +13,6 @@ class DamagedFileError(ValueError):
 def entry_of(body: Any, name: str, kind: Any, *, least: int | None = None) -> Any:
     """An entry of what JSON held, of the kind it was written with.
 
-    Args:
-      body: What should be a JSON object.
-      name: Of the entry.
-      kind: Type it must have, such as ``int`` or ``str | None``; a bool is no int.
-      least: Least value of a whole number.
-
     Raises:
       DamagedFileError: It is not there, or is something else.
     """

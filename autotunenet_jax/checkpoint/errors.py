@@ -18,7 +18,7 @@ class SnapshotVersionError(ValueError):
 
 
 class SnapshotDamagedError(OSError):
-    """No sound snapshot is left, or the one asked for by id is damaged."""
+    """No sound snapshot is left, the one asked for by id is damaged, or the folder itself is no such folder."""
 
 
 class SnapshotFolderBusyError(BlockingIOError):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import filelock
 
 from .entries import DamagedFileError, entry_of
-from .errors import SnapshotFolderBusyError, SnapshotVersionError
+from .errors import SnapshotDamagedError, SnapshotFolderBusyError, SnapshotVersionError
 from .index import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -38,16 +38,6 @@ class SnapshotFolder:
     """The records of a folder and every change to them.
 
     Not thread-safe: the caller sees to it that one thread at a time uses it.
-
-    Args:
-      root: The folder; made when absent, unless read only.
-      is_read_only: Whether to take no lock and change nothing.
-
-    Raises:
-      SnapshotFolderBusyError: Somebody else writes to the folder.
-      SnapshotVersionError: The folder was written by a newer version of the library.
-      FileNotFoundError: Read only, and there is no such folder.
-      PermissionError: The folder cannot be written to.
     """
 
     def __init__(self, root: pathlib.Path, *, is_read_only: bool):
@@ -86,6 +76,12 @@ class SnapshotFolder:
                 "is still open in this one. Close that one, choose another folder, or open with read_only=True."
             ) from None
         except OSError as error:
+            if _is_no_file(path):
+                raise SnapshotDamagedError(
+                    errno.EISDIR,
+                    f"{path} is not the file by which writers keep each other out. Remove it, "
+                    "or open with read_only=True to restore from the folder as it is.",
+                ) from error
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             raise OSError(
@@ -191,11 +187,7 @@ class SnapshotFolder:
         self.records.sort(key=lambda r: r.id)
 
     def make_ready(self) -> None:
-        """Sees that the folder is there and still ours before a write; makes it anew when it was removed.
-
-        Raises:
-          OSError: It cannot be had now.
-        """
+        """Sees that the folder is there and still ours before a write; makes it anew when it was removed."""
         if self._lock is not None and self._lock_identity == _identity(self.root / _LOCK_NAME) is not None:
             return
         was_there = self.root.is_dir()
@@ -296,3 +288,7 @@ def _identity(path: pathlib.Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _is_no_file(path: pathlib.Path) -> bool:
+    return os.path.lexists(path) and not path.is_file()

@@ -70,11 +70,7 @@ class SnapshotRecord:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "SnapshotRecord":
-        """What `to_json` gave.
-
-        Raises:
-          DamagedFileError: It is something else.
-        """
+        """What `to_json` gave; anything else is a `DamagedFileError`."""
         metric = entry_of(body, "metric", int | float | str | None)
         try:
             metric = None if metric is None else float(metric)
@@ -114,11 +110,7 @@ def live_records(records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:
 def candidates_for(
     records: Sequence[SnapshotRecord], which: str | int, mode: Literal["min", "max"]
 ) -> list[SnapshotRecord]:
-    """Records that answer to ``"latest"``, ``"healthy"``, ``"best"`` or an id, first choice first.
-
-    Raises:
-      ValueError: Another word.
-    """
+    """Records that answer to ``"latest"``, ``"healthy"``, ``"best"`` or an id, first choice first."""
     match which:
         case "latest":
             return live_records(records)[::-1]
@@ -135,17 +127,7 @@ def candidates_for(
 def retain(
     records: Sequence[SnapshotRecord], *, keep: int, keep_best: int, mode: Literal["min", "max"]
 ) -> list[SnapshotRecord]:
-    """Records that stay: the latest of the line in force, the best by a finite metric, the last healthy one.
-
-    Args:
-      records: All records, ids ascending.
-      keep: How many of the latest not abandoned to keep.
-      keep_best: How many of the best to keep, abandoned ones too.
-      mode: Whether a lower or a higher metric is better.
-
-    Returns:
-      The records kept, ids ascending.
-    """
+    """Records that stay: the latest of the line in force, the best by a finite metric, the last healthy one."""
     live = live_records(records)
     kept = {r.id for r in live[-keep:]}
     kept |= {r.id for r in best_records(records, mode)[:keep_best]}
@@ -167,11 +149,7 @@ def fsync_folder(folder: pathlib.Path) -> None:
 
 
 def probe(folder: pathlib.Path, size_bytes: int) -> None:
-    """Checks that a file of a size can be had in a folder, quotas included; leaves nothing behind.
-
-    Raises:
-      OSError: It cannot.
-    """
+    """Checks that a file of a size can be had in a folder, quotas included; leaves nothing behind."""
     path = folder / ".probe"
     with open(path, "xb") as file:
         try:
@@ -215,10 +193,6 @@ def write_json(path: pathlib.Path, body: dict[str, Any]) -> int:
 
 def read_json(path: pathlib.Path, *, expected_crc32: int | None = None) -> dict[str, Any]:
     """Reads what `write_json` wrote.
-
-    Args:
-      path: The file.
-      expected_crc32: Checksum of the file's bytes, where known.
 
     Raises:
       FileNotFoundError: There is no such file.

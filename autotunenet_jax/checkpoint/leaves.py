@@ -62,11 +62,7 @@ class LeafSpec:
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "LeafSpec":
-        """What `to_json` gave.
-
-        Raises:
-          DamagedFileError: It is something else.
-        """
+        """What `to_json` gave; anything else is a `DamagedFileError`."""
         kind, container = entry_of(body, "kind", str), entry_of(body, "container", str)
         shape = entry_of(body, "shape", list)
         if kind not in get_args(Kind) or container not in get_args(Container):
@@ -178,18 +174,7 @@ def _describe_leaf(name: str, leaf: Any) -> LeafSpec:
 
 
 def describe(tree: Any) -> tuple[list[Any], list[LeafSpec], Any]:
-    """Flattens a tree and describes its leaves.
-
-    Args:
-      tree: Any pytree of arrays, typed keys, NumPy arrays and scalars, Python numbers and text; also of
-        ``jax.ShapeDtypeStruct``.
-
-    Returns:
-      The leaves, one `LeafSpec` each, and the tree definition.
-
-    Raises:
-      TypeError: A leaf is of a kind that cannot be stored.
-    """
+    """The leaves of a tree, what each of them is, and the tree definition."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") or "(root)" for path, _ in paths]
     if len(set(names)) < len(names):  # {"a": {"b": x}, "a/b": y}: fall back to the unambiguous spelling
@@ -286,16 +271,7 @@ def _place(array: Any, like: Any) -> jax.Array:
 
 
 def restore_leaf(spec: LeafSpec, stored: np.ndarray | None, like: Any) -> Any:
-    """Rebuilds a leaf.
-
-    Args:
-      spec: The description saved with it.
-      stored: Its stored array, None where `LeafSpec.is_stored` is false.
-      like: The leaf whose container, placement and sharding are taken over.
-
-    Returns:
-      A leaf with the very bits that were saved.
-    """
+    """The leaf, with the very bits that were saved, in the container, placement and sharding of ``like``."""
     if spec.kind == "python":
         return _python_value(spec)
     if spec.kind == "key":
@@ -340,11 +316,6 @@ def _is_same_number(saved: LeafSpec, wanted: LeafSpec) -> bool:
 
 def check_same(saved: Sequence[LeafSpec], wanted: Sequence[LeafSpec], *, where: str) -> None:
     """Checks that a saved tree fits the one asked for.
-
-    Args:
-      saved: Descriptions of the stored leaves.
-      wanted: Descriptions of the leaves of ``like``.
-      where: How messages call the snapshot.
 
     Raises:
       SnapshotMismatchError: Leaves are missing, unexpected, or differ in shape or dtype; all are named.

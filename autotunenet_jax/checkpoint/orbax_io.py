@@ -56,20 +56,7 @@ def structure_of(specs: Sequence[LeafSpec]) -> str:
 def write_snapshot(
     folder: pathlib.Path, record: SnapshotRecord, specs: Sequence[LeafSpec], arrays: Sequence[np.ndarray | None]
 ) -> SnapshotRecord:
-    """Writes a snapshot into an empty folder, durably.
-
-    Args:
-      folder: Where to.
-      record: What the index will say of it.
-      specs: What the leaves are.
-      arrays: Their values, None where the description holds them.
-
-    Returns:
-      The record with the manifest's checksum.
-
-    Raises:
-      Exception: Of whatever kind Orbax or the operating system raises; the folder is then of no use.
-    """
+    """Writes a snapshot into an empty folder, durably; returns its record with the manifest's checksum."""
     checked = [
         s if a is None else dataclasses.replace(s, crc32=checksum(a)) for s, a in zip(specs, arrays, strict=True)
     ]
@@ -90,17 +77,7 @@ def read_snapshot(
     *,
     space: str | None,
 ) -> list[Any]:
-    """Reads and verifies a snapshot.
-
-    Args:
-      root: Folder of all snapshots.
-      record: Which of them.
-      wanted: Descriptions of the leaves asked for.
-      likes: Those leaves.
-      space: Fingerprint of the search space in use, None to accept any.
-
-    Returns:
-      The leaves, in the order asked for.
+    """Reads and verifies a snapshot; returns the leaves in the order asked for.
 
     Raises:
       DamagedFileError: Something is not as it was written.

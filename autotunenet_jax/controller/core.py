@@ -66,16 +66,16 @@ class Core:
     def update(self, ts: TunerState, loss: Array) -> tuple[TunerState, Directive]:
         """`tick`, and the decision where one is due."""
         ts, directive, due = self.tick(ts, loss)
-        return self.decide_when(due, ts, directive)
-
-    def decide_when(self, due: Array, ts: TunerState, directive: Directive) -> tuple[TunerState, Directive]:
-        """What `tick` gave, or the decision where one is due."""
 
         def decided(ts: TunerState, first: Directive) -> tuple[TunerState, Directive]:
             ts, second, _ = self.decide(ts)
             return ts, second._replace(verdict=first.verdict)
 
         return when(due, decided, ts, directive)
+
+    def is_wrecked(self, ts: TunerState, loss: Any) -> Array:
+        """Whether the loss of a state, in ordinary training, says that the state is not worth keeping."""
+        return tick.is_wrecked(self.guard, ts, loss)
 
     @in_float32
     def observe_eval(self, ts: TunerState, metric: Array) -> TunerState:
@@ -87,12 +87,6 @@ class Core:
 def decide_jit(core: Core, ts: TunerState) -> tuple[TunerState, Directive, Round]:
     """`Core.decide`, compiled once per core and donated."""
     return core.decide(ts)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def observe_eval_jit(core: Core, ts: TunerState, metric: Array) -> TunerState:
-    """`Core.observe_eval`, compiled once per core and donated."""
-    return core.observe_eval(ts, metric)
 
 
 @functools.partial(jax.jit, static_argnums=0)

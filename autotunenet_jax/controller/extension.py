@@ -38,11 +38,6 @@ def relaid(held: Plan, planned: Plan, *, begun: int, step: int) -> Plan:
 def extended(ts: TunerState, planned: Plan, digests: UInt32[np.ndarray, "3"]) -> TunerState:
     """The state of a run that goes on to the budget of another plan. Host only.
 
-    Args:
-      ts: State between two steps.
-      planned: As for `relaid`.
-      digests: Fingerprint of the tuner that made it.
-
     Raises:
       ValueError: The run has come further than the new budget.
     """

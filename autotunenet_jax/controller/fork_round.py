@@ -66,11 +66,6 @@ def candidates(space: SearchSpace, ts: TunerState, shift: Float[Array, "d"]) -> 
 
     In a round of fast hyperparameters the rates move together, outward by half a decade. Where there is more to search
     than one rate, points spread over a trust region around the best fork compete with them; in slow rounds these alone.
-
-    Args:
-      space: What is tuned.
-      ts: State; the round's forks include the one that just ended.
-      shift: Random turn of the spread points.
     """
     roles, held = roles_of(space), ts.round
     is_slow = ts.plan.kind[held.index] == SLOW

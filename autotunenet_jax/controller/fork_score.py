@@ -45,10 +45,6 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
 def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The score of the fork that ended, to be minimised.
 
-    Args:
-      ts: State; `step` and `validation_monitor.observe` have summed up what the fork reported.
-      is_opening: Whether it is the first fork of its round.
-
     Returns:
       Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
     """
@@ -59,3 +55,9 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
     value = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)
     reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
     return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
+
+
+def spoiled(ts: TunerState) -> TunerState:
+    """The state with a running fork that cannot win: the training that it led to is not whole."""
+    nan = jnp.full_like(ts.window.loss_sum, jnp.nan)
+    return ts._replace(window=ts.window._replace(loss_sum=nan, eval_sum=nan))

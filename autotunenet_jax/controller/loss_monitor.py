@@ -242,8 +242,8 @@ class Heard(NamedTuple):
       bad_run: Losses in a row, with it, that are not.
       verdict: What the monitor made of it.
       unhealthy: Whether that asks for a rollback.
+      is_far: Whether it lies above ``limit``.
       is_blue: Whether a run of bad ones came although nothing led up to it: a rate that is too large announces itself.
-      before: Statistics before it.
       after: Statistics after it.
     """
 
@@ -252,8 +252,8 @@ class Heard(NamedTuple):
     bad_run: Int[Array, ""]
     verdict: Int[Array, ""]
     unhealthy: Bool[Array, ""]
+    is_far: Bool[Array, ""]
     is_blue: Bool[Array, ""]
-    before: MonitorState
     after: MonitorState
 
 
@@ -269,19 +269,7 @@ def hear(
     limit: Array,
     known: Array,
 ) -> Heard:
-    """Takes one loss in, for the handlers of the phases.
-
-    Args:
-      guard: Thresholds.
-      state: Statistics so far.
-      loss: float scalar.
-      bad_run: Losses in a row before it that were not finite.
-      in_train: Whether it is one of ordinary training.
-      initial_loss: Level of the first losses; NaN before one.
-      ceiling: A short moving average above this is divergence.
-      limit: A loss above this is unusual.
-      known: Level up to which the data itself has been seen to take the loss.
-    """
+    """Takes one loss in, for the handlers of the phases; see `watch`. ``bad_run`` counts those before it."""
     # Where a few losses decide, one beyond all measure tells as little as one that is not finite.
     is_known = in_train & (state.count >= _FIRST_VALUES)
     loss = jnp.where(is_known | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
@@ -297,7 +285,7 @@ def hear(
         bad_run=bad_run,
         verdict=verdict,
         unhealthy=is_failure(verdict),
+        is_far=is_finite & (loss > limit),
         is_blue=(verdict == NON_FINITE) & ~climbed,
-        before=state,
         after=after,
     )

@@ -48,13 +48,7 @@ def is_blown(test: RangeTest) -> Bool[Array, ""]:
 
 
 def read(test: RangeTest, length: Array, decades: float) -> Float[Array, ""]:
-    """Where to begin, as a share of the range.
-
-    Args:
-      test: The losses.
-      length: Steps of the whole test, over which the range was to be crossed.
-      decades: Width of the range.
-    """
+    """Where to begin, as a share of the range."""
     at = np.arange(test.losses.size)
     count = jnp.maximum(test.count, 3)
     # Medians of three, then means of three: one lucky or wild batch is no trend.

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from . import validation_monitor
-from .loss_monitor import DIVERGED, HEALTHY, NON_FINITE, STALLED, Guard, Heard
+from .loss_monitor import DIVERGED, HEALTHY, NON_FINITE, SPIKE, STALLED, Guard, Heard
 from .plan import NEVER
 from .roles import Roles
 from .state import (
     OUTCOME_ACCEPTED,
     OUTCOME_NONE,
     OUTCOME_ROLLBACK,
+    TRAIN,
     Directive,
     Slots,
     TunerState,
@@ -154,6 +155,11 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
       The state, what the loop must do, and whether the next round is due.
     """
     ts = validation_monitor.hear(roles, ts, heard)
+    is_last = (ts.plan.total > 0) & (ts.step >= ts.plan.total)
+    # No later loss will tell whether it stays so high, and without a metric nothing else does.
+    is_wreck = is_last & heard.is_far & ~heard.unhealthy & jnp.isnan(ts.validation.level)
+    verdict = jnp.where(is_wreck, SPIKE, heard.verdict)
+    heard = heard._replace(verdict=verdict, unhealthy=heard.unhealthy | is_wreck)
     answer = _answer(guard, ts, heard)
     restores, slots = _restored(ts, answer)
     incumbent, lowered = _lowered_rates(roles, ts, heard, answer)
@@ -172,8 +178,7 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     is_well = (heard.verdict == HEALTHY) | (heard.verdict == STALLED)
     is_calm = is_well & ~due & (ts.health.monitor.strikes == 0)
     # After the last step there is no other occasion to go back to the best state.
-    is_over = (ts.plan.total > 0) & (ts.step >= ts.plan.total) & ~heard.unhealthy
-    ts, directive = _snapshots(ts, is_calm | is_over)
+    ts, directive = _snapshots(ts, is_calm | (is_last & ~heard.unhealthy))
     outcome = jnp.where(answer.rolls_back, OUTCOME_ROLLBACK, jnp.where(answer.accepts, OUTCOME_ACCEPTED, OUTCOME_NONE))
     outcome = outcome.astype(jnp.int32)
     directive = directive._replace(
@@ -191,3 +196,17 @@ def wants_metric(ts: TunerState) -> Bool[Array, ""]:
     is_regular = ts.step % ts.plan.check_every == 0
     has_next_round = ts.plan.start[ts.round.index] < NEVER
     return is_regular | (has_next_round & (ts.segment_left == 1)) | (ts.plan.total - ts.step == 1)
+
+
+def may_copy(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the next loss may ask for a copy of the training state; a host that has to look at it first does it then.
+
+    A decision follows the last step of a segment, and a run ends in a state that is kept.
+    """
+    slots, seen = ts.slots, ts.validation
+    saved_age, kept_age = ts.step - slots.saved_step, ts.step - slots.kept_step
+    owns_kept = seen.is_kept | seen.keeps
+    age = jnp.where(owns_kept, saved_age, jnp.minimum(saved_age, kept_age))
+    is_last = (ts.plan.total > 0) & (ts.plan.total - ts.step <= 1)
+    in_train = (ts.phase == TRAIN) & (seen.keeps | (age >= ts.plan.save_every) | is_last)
+    return (ts.segment_left <= 1) | in_train

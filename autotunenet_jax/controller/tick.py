@@ -35,6 +35,15 @@ def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
     return jnp.where((ts.phase == TRAIN) & (health.held_level < jnp.inf), limit, jnp.inf)
 
 
+def is_wrecked(guard: loss_monitor.Guard, ts: TunerState, loss: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether the loss of a state, in ordinary training, says that the state is not worth keeping.
+
+    It is not finite, or no noise above the best level that was held and half way back to where training began.
+    """
+    _, loss = _scaled(ts, jnp.asarray(loss, jnp.float32))
+    return ~jnp.isfinite(loss) | (loss > _limit(guard, ts))
+
+
 def _scaled(ts: TunerState, loss: Array) -> tuple[TunerState, Array]:
     """The loss in units of the first one, rounded to a power of two: whatever the unit, nothing overflows."""
     scale = ts.health.scale
@@ -80,12 +89,6 @@ def _tick(
     guard: loss_monitor.Guard, space: SearchSpace, ts: TunerState, loss: Array
 ) -> tuple[TunerState, Directive, Bool[Array, ""]]:
     """Takes the loss of one step in.
-
-    Args:
-      guard: Thresholds of the monitor.
-      space: What is tuned.
-      ts: State before.
-      loss: Scalar, float32.
 
     Returns:
       The state, what the loop must do, and whether a decision is due.

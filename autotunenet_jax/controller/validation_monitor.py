@@ -30,16 +30,7 @@ _SPACING = 0.8
 
 
 def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerState:
-    """Takes a validation metric in; in a fork's last step it is its score.
-
-    Args:
-      roles: Of the space.
-      ts: State before.
-      metric: float32 scalar, to be minimised.
-
-    Returns:
-      The state; the way back is asked for by the next step.
-    """
+    """Takes a validation metric in; in a fork's last step it is its score."""
     is_score = (ts.phase == FORK) & (ts.segment_left == 1)
     # A metric that is not finite makes the fork's score NaN, and so the fork a failure.
     window = ts.window._replace(
@@ -60,16 +51,7 @@ def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerStat
 
 
 def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
-    """Takes a training loss in: where there is no metric, the mean between two readings is one.
-
-    Args:
-      roles: Of the space.
-      ts: State after the step, in ordinary training.
-      heard: The loss, and what the monitor makes of it.
-
-    Returns:
-      The state; its rates have fallen, once, where too many readings in a row were above the lowest.
-    """
+    """Takes a training loss in: where there is no metric, the mean between two readings is one."""
     seen, plan, window = ts.validation, ts.plan, ts.window
     total = window.loss_sum + jnp.where(heard.is_finite, heard.value, 0.0)
     count = window.loss_count + heard.is_finite
@@ -125,3 +107,20 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
             is_kept=seen.is_kept & ~is_best,
         ),
     )
+
+
+def kept_at_once(ts: TunerState) -> tuple[TunerState, Bool[Array, ""]]:
+    """The state after a metric, if a host that has the measured state at hand copies it over the kept one now.
+
+    A step later it is another one.
+
+    Returns:
+      The state with that in its books, and whether the host has to.
+    """
+    slots, seen = ts.slots, ts.validation
+    keeps = seen.keeps
+    slots = slots._replace(
+        kept_step=jnp.where(keeps, ts.step, slots.kept_step), kept_data=jnp.where(keeps, ts.data_step, slots.kept_data)
+    )
+    seen = seen._replace(keeps=jnp.zeros_like(keeps), is_kept=seen.is_kept | keeps)
+    return ts._replace(slots=slots, validation=seen), keeps

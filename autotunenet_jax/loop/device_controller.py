@@ -12,7 +12,7 @@ from ..compiler.blas_threads import one_blas_thread
 from ..controller import AutoTuneNet, decide_jit, hyperparams_jit
 from ..controller.core import Core
 from ..controller.state import TunerState
-from ..session.measured import kept_at_once
+from ..controller.validation_monitor import kept_at_once
 from ..session.session import Decision
 
 

@@ -10,11 +10,7 @@ class EndOfDataError(Exception):
 
 
 class BatchWindow:
-    """The batches of a stream from some position on: all that were read where they are held, else the last one.
-
-    Args:
-      fetch: Gives the next batch.
-    """
+    """The batches of a stream from some position on: all that were read where they are held, else the last one."""
 
     def __init__(self, fetch: Callable[[], Any]):
         self._fetch, self._is_held = fetch, False

@@ -1,7 +1,6 @@
 """What a user should be told of a run, each thing once, with what to do about it."""
 
 import functools
-import logging
 import math
 import sys
 import warnings
@@ -12,14 +11,10 @@ import numpy as np
 
 from ..controller import AutoTuneNet
 from ..controller.core import Core
-from ..controller.fork_round import DRIFT_DECADES
 from ..controller.roles import roles_of
 from ..controller.state import TunerState
 from ..space.search_space import Choice, SearchSpace
-from .recorder import Recorder
-
-LOGGER = logging.getLogger("autotunenet")
-"""Where things go that ask for nothing; notices, which ask for something, are warnings."""
+from .recorder import LOGGER, Recorder
 
 # From so many rollbacks on, something is wrong that going back does not mend.
 _MANY_ROLLBACKS = 5
@@ -55,7 +50,7 @@ def notices(
     tuner: AutoTuneNet,
     ts: TunerState,
     *,
-    rounds: Sequence[Mapping[str, Any]] | None = None,
+    rounds: Sequence[Mapping[str, Any]],
     outside: Mapping[str, Any] | None = None,
     is_over: bool = False,
 ) -> list[Notice]:
@@ -66,7 +61,7 @@ def notices(
     Args:
       tuner: The tuner.
       ts: Its state.
-      rounds: `History.rounds`; None where there is no history: then the hyperparameters in force are looked at.
+      rounds: `History.rounds`.
       outside: Values that the user's objects had and that lie outside the ranges, by name: the run starts elsewhere.
       is_over: Whether the run has ended.
 
@@ -79,22 +74,13 @@ def notices(
     found += _rollbacks(int(ts.rollbacks), step)
     if is_late and step:
         found += _no_metric(tuner, ts)
-    chosen = _in_force(tuner.space, ts, is_over=is_over) if rounds is None else _won(tuner.space, rounds)
-    return found + [_bound(tuner.space, name, side) for name, side in chosen.items()]
+    return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
 
 
 @functools.lru_cache(maxsize=64)
-def announce_compilation(core: Core, *, seconds: float = 8.0) -> None:
-    """Logs that the tuner is to be compiled, once for each core: later runs of the process find it compiled.
-
-    Args:
-      core: The tuner's.
-      seconds: How long that takes where it is not in JAX's own cache.
-    """
-    LOGGER.info(
-        "compiling the tuner, once, about %.0f s; where JAX_COMPILATION_CACHE_DIR is set later processes need not",
-        seconds,
-    )
+def announce_compilation(core: Core) -> None:
+    """Logs that the tuner is to be compiled, once for each core: later runs of the process find it compiled."""
+    LOGGER.info("compiling the tuner, once, about 8 s; where JAX_COMPILATION_CACHE_DIR is set later processes need not")
 
 
 def _moved(tuner: AutoTuneNet, name: str, value: Any) -> Notice:
@@ -143,13 +129,13 @@ def _no_metric(tuner: AutoTuneNet, ts: TunerState) -> list[Notice]:
     return found
 
 
-def _side(space: SearchSpace, name: str, u: float, *, drift: float = 0.0) -> str | None:
+def _side(space: SearchSpace, name: str, u: float) -> str | None:
     """Which bound of its range a value lies at, if that can be moved; ``u`` is its place in the unit cube."""
     param, index = space[name], space.names.index(name)
     if isinstance(param, Choice):
         return None
     decades = float(roles_of(space).decades[index])
-    if (1.0 - u) * decades <= _AT_BOUND_DECADES + drift:
+    if (1.0 - u) * decades <= _AT_BOUND_DECADES:
         return "upper"
     # Nothing lies below zero, or below one layer.
     is_natural = param.lo == 0 or (isinstance(param.lo, int) and param.lo <= 1)
@@ -169,18 +155,6 @@ def _won(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> dict[str, s
             if side and len({fork[name] for fork in forks}) > 1:
                 found[name] = side
     return found
-
-
-def _in_force(space: SearchSpace, ts: TunerState, *, is_over: bool) -> dict[str, str]:
-    """Bounds that rates in force lie at, or stood at before the first round's drift."""
-    if not (is_over or int(ts.round.index) > 0):
-        return {}
-    sides = {
-        name: _side(space, name, float(u), drift=DRIFT_DECADES)
-        for name, u, is_rate in zip(space.names, np.asarray(ts.incumbent), roles_of(space).is_rate, strict=True)
-        if is_rate
-    }
-    return {name: side for name, side in sides.items() if side}
 
 
 def _bound(space: SearchSpace, name: str, side: str) -> Notice:

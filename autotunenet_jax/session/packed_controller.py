@@ -16,9 +16,11 @@ import numpy as np
 from ..compiler import packing
 from ..compiler.blas_threads import one_blas_thread
 from ..controller import AutoTuneNet
+from ..controller.fork_score import spoiled
+from ..controller.rollback import may_copy
 from ..controller.state import Directive, TunerState
+from ..controller.validation_monitor import kept_at_once
 from ..space.search_space import Choice, Float, Int
-from .measured import kept_at_once
 from .session import Decision, Tick
 
 _DIRECTIVE_FIELDS = len(Directive._fields)
@@ -82,7 +84,10 @@ class _Programs:
             ts, keeps = kept_at_once(core.observe_eval(unpack(*halves), metric))
             return pack(ts), _spoken(core, _nothing(ts)._replace(keep=keeps), False, ts, ts.slots)
 
-        self.begin, self.unpack = jax.jit(begin), jax.jit(unpack)
+        def spoil(halves: _Halves) -> _Halves:
+            return pack(spoiled(unpack(*halves)))
+
+        self.begin, self.unpack, self.spoil = jax.jit(begin), jax.jit(unpack), jax.jit(spoil)
         self.tick = jax.jit(tick, donate_argnums=0)
         # Not donated: they may have to be undone.
         self.decide, self.observe = jax.jit(decide), jax.jit(observe)
@@ -103,6 +108,7 @@ def _spoken(core: Any, directive: Directive, due: Any, ts: TunerState, slots: An
     """All that Python reads after a call, as one int32 vector; hyperparameters first, by their bits."""
     values = jnp.stack([jnp.asarray(value, jnp.float32) for value in core.hyperparams(ts).values()])
     numbers = (*directive, due, ts.phase, ts.step, slots.saved_step, slots.kept_step, ts.validation.has_fallen)
+    numbers = (*numbers, may_copy(ts))
     words = [jnp.asarray(number).astype(jnp.int32) for number in numbers]
     return jnp.concatenate([jax.lax.bitcast_convert_type(values, jnp.int32), jnp.stack(words)])
 
@@ -139,6 +145,7 @@ class PackedController:
       phase: Phase of the next step.
       step: Budget spent.
       data_step: Position in the data of the next step.
+      may_copy: Whether the next loss may ask for a copy of the training.
 
     Cost: about 0.1 ms for a loss.
     """
@@ -184,6 +191,10 @@ class PackedController:
         halves, said = self._programs.observe(_Halves(self._live, self._idle), np.float32(sign * metric))
         return bool(self._replace(halves, said).directive.keep)
 
+    def spoil_fork(self) -> None:
+        """Lets the running fork fail: the training that it led to is not whole."""
+        self._live, self._idle = self._programs.spoil(_Halves(self._live, self._idle))
+
     def undo(self) -> None:
         """Takes the last decision or metric back."""
         (self._live, self._idle), words = self._before
@@ -201,7 +212,8 @@ class PackedController:
         self._values = words[:count].view(np.float32).tolist()
         numbers = words[count:].tolist()
         directive = Directive(*numbers[:_DIRECTIVE_FIELDS])
-        due, self.phase, self.step, saved_step, kept_step, has_fallen = numbers[_DIRECTIVE_FIELDS:]
+        due, self.phase, self.step, saved_step, kept_step, has_fallen, copies = numbers[_DIRECTIVE_FIELDS:]
+        self.may_copy = bool(copies)
         self.data_step = numbers[Directive._fields.index("data_step")]
         return Tick(directive, bool(due), saved_step, kept_step, bool(has_fallen))
 

@@ -2,10 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from ..controller import AutoTuneNet
-from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round, TunerState
+from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round
 from .host import Host
 from .measured import is_better
 from .recorder import Recorder
@@ -47,44 +46,6 @@ class Decision(NamedTuple):
     discarded: int
 
 
-class Controller(Protocol):
-    """The pure controller with its state, wherever that lives."""
-
-    tuner: AutoTuneNet
-    phase: int
-    step: int
-    data_step: int
-
-    @property
-    def state(self) -> TunerState:
-        """The state, as arrays."""
-        ...
-
-    def hyperparams(self) -> dict[str, Any]:
-        """Values in force for the next step."""
-        ...
-
-    def tick(self, loss: float) -> Tick:
-        """Takes the loss of one step in; `Session.report` alone asks for it."""
-        ...
-
-    def decide(self) -> Decision:
-        """Takes the decision that is due."""
-        ...
-
-    def observe_eval(self, metric: float) -> bool:
-        """Takes a validation metric in, in the direction of the tuner's mode.
-
-        Returns:
-          Whether the state that was measured is to be copied over the kept one, now.
-        """
-        ...
-
-    def undo(self) -> None:
-        """Takes the last decision or metric back, as if it had never been asked for."""
-        ...
-
-
 class Report(NamedTuple):
     """What came of one step.
 
@@ -109,7 +70,7 @@ class Session:
 
     Args:
       host: The training.
-      controller: Decides.
+      controller: Decides; a `PackedController`, or a `DeviceController` where steps run ahead of the host.
       recorder: Writes the history.
 
     Attributes:
@@ -134,7 +95,7 @@ class Session:
         self.last_eval: float | None = None
         self.best: Any = None
         self.best_eval: float | None = None
-        self._retreats = 0
+        self._retreats, self._has_decided = 0, False
         if controller.phase != TRAIN:
             recorder.begin_round(0, controller.phase)
             host.begin_round(controller.data_step)
@@ -149,6 +110,9 @@ class Session:
         Args:
           loss: Non-finite is answered with a rollback, never an error.
           recorded: What goes into the history in its place, such as the loss of one process of several.
+
+        Raises:
+          StopTraining: A callback asks for the end of the run; `settle` is to follow.
         """
         controller, before = self.controller, self.controller.phase
         tick = controller.tick(loss)
@@ -163,6 +127,8 @@ class Session:
             self.settle()
         else:
             self.write()
+        # Last, since the user's own code may raise: by now state, books and controller agree.
+        self.recorder.deliver()
         return Report(directive, decision, before, controller.phase)
 
     def complete(self) -> Decision | None:
@@ -181,6 +147,9 @@ class Session:
         """
         controller, before, position = self.controller, self.controller.phase, self.controller.data_step
         self.recorder.flush()
+        if not self._has_decided:
+            self._has_decided = True
+            self.recorder.wait("compiling (once)")
         decision = controller.decide()
         directive, after = decision.directive, controller.phase
         with self._or_undone():
@@ -191,7 +160,6 @@ class Session:
             self.host.begin_round(controller.data_step)
         elif before != TRAIN and after == TRAIN:
             self.host.end_round(controller.data_step)
-        # Last, since it calls the user's callbacks, which may raise: by now state and controller agree.
         self.recorder.discarded = decision.discarded
         self.recorder.decided(controller.step, before, after, directive, decision.round, decision.kind, decision.chosen)
         return decision
@@ -263,7 +231,7 @@ class Session:
             if not self.is_settled:
                 self.write()
         self.wants_eval = False
-        self.recorder.add_eval(step, metric, is_settled=is_settled)
+        self.recorder.add_eval(step, metric, is_settled=is_settled, metrics=self.host.metrics)
         if is_settled:
             self.last_eval, self.settled_at, self.best = metric, step, best
         if is_best:
@@ -273,9 +241,7 @@ class Session:
         retreats = int(self.controller.state.validation.retreats)
         if retreats > self._retreats:
             self._retreats = retreats
-            what = "the run ends in" if self.is_settled else "training goes on, at a lower rate, from"
-            message = f"The validation metric did not improve: {what} the best state."
-            self.recorder.note(self.controller.step, "retreat", message)
+            self.recorder.retreat(self.controller.step, is_over=self.is_settled)
 
     # The end.
 
@@ -300,14 +266,33 @@ class Session:
         if controller.phase != TRAIN:
             recorder.abandon(controller.step, fork)
         broken = host.count_non_finite()
-        copies = [(int(ts.slots.saved_step), self.saved), (int(ts.slots.kept_step), self.kept)]
-        whole = [(step, copy) for step, copy in copies if broken and host.count_non_finite(copy) < broken]
+        whole = [(step, copy) for step, copy in self._copies() if broken and host.count_non_finite(copy) < broken]
         if whole:
-            step, copy = max(whole, key=lambda entry: entry[0])
-            host.restore(copy, rewinds=False)
-            message = f"The last state was not finite; that of step {max(step, 0)} was restored."
-            recorder.note(controller.step, "rollback", message)
+            self._go_back(*max(whole, key=lambda entry: entry[0]), why="The last state was not finite")
         host.finish()
+
+    def _copies(self) -> list[tuple[int, Any]]:
+        """Both copies, each with its budget step."""
+        slots = self.controller.state.slots
+        return [(int(slots.saved_step), self.saved), (int(slots.kept_step), self.kept)]
+
+    def _go_back(self, step: int, copy: Any, *, why: str) -> None:
+        self.host.restore(copy, rewinds=False)
+        self.recorder.history.discard(max(step, 0), self.controller.step)
+        message = f"{why}; that of step {max(step, 0)} was restored."
+        self.recorder.note(self.controller.step, "rollback", message)
+
+    def leave_wreck(self, loss: float) -> None:
+        """Goes back to a copy where no metric tells of the last state, and its loss is far above what was held.
+
+        Args:
+          loss: Of that state, which is one of ordinary training.
+        """
+        controller = self.controller
+        older = [(step, copy) for step, copy in self._copies() if step < controller.step]
+        if older and self.best_eval is None and bool(controller.tuner.core.is_wrecked(controller.state, loss)):
+            why = "The loss of the last state was far above the best that was held"
+            self._go_back(*max(older, key=lambda entry: entry[0]), why=why)
 
     def end_at_best(self) -> bool:
         """Goes back to the best state where the last metric of a run is not the best; returns whether it did."""
@@ -320,7 +305,7 @@ class Session:
             step = self.best_at
             self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
         if 0 <= step < controller.step:
-            self.recorder.history.discard(step, controller.step)
+            self.recorder.go_back(controller.step, step, is_rollback=False)
         return step >= 0
 
     # Across processes.
@@ -335,7 +320,7 @@ class Session:
     def load(self, books: dict[str, Any]) -> None:
         """Goes on from what `books` gave; the controller has its state back already."""
         controller = self.controller
-        self.recorder.load(books["recorder"])
+        self.recorder.load(books["recorder"], step=controller.step)
         self.recorder.discarded = int(controller.state.discarded)
         self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval = books["evals"]
         self.is_due = books.get("is_due", False)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import numbers
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,6 @@ _FAST_NAMES = frozenset(
     {"momentum", "b1", "b2", "beta1", "beta2", "eps", "decay", "nesterov", "batch_size", "every_k", "every_k_schedule"}
     | {"max_norm", "clip", "clip_norm", "max_delta", "accumulation"}
 )
-
-SpaceLike: TypeAlias = "SearchSpace | Mapping[str, Parameter | tuple[float, float] | list[Any]]"
 
 
 def _role_from_name(name: str) -> Literal["rate", "fast", "slow"]:

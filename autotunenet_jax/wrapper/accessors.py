@@ -13,11 +13,19 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
 from ..space import injection
-from . import aux_state, budget, inner_state, notices
+from . import aux_state, budget, inner_state, notices, ring
 from .loss import interpret, take_loss
-from .state import AutotuneState, Course, Order, Settings, in_force, take_metric, wants_metric, write_in_force
-
-_NOT_TUNED = "there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it."
+from .state import (
+    AutotuneState,
+    Course,
+    Noted,
+    Order,
+    Settings,
+    in_force,
+    take_metric,
+    wants_metric,
+    write_in_force,
+)
 
 
 def _tree_of(holder: Any) -> Any:
@@ -34,32 +42,48 @@ def _find(holder: Any) -> AutotuneState | None:
     return found[0] if found else None
 
 
+def _boxed(holder: Any) -> AutotuneState:
+    state = _find(holder)
+    if state is None:
+        raise ValueError("there is no state of autotunenet_jax.autotune in here. Wrap the optimizer with it.")
+    return state
+
+
+def tuned_state(holder: Any) -> AutotuneState:
+    """The state of `autotune` in a holder, out of the boxes of a module library.
+
+    Raises:
+      ValueError: There is none in it, or several.
+    """
+    return _unboxed(_boxed(holder))
+
+
 def _unboxed(tree: Any) -> Any:
     return jax.tree.map(injection.unboxed, tree, is_leaf=injection.is_box)
 
 
+def _holding(holder: Any, tree: Any) -> Any:
+    """The holder with another optimizer state; an object that cannot be made anew is changed in place."""
+    if _tree_of(holder) is holder:
+        return tree
+    if hasattr(holder, "replace"):
+        return holder.replace(opt_state=tree)
+    if dataclasses.is_dataclass(holder):
+        return dataclasses.replace(holder, opt_state=tree)  # type: ignore[type-var]
+    holder.opt_state = tree
+    return holder
+
+
 def _told(holder: Any, tell: Callable[[AutotuneState], AutotuneState]) -> Any:
-    """The holder with its tuned state replaced; an object that is not a tree is changed in place."""
-    state = _find(holder)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    new = tell(_unboxed(state))
+    """The holder with its tuned state replaced."""
+    new = tell(tuned_state(holder))
 
     def change(node: Any) -> Any:
         if not injection.is_tuned(node):
             return node
         return jax.tree.map(injection.reboxed, node, new, is_leaf=injection.is_box)
 
-    tree = _tree_of(holder)
-    changed = jax.tree.map(change, tree, is_leaf=injection.is_tuned)
-    if tree is holder:
-        return changed
-    if hasattr(holder, "replace"):
-        return holder.replace(opt_state=changed)
-    if dataclasses.is_dataclass(holder):
-        return dataclasses.replace(holder, opt_state=changed)  # type: ignore[type-var]
-    holder.opt_state = changed
-    return holder
+    return _holding(holder, jax.tree.map(change, _tree_of(holder), is_leaf=injection.is_tuned))
 
 
 @jax.jit
@@ -88,7 +112,8 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
         ``opt_state`` it is: a Flax ``TrainState`` or ``nnx.Optimizer``.
 
     Returns:
-      Scalar arrays by name; a name that occurs in several places by its path.
+      Scalar arrays by name; a name that occurs in several places by its path. Of a stack of states, as ``jax.pmap``
+      and ``jax.vmap`` give them, arrays with the axes of the stack.
 
     Raises:
       ValueError: There are no hyperparameters in it, or several tuned optimizers.
@@ -103,8 +128,11 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     notices.warn(state, stacklevel=2)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
-        state = state._replace(snapshots=None)
-    return _in_force(state)
+        state = state._replace(snapshots=None, record=None)
+    read = _in_force
+    for _ in range(next(iter(state.packed.vectors.values())).ndim - 1):
+        read = jax.vmap(read)
+    return read(state)
 
 
 def observe(opt_state: Any, loss: Any) -> Any:
@@ -138,23 +166,25 @@ def observe(opt_state: Any, loss: Any) -> Any:
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        return state._replace(packed=_observe(state.settings, state.packed, loss))
+        packed, record = _observe(state.settings, state.packed, state.record, loss)
+        return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(settings: Settings, packed: packing.Packed, loss: Array) -> packing.Packed:
-    lag, is_usable = _unreported(settings, packed)
-    after, directive = take_loss(settings, packed, loss, lag=lag, is_usable=is_usable, is_away=jnp.zeros((), bool))
-    return _noted(settings, packed, after, lag, directive)
+def _observe(settings: Settings, packed: packing.Packed, record: Array, loss: Array) -> tuple[packing.Packed, Array]:
+    lag, is_usable, is_made = _unreported(settings, packed)
+    flags = {"is_usable": is_usable, "is_away": jnp.zeros((), bool), "is_made": is_made}
+    after, directive, record = take_loss(settings, packed, record, loss, lag=lag, **flags)
+    return _noted(settings, packed, after, lag, directive), record
 
 
 @single_kernel(static_argnums=(0,))
-def _unreported(settings: Settings, packed: packing.Packed) -> tuple[Array, Array]:
-    """Steps without a loss before the last one, and whether that one's gradients could be used."""
+def _unreported(settings: Settings, packed: packing.Packed) -> tuple[Array, Array, Array]:
+    """Steps without a loss before the last one, whether that one's gradients could be used, and whether it was made."""
     course: Course = packing.unpack(packed, settings.layout)
-    return jnp.maximum(course.lag - 1, 0), ~course.is_spoiled
+    return jnp.maximum(course.lag - 1, 0), ~course.is_spoiled, ~course.is_reverted
 
 
 @single_kernel(static_argnums=(0,))
@@ -188,15 +218,24 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        return state._replace(packed=_observe_eval(state.settings, state.packed, jnp.asarray(metric, jnp.float32)))
+        packed, record = _observe_eval(state.settings, state.packed, state.record, jnp.asarray(metric, jnp.float32))
+        return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _observe_eval(
+    settings: Settings, packed: packing.Packed, record: Array, metric: Array
+) -> tuple[packing.Packed, Array]:
+    packed, noted = _measured(settings, packed, metric)
+    return packed, ring.with_metric(record, settings.core.space.dims, **noted._asdict())
+
+
 @single_kernel(static_argnums=(0,))
-def _observe_eval(settings: Settings, packed: packing.Packed, metric: Array) -> packing.Packed:
-    return packing.pack(take_metric(settings, packing.unpack(packed, settings.layout), metric))
+def _measured(settings: Settings, packed: packing.Packed, metric: Array) -> tuple[packing.Packed, Noted]:
+    course, noted = take_metric(settings, packing.unpack(packed, settings.layout), metric)
+    return packing.pack(course), noted
 
 
 def extend(opt_state: Any, *, total_steps: int) -> Any:
@@ -224,22 +263,17 @@ def extend(opt_state: Any, *, total_steps: int) -> Any:
       TypeError: ``total_steps`` is not an integer, or the structure of the state cannot change.
       ValueError: It does not exceed the updates done, or there is no tuned optimizer in it.
     """
-    state = _find(opt_state)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
+    state = _boxed(opt_state)
     if any(injection.is_box(leaf) for leaf in jax.tree.leaves(state, is_leaf=injection.is_box)):
         raise TypeError(
             "the structure of this optimizer's state is fixed. Make a new one with autotune(..., total_steps=...), and "
             "extend the state of that library's optimizer outside of it."
         )
     new = budget.with_budget(state, total_steps)
-    tree = _tree_of(opt_state)
-    changed = jax.tree.map(lambda node: new if injection.is_tuned(node) else node, tree, is_leaf=injection.is_tuned)
-    if tree is opt_state:
-        return changed
-    if hasattr(opt_state, "replace"):
-        return opt_state.replace(opt_state=changed)
-    return dataclasses.replace(opt_state, opt_state=changed)
+    tree = jax.tree.map(
+        lambda node: new if injection.is_tuned(node) else node, _tree_of(opt_state), is_leaf=injection.is_tuned
+    )
+    return _holding(opt_state, tree)
 
 
 def rewound(opt_state: Any, aux: Any) -> Any:
@@ -270,10 +304,7 @@ def rewound(opt_state: Any, aux: Any) -> Any:
     Raises:
       ValueError: There is no tuned optimizer in it, or it was given another ``aux``.
     """
-    state = _find(opt_state)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    state = _unboxed(state)
+    state = tuned_state(opt_state)
     return aux_state.reverted(state.course.is_reverted, state, aux) if state.settings.is_on else aux
 
 
@@ -293,10 +324,7 @@ def wants_eval(opt_state: Any) -> Bool[Array, ""]:
     Raises:
       ValueError: There is no tuned optimizer in it.
     """
-    state = _find(opt_state)
-    if state is None:
-        raise ValueError(_NOT_TUNED)
-    state = _unboxed(state)
+    state = tuned_state(opt_state)
     course = state.course
     wants = wants_metric(course.tuner) & (course.lag == 0)
     return wants if state.settings.is_on else jnp.zeros_like(wants)

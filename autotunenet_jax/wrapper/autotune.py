@@ -12,8 +12,9 @@ from jaxtyping import Array, PRNGKeyArray
 from ..compiler import packing
 from ..controller import AutoTuneNet, Guard
 from ..controller.schedule import Decay
+from ..controller.state import TunerState
 from ..space import injection
-from . import aux_state, inner_state, memory_drift, trees
+from . import aux_state, inner_state, memory_drift, ring, trees
 from .budget import digests_of, planned
 from .held_snapshots import Snapshot, snapshots_of
 from .inner_optimizer import build, starting_values
@@ -138,6 +139,14 @@ def _as_is(params: Any) -> Any:
     return params
 
 
+@jax.jit
+def _begun(ts: TunerState) -> Array:
+    """The record of a run that has not begun."""
+    dims = ts.incumbent.shape[-1]
+    words = ring.words_of(ring.entry(ts, cause=ring.START, phase=ts.phase))
+    return ring.add_entry(ring.empty(dims), words, dims, flag=jnp.ones((), bool))
+
+
 def _init(
     optimizer: Any,
     tuner: AutoTuneNet,
@@ -168,6 +177,7 @@ def _init(
         inner=injection.write(inner, start, injection.resolve(start, inner)),
         snapshots=None,
         aux=aux if options["is_on"] else (),
+        record=_begun(ts) if options["is_on"] else None,
         settings=Settings(**options, layout=packing.layout(course)),
     )
     state = trees.copied(state)

@@ -23,10 +23,6 @@ def leaves_of(aux: Any) -> tuple[Any, ...]:
 def with_room(state: AutotuneState, aux: Any) -> tuple[AutotuneState, tuple[Any, ...]]:
     """The state with room for what it is given, and that as the state holds it.
 
-    Args:
-      state: Before the update.
-      aux: What `update` was given; None where nothing was.
-
     Raises:
       ValueError: It is not of the shapes that the state has room for.
     """

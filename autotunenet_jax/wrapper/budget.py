@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ..compiler import packing
 from ..controller import AutoTuneNet
 from ..controller.extension import extended
 from ..controller.first_state import PARTS
-from . import memory_drift
+from . import memory_drift, ring
 from .state import AutotuneState, Memory, Settings
 
 
@@ -69,4 +70,8 @@ def with_budget(state: AutotuneState, total_steps: int) -> AutotuneState:
     course = course._replace(tuner=ts._replace(step=course.tuner.step))
     changed: Settings = dataclasses.replace(settings, core=other.core, digests=digests_of(other))
     packed: Any = packing.pack(course)
-    return state._replace(packed=packed, settings=changed)
+    record, dims = state.record, core.space.dims
+    if record is not None:
+        words = ring.words_of(ring.entry(ts, cause=ring.EXTENDED, phase=ts.phase))
+        record = ring.add_entry(record, words, dims, flag=jnp.ones((), bool))
+    return state._replace(packed=packed, record=record, settings=changed)

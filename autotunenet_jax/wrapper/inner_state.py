@@ -10,6 +10,7 @@ from jaxtyping import Array
 from ..space import injection
 from .held_snapshots import HeldSnapshots, Snapshot
 from .state import AutotuneState, Order
+from .trees import is_as_finite
 
 
 def with_real_values(inner: Any) -> Any:
@@ -54,16 +55,11 @@ def with_left(
 ) -> tuple[Any, HeldSnapshots]:
     """The inner state that belongs to where the last update went, and the snapshots after what was asked for since.
 
-    Args:
-      order: What `observe` asked for.
-      home: The snapshot that the parameters have been sent to: 1 saved, 2 kept, or 0.
-      params: The parameters now.
-      aux: What goes with them.
-      inner: State of the inner optimizer.
-      snapshots: Before.
+    Only what is whole is copied.
     """
     now = without_values(inner)
-    snapshots = snapshots.written((order.save, order.keep), Snapshot, params, now, aux)
+    is_whole = is_as_finite((now, aux), snapshots.read_at(jnp.zeros((), jnp.int32))[1:])
+    snapshots = snapshots.written((order.save & is_whole, order.keep & is_whole), Snapshot, params, now, aux)
     past = snapshots.read_at(jnp.maximum(home - 1, 0)).inner
     return with_values(optax.tree.where(home > 0, past, now), inner), snapshots
 

@@ -4,55 +4,138 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..compiler.stored_program import named, stored_program
 from ..controller import when
-from ..controller.state import FORK, Directive
-from . import memory_drift
+from ..controller.loss_monitor import DIVERGED, SPIKE
+from ..controller.state import FORK, OUTCOME_NONE, TRAIN, Directive, Round
+from . import memory_drift, ring
 from .state import Course, Memory, Order, Settings, advanced, no_order
 
 
 class _Heard(NamedTuple):
-    """The course after the loss, what it asks for, and whether the tuner has something to decide."""
+    """What a loss comes to, before anything is decided.
+
+    Attributes:
+      packed: The course after it.
+      directive: What it asks for.
+      is_due: Whether the tuner has something to decide.
+      is_event: Whether it changed the course of the run by itself.
+      bits: What is noted of the step, see `ring.add_span`.
+      is_reading: Whether the level of the loss is to be noted.
+      is_noted: Whether any of these.
+    """
 
     packed: packing.Packed
     directive: Directive
     is_due: Bool[Array, ""]
+    is_event: Bool[Array, ""]
+    bits: Int[Array, ""]
+    is_reading: Bool[Array, ""]
+    is_noted: Bool[Array, ""]
 
 
 def take_loss(
-    settings: Settings, packed: packing.Packed, loss: Any, *, lag: Array, is_usable: Array, is_away: Array
-) -> tuple[packing.Packed, Directive]:
+    settings: Settings,
+    packed: packing.Packed,
+    record: Array,
+    loss: Any,
+    *,
+    lag: Array,
+    is_usable: Array,
+    is_away: Array,
+    is_made: Array,
+) -> tuple[packing.Packed, Directive, Array]:
     """Tells the tuner one loss.
 
     Args:
       settings: Of the wrapper.
       packed: The course of the run before.
+      record: The ring of what happened.
       loss: Scalar; of the step just done.
       lag: Steps before that one whose losses were never reported.
       is_usable: Whether the loss and its gradients are finite.
       is_away: Whether the parameters are on their way back to a snapshot: then the loss tells nothing, but the budget
         is spent.
+      is_made: Whether the step was the optimizer's own.
 
     Returns:
-      The course after, and what the tuner asks for; `interpret` reads it.
+      The course after, what the tuner asks for, which `interpret` reads, and the ring.
     """
-    heard = _hear(settings, packed, jnp.asarray(loss, jnp.float32), lag, is_usable, is_away)
+    loss = jnp.asarray(loss, jnp.float32)
+    heard = _hear(settings, packed, loss, lag, is_usable, is_away, is_made)
 
-    def decided(packed: packing.Packed, first: Directive) -> tuple[packing.Packed, Directive]:
+    def decided(packed: packing.Packed, first: Directive, _: Round) -> tuple[packing.Packed, Directive, Round]:
         course = _unpack(settings, packed)
-        ts, second, _ = settings.core.decide(course.tuner)
-        return packing.pack(course._replace(tuner=ts)), second._replace(verdict=first.verdict)
+        ts, second, held = settings.core.decide(course.tuner)
+        return packing.pack(course._replace(tuner=ts)), second._replace(verdict=first.verdict), held
 
-    return when(heard.is_due, decided, heard.packed, heard.directive)
+    # One question in a step that goes on: a device answers it to the host.
+    def noted(after: packing.Packed, first: Directive, record: Array) -> tuple[packing.Packed, Directive, Array]:
+        held = _unpack(settings, after).tuner.round
+        after, directive, held = when(heard.is_due, decided, after, first, held)
+        words, step, level = _told(settings, packed, after, directive, held, loss, lag, heard.is_due)
+        dims = settings.core.space.dims
+        record = ring.add_entry(record, words, dims, flag=heard.is_due | heard.is_event)
+        record = ring.add_span(record, dims, step=step, bits=heard.bits)
+        return after, directive, ring.add_level(record, dims, step=step, level=level, flag=heard.is_reading)
+
+    return when(heard.is_noted, noted, heard.packed, heard.directive, record)
 
 
 @single_kernel(static_argnums=(0,))
 def _unpack(settings: Settings, packed: packing.Packed) -> Course:
     return packing.unpack(packed, settings.layout)
+
+
+@stored_program(like=lambda *_: ("words", "step", "level"), static_argnums=(0,))
+@single_kernel(static_argnums=(0,))
+def _told(
+    settings: Settings,
+    before: packing.Packed,
+    after: packing.Packed,
+    directive: Directive,
+    held: Round,
+    loss: Array,
+    lag: Array,
+    is_due: Array,
+) -> tuple[Array, Array, Array]:
+    """The entry of a loss or of a decision as words, its step, and the level of the loss."""
+    past, course = (packing.unpack(packed, settings.layout) for packed in (before, after))
+    new, order = interpret(settings, past, course, lag, directive)
+    ts, slots, in_train = new.tuner, past.tuner.slots, past.tuner.phase == TRAIN
+    is_back = order.restore | order.adopt
+    # A state that the tuner distrusts is dated before the run.
+    dated = jnp.maximum(jnp.where(order.restore, slots.saved_step, slots.kept_step), 0)
+    fork = held.fork
+    ended = ring.Ended(
+        x=held.x[fork],
+        score=held.score[fork],
+        steps=held.steps[fork],
+        status=held.status[fork],
+        p_better=held.p_better[fork],
+        kept=held.kept,
+        has_eval=held.has_eval,
+        reference=held.reference,
+        kind=ts.plan.kind[held.index],
+    )
+    made = ring.entry(
+        ts,
+        cause=ring.HEARD,
+        phase=past.tuner.phase,
+        outcome=directive.outcome,
+        verdict=directive.verdict,
+        restore=directive.restore,
+        is_back=is_back,
+        rewound=jnp.where(is_back & in_train, dated, -1),
+        loss=loss,
+        ended=ended,
+    )
+    made = made._replace(cause=jnp.where(is_due, ring.DECIDED, ring.HEARD))
+    return ring.words_of(made), ts.step, ts.health.monitor.short * ts.health.scale
 
 
 def _like_heard(settings: Settings, packed: packing.Packed, *_: Any) -> _Heard:
@@ -62,7 +145,13 @@ def _like_heard(settings: Settings, packed: packing.Packed, *_: Any) -> _Heard:
 @stored_program(like=_like_heard, static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
 def _hear(
-    settings: Settings, packed: packing.Packed, loss: Array, lag: Array, is_usable: Array, is_away: Array
+    settings: Settings,
+    packed: packing.Packed,
+    loss: Array,
+    lag: Array,
+    is_usable: Array,
+    is_away: Array,
+    is_made: Array,
 ) -> _Heard:
     """The cheap half: the tuner's tick. A loss that is not heard only lets time pass."""
     course: Course = packing.unpack(packed, settings.layout)
@@ -74,20 +163,29 @@ def _hear(
     after = optax.tree.where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
     copies = ("save", "restore", "keep", "adopt")
     directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
-    return _Heard(packing.pack(course._replace(tuner=after, drift=drift)), directive, is_due & is_heard)
+    is_due &= is_heard
+    # A loss that stays not finite after the way back is no event: such steps are spans.
+    is_high = (directive.verdict == SPIKE) | (directive.verdict == DIVERGED)
+    acts = (directive.outcome != OUTCOME_NONE) | directive.restore | directive.adopt | is_high
+    is_event = is_heard & (((ts.phase == TRAIN) & acts) | jnp.any(after.incumbent != ts.incumbent))
+    waits = (ts.phase != TRAIN) & (after.segment_left == ts.segment_left)
+    bits = jnp.where(is_made, 0, ring.SKIPPED) + jnp.where(waits, ring.HELD, 0)
+    is_reading = after.step % after.plan.save_every == 0
+    return _Heard(
+        packed=packing.pack(course._replace(tuner=after, drift=drift)),
+        directive=directive,
+        is_due=is_due,
+        is_event=is_event,
+        bits=bits.astype(jnp.int32),
+        is_reading=is_reading,
+        is_noted=is_due | is_event | (bits > 0) | is_reading,
+    )
 
 
 def interpret(
     settings: Settings, before: Course, after: Course, lag: Array, directive: Directive
 ) -> tuple[Course, Order]:
     """Reads what the tuner asks for as the memory mode can carry it out.
-
-    Args:
-      settings: Of the wrapper.
-      before: The course before the loss.
-      after: The course that `take_loss` gave.
-      lag: As for `take_loss`.
-      directive: What it gave with the course.
 
     Returns:
       The course with its books put right, and the copies to make.

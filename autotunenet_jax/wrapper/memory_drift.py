@@ -45,12 +45,7 @@ def init() -> Drift:
 
 
 def plan(space: SearchSpace, base: Plan) -> Plan:
-    """A plan of many small rounds; steps are never thrown away here, so they are cheap.
-
-    Args:
-      space: What may be tuned.
-      base: The usual plan, whose budget is kept.
-    """
+    """A plan of many small rounds; steps are never thrown away here, so they are cheap."""
     total = int(base.total) or _OPEN_ENDED_STEPS
     length = max(round(_FORK_SHARE * total), 10)
     kinds = [kind for kind, is_there in ((FAST, "fast"), (SLOW, "slow")) if _has(space, is_there)]

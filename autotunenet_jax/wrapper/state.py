@@ -9,10 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..compiler import packing
 from ..controller.core import Core
+from ..controller.rollback import select
 from ..controller.rollback import wants_metric as train_wants_metric
 from ..controller.state import FORK, TRAIN, TunerState
+from ..controller.validation_monitor import kept_at_once
 from ..space import injection
-from . import memory_drift
+from . import memory_drift, ring
 from .held_snapshots import HeldSnapshots, Snapshot
 
 Memory = Literal["keep-winner", "rewind", "drift"]
@@ -64,7 +66,7 @@ class Course(NamedTuple):
       tuner: What the tuner knows.
       start: Values the run started from, in the order of the space.
       lag: Steps taken since a loss was last reported.
-      order: Copies to make before the next step, asked for by `observe`.
+      order: Copies to make before the next step, asked for by `observe` and `observe_eval`.
       is_spoiled: Whether the last update, without its loss, was not made.
       home: 0, or the snapshot that the parameters are on their way back to: 1 saved, 2 kept. The inner state follows
         with the next update.
@@ -94,6 +96,7 @@ class AutotuneState(NamedTuple):
       inner: State of the inner optimizer.
       snapshots: The saved snapshot and the kept one, as far as the memory mode has them; a number without parameters.
       aux: State of the training step's own, as the last update that was made left it.
+      record: What happened, see `ring`; None where nothing is tuned.
       settings: Static; no array in it.
     """
 
@@ -101,6 +104,7 @@ class AutotuneState(NamedTuple):
     inner: Any
     snapshots: HeldSnapshots | Array | None
     aux: tuple[Any, ...]
+    record: Int[Array, "words"] | None
     settings: Settings
 
     @property
@@ -144,7 +148,7 @@ def advanced(ts: TunerState, steps: Array) -> TunerState:
     )
 
 
-def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> dict[str, Array]:
+def in_force(settings: Settings, course: Course, *, is_silent: bool | Array = False) -> dict[str, Array]:
     """Values for the next step, by name.
 
     Args:
@@ -178,10 +182,22 @@ def write_in_force(inner: Any, values: dict[str, Array]) -> Any:
     return injection.write(inner, values, injection.resolve(values, inner))
 
 
-def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
-    """Tells the tuner a validation metric of the current parameters."""
-    metric = jnp.asarray(metric, jnp.float32)
-    metric = -metric if settings.is_max else metric
+class Noted(NamedTuple):
+    """What the ring is to be told of a validation metric, see `ring.add_metric` and `ring.add_entry`."""
+
+    step: Int[Array, ""]
+    metric: Float[Array, ""]
+    is_settled: Bool[Array, ""]
+    always: Bool[Array, ""]
+    spacing: Int[Array, ""]
+    words: Int[Array, "width"]
+    is_event: Bool[Array, ""]
+
+
+def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Course, Noted]:
+    """Tells the tuner a validation metric of the current parameters; the next update keeps the best ones."""
+    given = jnp.asarray(given, jnp.float32)
+    metric = -given if settings.is_max else given
     ts = advanced(course.tuner, course.lag)
     drift = course.drift
     fed = metric
@@ -190,11 +206,34 @@ def take_metric(settings: Settings, course: Course, metric: Array) -> Course:
     told = settings.core.observe_eval(ts, fed)
     # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":
-        tuner = course.tuner._replace(window=told.window, validation=told.validation, incumbent=told.incumbent)
+        held, keeps = kept_at_once(told)
+        # On the way back to a snapshot, the inner state is still another one: that of a step later is kept then.
+        keeps &= (course.home == 0) & ~course.order.restore & ~course.order.adopt
+        seen, slots = select(keeps, (held.validation, held.slots), (told.validation, told.slots))
+        tuner = course.tuner._replace(window=told.window, validation=seen, slots=slots, incumbent=told.incumbent)
+        course = course._replace(order=course.order._replace(keep=course.order.keep | keeps))
     else:
         seen = course.tuner.validation._replace(level=told.validation.level)
         tuner = course.tuner._replace(window=told.window, validation=seen)
-    return course._replace(tuner=tuner, drift=drift)
+    after = ts._replace(validation=tuner.validation, incumbent=tuner.incumbent)
+    return course._replace(tuner=tuner, drift=drift), _noted(ts, after, given)
+
+
+def _noted(before: TunerState, after: TunerState, metric: Array) -> Noted:
+    seen, past = after.validation, before.validation
+    is_score = (before.phase == FORK) & (before.segment_left == 1)
+    is_last = (before.plan.total > 0) & (before.plan.total - before.step <= 1)
+    has_moved = jnp.any(after.incumbent != before.incumbent)
+    return Noted(
+        step=before.step,
+        metric=metric,
+        is_settled=(before.phase == TRAIN) | (before.step == 0),
+        always=is_score | is_last,
+        # As near as two readings that count may be.
+        spacing=before.plan.check_every * 4 // 5,
+        words=ring.words_of(ring.entry(after, cause=ring.MEASURED, phase=before.phase)),
+        is_event=(seen.retreats != past.retreats) | (seen.cools_from != past.cools_from) | has_moved,
+    )
 
 
 def wants_metric(ts: TunerState) -> Bool[Array, ""]:

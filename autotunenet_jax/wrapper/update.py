@@ -78,13 +78,13 @@ def update(
 
     new, inner = when(is_made, made, room, inner)
     is_taken = is_made & jnp.isfinite(trees.squared_norm(new))
-    packed, directive = state.packed, None
+    packed, record, directive = state.packed, state.record, None
     if value is not None:
-        is_usable = is_finite & (is_taken | ~is_made)
-        packed, directive = take_loss(settings, packed, value, lag=opened.lag, is_usable=is_usable, is_away=away)
+        flags = {"is_usable": is_finite & (is_taken | ~is_made), "is_away": away, "is_made": is_taken}
+        packed, directive, record = take_loss(settings, packed, record, value, lag=opened.lag, **flags)
     closed = _close(settings, state.packed, packed, directive, opened, square, is_taken, away)
     kept_aux = optax.tree.where(is_taken, given_aux, state.aux)
-    state = state._replace(packed=closed.packed, inner=inner, aux=kept_aux)
+    state = state._replace(packed=closed.packed, inner=inner, aux=kept_aux, record=record)
     is_going, new, state = _obeyed(closed, is_taken, params, new, state, snapshots)
     return trees.kept_finite(is_taken | is_going, params, new), state
 
@@ -181,7 +181,7 @@ class _Opened(NamedTuple):
 
     Attributes:
       values: Hyperparameters in force.
-      left: Copies that `observe` asked for.
+      left: Copies that `observe` and `observe_eval` asked for.
       is_left: Whether there are any, or the inner state has to follow the parameters to a snapshot.
       home: The snapshot on the way to which the parameters are: 1 saved, 2 kept, or 0.
       attempts: Updates left for getting there.
@@ -229,7 +229,7 @@ def _like_opened(settings: Settings, *_: Any) -> _Opened:
 @single_kernel(static_argnums=(0, 1))
 def _open(settings: Settings, is_silent: bool, packed: packing.Packed) -> _Opened:
     course = packing.unpack(packed, settings.layout)
-    # What is left from the last update, or was asked for by `observe` since; its parameters are here now.
+    # What is left from the last update, or was asked for since by a loss or a metric; its parameters are here now.
     left = course.order
     is_left = left.restore | left.adopt
     home = jnp.where(is_left, _home(left), course.home)

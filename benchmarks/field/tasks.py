@@ -269,7 +269,8 @@ def run_autotune(
                 state = tell(p, state)
     said = [str(w.message) for w in caught]
     half = float(np.median(np.asarray(rates[int(0.5 * total) : int(0.58 * total)])))
-    return Ended(float(test_loss(p)), half, is_finite(p), said, None, (p, state))
+    back = int(state.tuner.rollbacks)
+    return Ended(float(test_loss(p)), half, is_finite(p), said, back, (p, state))
 
 
 @functools.cache

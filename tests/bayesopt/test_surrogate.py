@@ -261,21 +261,6 @@ def test_vmap_is_a_loop():
         np.testing.assert_allclose(together.evidence[index], alone.evidence, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dims": 0}, "dims must be at least 1; got 0"),
-        ({"is_categorical": (True,)}, "is_categorical needs one entry per dimension, 3; got 1"),
-        ({"noise_floor": 0.0}, "noise_floor must be above zero; got 0.0"),
-        ({"kept": 0.0}, "kept must be above zero; got 0.0"),
-        ({"failure_margin": -1.0}, "failure_margin must be at least 0; got -1.0"),
-    ],
-)
-def test_bad_configurations_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        kernels.SurrogateConfig(**{"dims": 3} | options)
-
-
 @pytest.mark.parametrize("n", [1, 24, 64, 65, 100, 256])
 def test_triangles_are_inverted_and_multiplied_by_halves(n):
     a = np.random.default_rng(n).normal(size=(n, n))

@@ -75,9 +75,3 @@ def test_the_best_trial_and_the_newest_are_never_forgotten(scores):
     assert float(kept.min()) == min(scores)
     assert float(kept[-1]) == np.float32(scores[-1])
     assert np.all(np.diff(obs.time[: len(kept)]) > 0)
-
-
-@pytest.mark.parametrize("size", [(0, 1), (1, 0)])
-def test_sizes_below_one_are_refused(size):
-    with pytest.raises(ValueError, match="at least 1; got 0"):
-        trials.empty(*size)

@@ -278,6 +278,16 @@ def test_links_in_place_of_our_own_files_are_refused(folder, tmp_path):
     assert victim.read_text() == "precious"
 
 
+def test_a_lock_that_is_a_folder_is_named_and_keeps_no_reader_out(folder):
+    (folder / ".lock").unlink(missing_ok=True)
+    (folder / ".lock").mkdir()
+    with pytest.raises(atn.SnapshotDamagedError, match=r"\.lock .*Remove it"):
+        atn.Snapshots(folder)
+    with atn.Snapshots(folder, read_only=True) as store:
+        assert store.latest() == 30
+    assert (folder / ".lock").is_dir()
+
+
 def test_a_link_is_not_followed_when_its_snapshot_is_retired(folder, tmp_path):
     precious = tmp_path / "precious"
     (folder / "00000001").rename(precious)

@@ -88,6 +88,16 @@ def test_damage_that_no_loss_tells_of_is_put_back(fault, at):
     assert model.mask.isinf().any()
 
 
+def test_the_tuner_hears_that_a_state_was_not_fit_to_be_copied():
+    _, _, tuner = run(faults={130: infinite_moment})
+    state = tuner._session.controller.state
+    assert int(state.health.bad_steps) == 1
+    fork = tuner.history.rounds[0]["forks"][1]
+    _, _, tuner = run(faults={fork["end"] - 1: infinite_moment})
+    statuses = [fork["status"] for fork in tuner.history.rounds[0]["forks"]]
+    assert statuses[1] == "failed" and statuses.count("failed") == 1
+
+
 @pytest.mark.parametrize("at", [STEPS - 1, STEPS - 2])
 def test_a_last_step_that_wrecks_the_model_is_measured(at):
     model, _, _ = run(faults={at: far_too_long}, validates=True)
