@@ -232,7 +232,7 @@ def test_the_posterior_knows_most_where_forks_were():
     mean, deviation = found.at(found.x[:3])
     np.testing.assert_allclose(mean, found.shortfall[:3], atol=0.1)
     _, far = found.at(np.float32([[0.0, 0.5], [1.0, 0.5]]))
-    assert deviation.max() < 0.1 < far.min()
+    assert deviation.max() < far.min()
     # However many points are asked for at once.
     many = np.repeat(found.x[:1], 400, axis=0)
     np.testing.assert_allclose(found.at(many)[0], mean[0], atol=1e-5)
