@@ -117,7 +117,7 @@ def trials_of(history: "History", number: int) -> trials.Observations:
         if row["outcome"] == OUTCOMES[OUTCOME_ROUND_SKIPPED]:
             continue
         for fork in row["forks"]:
-            time = fork_surrogate.time_of(jnp.float32(_data_step(history, fork["end"])))
+            time = fork_surrogate.time_of(jnp.float32(_data_step(history, row, fork)))
             obs = _add(obs, encoded(space, fork["hyperparams"]), _relative(row, fork), time, place)
     return obs
 
@@ -155,13 +155,14 @@ def _relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
     return float((score - reference) / np.asarray(loss_monitor.magnitude(jnp.asarray(reference))))
 
 
-def _data_step(history: "History", step: int) -> int:
-    """Where in the data a run stood at a budget step; where steps were not recorded, how many had been kept."""
-    rows = history.records
-    index = history.index_at(step)
-    if index >= 0 and "data_step" in rows[index]:
-        return rows[index]["data_step"] + step - rows[index]["step"]
-    return step - sum(min(end, step) - start for start, end in history.discarded if start < step)
+def _data_step(history: "History", row: Mapping[str, Any], fork: Mapping[str, Any]) -> int:
+    """Where in the data a fork ended; where data went on instead of back, how many steps had been kept by then."""
+    index = history.index_at(fork["end"])
+    if history.is_paired and index >= 0 and "data_step" in history.records[index]:
+        found = history.records[index]
+        return found["data_step"] + fork["end"] - found["step"]
+    start = row["start"]
+    return start - sum(min(end, start) - begin for begin, end in history.discarded if begin < start) + fork["steps"]
 
 
 @jax.jit
