@@ -168,7 +168,7 @@ def test_export_gives_tables_and_json(run, tmp_path, capsys):
     assert atn.History.from_dict(json.loads(capsys.readouterr().out)).rounds == result.history.rounds
     path = tmp_path / "forks.csv"
     assert main(["export", str(folder), "--format", "csv", "--table", "forks", "--out", str(path)]) == 0
-    rows = list(csv.DictReader(path.open(newline="")))
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
     forks = [fork for row in result.history.rounds for fork in row["forks"]]
     assert [float(row["learning_rate"]) for row in rows] == [fork["hyperparams"]["learning_rate"] for fork in forks]
     assert [row["status"] for row in rows] == [fork["status"] for fork in forks]

@@ -51,7 +51,9 @@ def curve_of(history: "History", number: int, place: int) -> tuple[np.ndarray, n
     """Steps since a fork began, and its losses there, as far as they were recorded."""
     start, tag = history.rounds[number - 1]["forks"][place]["start"], ("fork", number - 1, place)
     rows = [row for row in history.records if (row["phase"], row["round"], row["fork"]) == tag and row["step"] > start]
-    rows = [row for row in rows if np.isfinite(row["loss"])]
+    finite = [row for row in rows if np.isfinite(row["loss"])]
+    # A loss that was noted now and then makes no curve.
+    rows = finite if 2 * len(finite) >= len(rows) else []
     steps = np.array([row["step"] - start for row in rows], int)
     return steps, np.array([row["loss"] for row in rows], float)
 
