@@ -1,6 +1,5 @@
 """The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -225,15 +224,16 @@ def _restored(run: Run, store: Snapshots) -> Any:
     like = run.snapshot()
     try:
         return store.restore(like)[1]
-    except SnapshotMismatchError:
+    except SnapshotMismatchError as error:
         has_eval = run.host.eval_step is not None
-        with contextlib.suppress(SnapshotMismatchError, OSError):
+        try:
             store.restore({**like, "best": None if has_eval else run.host.state})
-            raise SnapshotMismatchError(
-                f"the snapshots in {store.folder} are of a run {'without' if has_eval else 'with'} eval_step, and this "
-                f"one has {'one' if has_eval else 'none'}. Call fit as it was called when they were saved."
-            ) from None
-        raise
+        except (SnapshotMismatchError, OSError):
+            raise error from None
+        raise SnapshotMismatchError(
+            f"the snapshots in {store.folder} are of a run {'without' if has_eval else 'with'} eval_step, and this "
+            f"one has {'one' if has_eval else 'none'}. Call fit as it was called when they were saved."
+        ) from None
 
 
 def _say_why(run: Run, total: int, stop: Stop, *, is_out_of_data: bool) -> None:
