@@ -165,7 +165,7 @@ def fit(
       SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
-      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step``, one in host memory.
+      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step`` or at the very end, one in host memory.
       Outside rounds nothing waits for the device but validation and durable snapshots.
     """
     total = _check_arguments(tuner, steps, eval_every)
