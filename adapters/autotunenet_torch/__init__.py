@@ -5,6 +5,7 @@ the environment variable ``JAX_PLATFORMS`` says otherwise or JAX has been import
 """
 
 from . import jax_platform as jax_platform  # isort: skip  (it must act before anything imports JAX)
+from .replay import replay as replay
 from .trainer import Trainer as Trainer
 from .training_state import TrainingState as TrainingState
 from .tuner import AutoTuneNet as AutoTuneNet

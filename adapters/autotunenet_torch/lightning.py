@@ -82,7 +82,7 @@ class AutoTuneCallback(pl.Callback):
         done = 0 if self._pending is not None else self._steps
         total = self._total_steps or (int(expected) - done if math.isfinite(expected) else None)
         validate = self._validate
-        self.tuner._through = rank_zero_only(_LOGGER.warning)
+        self.tuner._through, self.tuner._log = rank_zero_only(_LOGGER.warning), _LOGGER
         self.tuner.attach(
             pl_module,
             trainer.optimizers[0],
@@ -185,7 +185,9 @@ class AutoTuneCallback(pl.Callback):
         if self._has_saved:
             self._write_history(trainer)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Writes the history into the log folder, or, without a logger, into the Trainer's root folder."""
         if self._is_attached:
             self._has_saved = True

@@ -101,7 +101,7 @@ class SoundSession(Session):
         self.host.restore(getattr(self, name), rewinds=False)
         self.mended += 1
         recorder.flush()
-        recorder.history.discard(self._made[name], controller.step)
+        recorder.go_back(controller.step, self._made[name], is_rollback=True)
         message = f"The state was not finite; that of step {self._made[name]} was restored."
         recorder.note(controller.step, "rollback", message)
 

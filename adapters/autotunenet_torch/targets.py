@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 from . import lr_schedulers, param_groups
 from .dropout import DropoutTarget
 
-_RATES = ("learning_rate", "lr")
+RATES = ("learning_rate", "lr")
 _BETAS = {"beta1": 0, "b1": 0, "beta2": 1, "b2": 1}
 # Multiplied in each group by the group's own share, so that groups keep their proportions (and zeros stay zeros).
 _PROPORTIONAL = ("lr", "weight_decay")
@@ -250,7 +250,8 @@ class BatchSizeTarget:
         self._sampler.batch_size = int(value)
 
 
-def _group_indices(optimizer: torch.optim.Optimizer, scope: str | None) -> list[int]:
+def group_indices(optimizer: torch.optim.Optimizer, scope: str | None) -> list[int]:
+    """Which groups a scope stands for: a group's name or number; None for all."""
     groups = optimizer.param_groups
     if scope is None:
         return list(range(len(groups)))
@@ -329,9 +330,9 @@ def _find(
     loss_fn: Any,
     loader: Any,
 ) -> Target | None:
-    indices = _group_indices(optimizer, scope)
+    indices = group_indices(optimizer, scope)
     groups = [optimizer.param_groups[index] for index in indices]
-    if leaf in _RATES and groups:
+    if leaf in RATES and groups:
         if schedulers:
             return RateTarget(optimizer, indices, schedulers, grows=scope is None)
         return GroupTarget(optimizer, "lr", indices, grows=scope is None)

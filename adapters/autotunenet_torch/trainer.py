@@ -63,10 +63,15 @@ class Trainer:
       restore_best: Whether the model ends as it was at its best validation outside rounds. Without it a run with
         validation ends in the best state since the last round.
       progress: Whether to show a progress line.
-      callbacks: Called with the record of each round as it ends.
+      callbacks: Each an `autotunenet_jax.Callback`, such as `autotunenet_jax.EarlyStopping`, or a function called with
+        the record of each round as it ends.
+      loggers: Where the numbers go while the run goes on, those of the first process of several; see
+        `autotunenet_jax.fit`.
+      log_every: Steps between two rows of the loggers.
 
     Attributes:
       is_interrupted: Whether the last run was ended early by Ctrl-C.
+      stop_reason: Why the last run ended before its budget did; None where it did not.
 
     Raises:
       ValueError: Not exactly one of ``epochs`` and ``steps``, or a value out of range.
@@ -91,7 +96,9 @@ class Trainer:
         eval_every: int | None = None,
         restore_best: bool = False,
         progress: bool = True,
-        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+        callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
+        loggers: Sequence[Any] = (),
+        log_every: int = 50,
     ):
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function (outputs, targets) -> loss; got {loss_fn!r}.")
@@ -112,7 +119,8 @@ class Trainer:
         self._make_optimizer, self._optimizer_options = optimizer, dict(optimizer_options or {})
         self._make_scheduler, self._forward = scheduler, forward or objective.split
         self._metrics = None if metrics is None else dict(metrics)
-        self._progress, self._callbacks = progress, tuple(callbacks)
+        self._progress, self._callbacks = progress, callbacks
+        self._loggers, self._log_every = loggers, log_every
         self._loss_options: dict[str, Any] = {}
         self._batch_size: int | None = None
         self.model: Any = None
@@ -120,6 +128,7 @@ class Trainer:
         self._session: SoundSession | None = None
         self._boundary: StepBoundary | None = None
         self.is_interrupted = False
+        self.stop_reason: str | None = None
 
     @property
     def best_state(self) -> dict[str, Any] | None:
@@ -179,7 +188,7 @@ class Trainer:
         move = lambda tensor: tensor if tensor.is_meta else tensor.to(self.device)  # noqa: E731
         self.model = model._apply(move) if is_meta else model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
-        self._session = None
+        self._session, self.stop_reason, self.is_interrupted = None, None, False
         self._prepare_lazy(train_loader)
         self.optimizer = self._optimizer(tuner)
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
@@ -189,6 +198,7 @@ class Trainer:
         store, is_owned = serialization.open_store(snapshots, tuner)
         interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         try:
+            shown.open()
             if not self.model.training:
                 self.model.train()
             tuner._stream, tuner._keeps_best = source, True
@@ -202,6 +212,8 @@ class Trainer:
                 validate=self._measure if val_loader is not None else None,
                 targets=self._own_targets(train_loader),
                 callbacks=self._callbacks,
+                loggers=self._loggers if distributed.rank() == 0 else (),
+                log_every=self._log_every,
                 progress=shown,
             )
             self._session = session = tuner._attached()
@@ -210,14 +222,15 @@ class Trainer:
             if resume and store is not None:
                 self._resume(session, store, source)
             with Stop() as stop:
-                self.is_interrupted = self._run(session, total, source, store, interval, shown, stop)
+                self._run(session, total, source, store, interval, shown, stop)
         finally:
             tuner._stream, tuner._keeps_best = None, False
             shown.close()
             if is_owned and store is not None:
                 store.close()
         tuner.finish()
-        if self.restore_best and self.best_state is not None:
+        is_stopped = self.stop_reason is not None and not self.is_interrupted
+        if (self.restore_best or is_stopped) and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
         history = tuner.history
         if store is not None:
@@ -233,8 +246,8 @@ class Trainer:
         interval: int,
         shown: atn.Progress,
         stop: Stop,
-    ) -> bool:
-        """Trains to the end of the budget, or until asked to stop; returns whether it was."""
+    ) -> None:
+        """Trains to the end of the budget, or until asked to stop."""
         controller = session.controller
         boundary = self._boundary = StepBoundary(self.model, source) if store is not None else None
         shown_at, is_stopping = time.monotonic(), False
@@ -244,35 +257,50 @@ class Trainer:
                 step, is_training = controller.step, controller.phase == TRAIN
                 if is_training and step % interval == 0 and step < total and self._evaluate(session):
                     session.write()
+                self._deliver(session)
                 is_stopping, is_due = self._agree(step, stop, store)
                 if store is not None and is_due and is_training and not is_stopping and step < total:
                     self._save(session, store, source)
-                if shown.is_on and time.monotonic() - shown_at > _SHOW_EVERY_SECONDS:
+                is_last = is_stopping or step >= total
+                if shown.is_on and (is_last or time.monotonic() - shown_at > _SHOW_EVERY_SECONDS):
                     shown_at = time.monotonic()
-                    shown.show(
-                        step=step,
-                        phase=atn.PHASES[controller.phase],
-                        loss=loss,
-                        hyperparams=self._tuner.hyperparams,
-                        discarded=session.recorder.discarded,
-                    )
+                    phase, values = atn.PHASES[controller.phase], self._tuner.hyperparams
+                    session.recorder.show_at(step, phase=phase, loss=loss, hyperparams=values)
         finally:
             # Also where a loader or a second signal has raised: what was trained by then is not lost.
             is_between = boundary is not None and boundary.go_back()
             if store is not None and is_between and (controller.phase == TRAIN or controller.step < total):
                 self._save(session, store, source)
         if is_stopping:
-            message = f"Stopped by a signal after step {controller.step} of {total}."
-            session.recorder.note(controller.step, "stop", message)
+            self._say_why(session, total)
+
+    def _say_why(self, session: SoundSession, total: int) -> None:
+        """Says why a run ends early."""
+        step = session.controller.step
+        if self.is_interrupted:
+            self.stop_reason = message = f"Stopped by a signal after step {step} of {total}."
             _LOGGER.warning("AutoTuneNet: %s", message)
-        return is_stopping
+        else:
+            self.stop_reason = self.stop_reason or "a callback asked for it"
+            message = f"Stopped after {step} of {total} steps: {self.stop_reason}."
+        session.recorder.note(step, "stop", message)
+
+    def _deliver(self, session: SoundSession) -> None:
+        """Lets callbacks and loggers hear of what is known by now, and takes note where one wants the run to end."""
+        try:
+            session.recorder.deliver()
+        except atn.StopTraining as asked:
+            self.stop_reason = self.stop_reason or str(asked) or "a callback asked for it"
 
     def _train_one(self, source: ReplayBuffer) -> float:
         """One step, told to the tuner; returns its loss."""
         if self._boundary is not None:
             self._boundary.begin()
         loss = self.train_step(source)
-        self._tuner._notices.after(self._tuner._report(loss))
+        try:
+            self._tuner._notices.after(self._tuner._report(loss))
+        except atn.StopTraining as asked:
+            self.stop_reason = self.stop_reason or str(asked) or "a callback asked for it"
         if self._boundary is not None:
             self._boundary.end()
         return loss
@@ -288,8 +316,10 @@ class Trainer:
         """Whether to stop and whether to save, the same on all processes, whose clocks and signals differ."""
         if distributed.is_distributed() and step % _AGREE_EVERY:
             return False, False
-        said = distributed.gather(stop.is_requested, store is not None and store.is_due())
-        return any(stops for stops, _ in said), all(dues for _, dues in said)
+        is_due = store is not None and store.is_due()
+        said = distributed.gather(stop.is_requested, self.stop_reason is not None, is_due)
+        self.is_interrupted = any(signalled for signalled, _, _ in said)
+        return self.is_interrupted or any(asks for _, asks, _ in said), all(dues for _, _, dues in said)
 
     def train_step(self, source: ReplayBuffer) -> float:
         """One optimizer step on the next batches of ``source``; returns its loss."""
@@ -383,6 +413,7 @@ class Trainer:
             )
         if name not in values:
             raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
+        self._tuner._host.metrics = values
         return values[name]
 
     # Preparation.

@@ -65,7 +65,7 @@ class AutoTuneCallback(TrainerCallback):
         """Attaches, after the Trainer has put a checkpoint back if there is one."""
         self._leave()
         trainer, resumed = _caller(self)
-        self.tuner._through = _LOGGER.warning
+        self.tuner._through, self.tuner._log = _LOGGER.warning, _LOGGER
         scaler = getattr(trainer.accelerator, "scaler", None)
         self.tuner.attach(model, optimizer, lr_scheduler, scaler, total_steps=state.max_steps)
         if state.global_step:

@@ -1,5 +1,6 @@
 """AutoTuneNet for a training loop that the user owns."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -111,11 +112,13 @@ class AutoTuneNet:
         # Every argument is checked now, not at attach. The core has an order of its own for the names.
         self.space = self._core(total_steps, self._initial, has_scheduler=False).space
         self._session: SoundSession | None = None
+        self._is_over = False
         # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
         self._stream: ReplayBuffer | None = None
         self._keeps_best = False
         # Where the adapters of frameworks send what a user should know.
         self._through: Callable[[str], None] | None = None
+        self._log: logging.Logger | None = None
 
     def __repr__(self) -> str:
         return f"AutoTuneNet({self.space!r}, total_steps={self.total_steps}, mode={self.mode!r})"
@@ -142,7 +145,9 @@ class AutoTuneNet:
         loader: Any = None,
         validate: Callable[[], Any] | None = None,
         targets: Mapping[str, Any] | None = None,
-        callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+        callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
+        loggers: Sequence[Any] = (),
+        log_every: int = 50,
         progress: atn.Progress | None = None,
     ) -> None:
         """Begins a run: finds what is to be tuned, sets the first values, and copies the training state.
@@ -162,7 +167,10 @@ class AutoTuneNet:
           validate: Called without arguments whenever the tuner wants the validation metric of the present state. Every
             module ends in the mode it was in. Without it, watch `wants_validation` and call `validate`.
           targets: Further setters, besides the constructor's.
-          callbacks: Called with the record of each round as it ends.
+          callbacks: Each an `autotunenet_jax.Callback`, or a function called with the record of each round as it ends.
+            `autotunenet_jax.StopTraining` comes out of `step` or `validate`: leave the loop then, and call `finish`.
+          loggers: Where the numbers go while the run goes on; see `autotunenet_jax.fit`.
+          log_every: Steps between two rows of the loggers.
           progress: An `autotunenet_jax.Progress` to report on.
 
         Raises:
@@ -207,8 +215,11 @@ class AutoTuneNet:
         core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
         shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
-        recorder = Recorder(atn.History(self.space.names), self.space, shown, callbacks)
+        options = {"loggers": loggers, "log_every": log_every, **({} if self._log is None else {"log": self._log})}
+        history = atn.History(self.space.names, is_paired=stream is not None)
+        recorder = Recorder(history, self.space, shown, callbacks, **options)
         announce_compilation(core.core)
+        self._is_over = False
         self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
         self._guard = StepGuard(state.optimizers)
         self._notices = Notices(self._session, outside=outside, through=self._through)
@@ -241,10 +252,11 @@ class AutoTuneNet:
         session = self._attached()
         self._notices.before(self._host)
         told = distributed.mean(math.nan if self._guard.was_skipped() else own)
-        report = session.report(told, recorded=own)
-        if session.is_settled:
-            self._guard.release()
-        return report
+        try:
+            return session.report(told, recorded=own)
+        finally:
+            if session.is_settled:
+                self._guard.release()
 
     def _release(self) -> None:
         """Takes off what an earlier run has put around its optimizer."""
@@ -282,6 +294,7 @@ class AutoTuneNet:
         else:
             # Rates are lowered at once when training has stopped generalising.
             session.write()
+        session.recorder.deliver()
 
     def _note_metric(self, value: Any) -> None:
         """Records another metric of the present state, which is not compared with the first."""
@@ -305,11 +318,19 @@ class AutoTuneNet:
         return self.space.to_python(self.space.decode(incumbent))
 
     def finish(self) -> None:
-        """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic."""
+        """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic.
+
+        Callbacks hear of the end here, so call it after a whole run too where there are any.
+        """
         session = self._attached()
         if not session.is_settled:
             session.settle()
         self._guard.release()
+        if not self._is_over:
+            self._is_over = True
+            rollbacks = int(session.controller.state.rollbacks) + session.mended
+            session.recorder.finish(session.controller.step, rollbacks)
+            session.recorder.end()
 
     @property
     def history(self) -> atn.History:
@@ -328,10 +349,11 @@ class AutoTuneNet:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: what was asked for. An attached training stays where it is."""
-        live = ("_host", "_guard", "_notices", "_stream", "_through")
+        live = ("_host", "_guard", "_notices", "_stream", "_through", "_log")
         return {name: None if name == "_session" else v for name, v in vars(self).items() if name not in live} | {
             "_stream": None,
             "_through": None,
+            "_log": None,
         }
 
     def state_dict(self) -> dict[str, Any]:

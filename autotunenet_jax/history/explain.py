@@ -87,13 +87,13 @@ def _values(history: "History") -> list[str]:
     return lines
 
 
-def _title(number: int, row: Mapping[str, Any]) -> str:
+def _title(number: int, row: Mapping[str, Any], *, is_paired: bool) -> str:
     steps = sorted({fork["steps"] for fork in row["forks"]})
     horizon = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
     return (
         f"Round {number} ({row['kind']}, steps {row['start']} to {row['end']}): "
-        f"{_count(len(row['forks']), 'fork')} of {horizon} steps from one state, on the same data, "
-        f"scored by {row['scored_by']}"
+        f"{_count(len(row['forks']), 'fork')} of {horizon} steps from one state, on "
+        f"{'the same' if is_paired else 'fresh'} data, scored by {row['scored_by']}"
     )
 
 
@@ -110,11 +110,11 @@ def _in_full(history: "History", number: int, row: Mapping[str, Any]) -> list[st
     """A round, fork by fork."""
     reference = row.get("reference")
     before = "" if reference is None else f"; before them it stood at {shown(score_of(history, row, reference))}"
-    lines = [f"{_title(number, row)}{before}."]
+    lines = [f"{_title(number, row, is_paired=history.is_paired)}{before}."]
     names = varied(row)
     for place, fork in enumerate(row["forks"], start=1):
         lines.append(f"  fork {place}: {settings(fork['hyperparams'], names)}: {_told(history, row, place)}")
-    lines.append(f"  {_read_by_test(history, row)}{_verdict(history, row, names)}")
+    lines.append(f"  {_read_by_test(history, row)}Verdict: {verdict(row)}")
     return lines
 
 
@@ -139,10 +139,11 @@ def _is_known(probability: Any) -> bool:
     return probability is not None and math.isfinite(probability)
 
 
-def _verdict(history: "History", row: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The round's outcome, in a sentence."""
+def verdict(row: Mapping[str, Any]) -> str:
+    """The outcome of a round, in a sentence."""
+    names = varied(row)
     if row["best"] < 0:
-        return f"Verdict: every fork failed; training went back to where they began, with {_chosen(row, names)}."
+        return f"every fork failed; training went back to where they began, with {settings(row['chosen'], names)}."
     best = row["forks"][row["best"]]
     others = [fork["scores"][0] for fork in row["forks"] if fork is not best and fork["scores"]]
     why = "it was the only one with a score"
@@ -153,11 +154,7 @@ def _verdict(history: "History", row: Mapping[str, Any], names: Sequence[str]) -
         )  # fmt: skip
     moved = [name for name in names if row["chosen"][name] != best["hyperparams"][name]]
     rest = ", a little off the fork's own: what suits a few early steps is too hot for the next" if moved else ""
-    return f"Verdict: fork {row['best'] + 1} was kept, since {why}; on with {_chosen(row, names)}{rest}."
-
-
-def _chosen(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    return settings(row["chosen"], names)
+    return f"fork {row['best'] + 1} was kept, since {why}; on with {settings(row['chosen'], names)}{rest}."
 
 
 def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[str]:
@@ -170,7 +167,8 @@ def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[s
     )
     if len(tried) > _MOST_CHARACTERS:
         tried = f"{tried[: _MOST_CHARACTERS - 4].rsplit(';', 1)[0]}; ..."
-    return [f"{_title(number, row)}: {tried}.", f"  {_read_by_test(history, row)}{_verdict(history, row, names)}"]
+    title = _title(number, row, is_paired=history.is_paired)
+    return [f"{title}: {tried}.", f"  {_read_by_test(history, row)}Verdict: {verdict(row)}"]
 
 
 def _events(history: "History") -> list[str]:

@@ -53,10 +53,10 @@ class History:
         ``round``, ``fork``, ``is_kept`` (whether the step is part of the final state's past), and the hyperparameters
         in force by name.
       rounds: One dict per round: ``start`` and ``end`` (budget steps), ``kind`` (``"fast"`` or ``"slow"``),
-        ``sweep`` (the span of its range test, or None), ``outcome``, ``chosen``, ``best`` (the fork that won; -1 where
-        all failed), ``scored_by``, ``reference`` (score of the state all forks started from, or None), and ``forks``,
-        a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``, ``"lost"`` or ``"failed"``),
-        ``steps`` and ``p_better``.
+        ``sweep`` (the span of its range test, or None), ``outcome``, ``verdict`` (a sentence), ``chosen``, ``best``
+        (the fork that won; -1 where all failed), ``scored_by``, ``reference`` (score of the state all forks started
+        from, or None), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
+        ``"lost"`` or ``"failed"``), ``steps`` and ``p_better`` (how likely it was better than the one kept till then).
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded
@@ -65,11 +65,13 @@ class History:
       space: Their ranges by name: ``lo``, ``hi`` and ``log``, or ``options``, and the ``role``; empty if not known.
       mode: Whether the validation metric was minimised (``"min"``) or maximised (``"max"``). Scores of forks are
         always to be minimised: where they were maximised, they are negated.
-      summary: Totals of the run: steps, discarded steps, their share, rollbacks.
+      is_paired: Whether the forks of a round saw the same batches; else each saw fresh ones.
+      summary: Totals of the run: steps, discarded steps, their share, rollbacks, and in ``dropped`` how many decisions
+        before the first recorded one are not known.
     """
 
-    def __init__(self, names: tuple[str, ...], *, space: Any = None, mode: str = "min"):
-        self.names, self.mode = tuple(names), mode
+    def __init__(self, names: tuple[str, ...], *, space: Any = None, mode: str = "min", is_paired: bool = True):
+        self.names, self.mode, self.is_paired = tuple(names), mode, is_paired
         self.space: dict[str, dict[str, Any]] = {}
         self.records: list[dict[str, Any]] = []
         self.rounds: list[dict[str, Any]] = []
@@ -137,6 +139,7 @@ class History:
             "names": list(self.names),
             "space": {name: dict(held) for name, held in self.space.items()},
             "mode": self.mode,
+            "is_paired": self.is_paired,
             "stride": self._stride,
             "records": [_jsonable(row) for row in self.records],
             "rounds": [{**_jsonable(row), "forks": [_jsonable(fork) for fork in row["forks"]]} for row in self.rounds],
@@ -168,6 +171,7 @@ class History:
         self.discarded = [(start, end) for start, end in data["discarded"]]
         self.summary, self._stride = dict(data["summary"]), stride
         self.space, self.mode = dict(data.get("space", self.space)), data.get("mode", self.mode)
+        self.is_paired = data.get("is_paired", self.is_paired)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes what `to_dict` gives to a file, in one step: whoever reads it meanwhile finds the old or the new one.
@@ -211,13 +215,16 @@ class History:
         ``steps``, ``kept`` and the like. Scores of different rounds are of different moments of the training: compare
         them within a round.
 
+        Args:
+          storage: Where to keep the study, such as ``"sqlite:///study.db"``; in memory by default.
+
         Raises:
           ImportError: optuna is not installed.
-          ValueError: The history does not know its search space.
+          ValueError: The history does not know its search space, or the storage holds a study of this name.
         """
         from .optuna_study import to_study
 
-        return to_study(self)
+        return to_study(self, storage=storage)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """`records` as a data frame, one row per record.
@@ -239,14 +246,20 @@ class History:
         stays.
 
         Returns:
-          ``{name: schedule}``; each maps a step count, traced or not, to a float32 scalar.
+          ``{name: schedule}``; each maps a step count, traced or not, to a float32 scalar. A Python or NumPy integer
+          is looked up without JAX.
 
         Raises:
-          ValueError: Nothing was recorded.
+          ValueError: Nothing was recorded, or the beginning of the run is not known any more.
         """
         rows = self.kept()
         if not rows:
             raise ValueError("nothing was recorded: run fit first, then ask its history for schedules.")
+        if self.summary.get("dropped"):
+            raise ValueError(
+                f"the first {self.summary['dropped']} decisions of this run are not known any more, so it cannot be "
+                "replayed. Read the history of a long run earlier, and keep it with to_dict."
+            )
         steps = np.array([row["step"] for row in rows])
         # Before each record, the discarded steps are left out of the count.
         ends = np.array([end for _, end in self.discarded], int)
@@ -257,6 +270,10 @@ class History:
             values, is_whole = np.array(column, np.float32), all(isinstance(value, int) for value in column)
 
             def schedule(count: Any) -> Any:
+                if isinstance(count, int | np.integer):
+                    if is_whole:
+                        return values[max(np.searchsorted(positions, count, side="right") - 1, 0)]
+                    return np.float32(np.interp(count, positions, values))
                 count = jnp.asarray(count, jnp.float32)
                 if is_whole:
                     index = jnp.searchsorted(jnp.asarray(positions), count, side="right") - 1

@@ -1,10 +1,11 @@
 """The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
@@ -15,7 +16,8 @@ from ..controller import AutoTuneNet, hyperparams_jit
 from ..controller.state import TRAIN, TunerState
 from ..history.history import History
 from ..session.batches import BatchSource, EndOfDataError
-from ..session.notices import LOGGER, NO_METRIC, Notice, announce_compilation, warn
+from ..session.callbacks import Callback, StopTraining
+from ..session.notices import NO_METRIC, Notice, announce_compilation, warn
 from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
 from .progress import Progress
@@ -45,7 +47,9 @@ class FitResult:
       best_state: The training state with the best validation metric seen outside rounds, in host memory until asked
         for; ``state`` itself without ``eval_step``.
       best_eval: Its validation metric, or None.
-      is_interrupted: Whether the run ended early: by Ctrl-C, SIGTERM, or for want of batches.
+      is_interrupted: Whether the run was cut short: by Ctrl-C, SIGTERM, or for want of batches.
+      stop_reason: Why the run ended before its budget did, be it cut short or by a callback's wish; None where it
+        did not.
     """
 
     state: Any
@@ -56,6 +60,7 @@ class FitResult:
     best_state: Any
     best_eval: float | None
     is_interrupted: bool
+    stop_reason: str | None = None
 
     def __repr__(self) -> str:
         history, summary = self.history, self.history.summary
@@ -65,8 +70,9 @@ class FitResult:
         kinds = [event["kind"] for event in history.events]
         told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none"
         losses = [row["loss"] for row in history.kept()]
+        how = "interrupted" if self.is_interrupted else "complete" if self.stop_reason is None else "stopped"
         lines = [
-            f"FitResult({'interrupted' if self.is_interrupted else 'complete'} after {summary.get('steps', 0)} steps,",
+            f"FitResult({how} after {summary.get('steps', 0)} steps,",
             f"  hyperparams: {_short(values)}",
             f"  state: {len(leaves)} arrays, {size:,} numbers",
             f"  loss: {shown(losses[-1]) if losses else 'none recorded'}, the last of the steps kept",
@@ -75,6 +81,8 @@ class FitResult:
             f"on forks not kept, {summary.get('rollbacks', 0)} rollbacks",
             f"  events: {_short(told)}",
         ]
+        if self.stop_reason is not None:
+            lines.append(f"  stop_reason: {_short(self.stop_reason)}")
         return "\n".join(lines) + ")"
 
 
@@ -100,19 +108,23 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None) -> i
 
 
 def fit(
-    train_step: Callable[[Any, Any, dict[str, Array]], tuple[Any, Array]],
+    train_step: Callable[[Any, Any, dict[str, Array]], tuple[Any, ...]],
     state: Any,
     batches: Callable[[int, dict[str, Array]], Any] | Iterable[Any],
     *,
     tuner: AutoTuneNet,
-    eval_step: Callable[[Any], Array] | None = None,
+    eval_step: Callable[[Any], Array | dict[str, Array]] | None = None,
+    has_aux: bool = False,
+    monitor: str | None = None,
     snapshots: str | os.PathLike[str] | Snapshots | None = None,
     resume: bool = False,
     key: PRNGKeyArray | None = None,
     steps: int | None = None,
     eval_every: int | None = None,
     progress: bool = True,
-    callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    callbacks: Sequence[Callback | Callable[[dict[str, Any]], None]] = (),
+    loggers: Sequence[Any] = (),
+    log_every: int = 50,
 ) -> FitResult:
     """Trains once, tuning as it goes.
 
@@ -141,7 +153,11 @@ def fit(
         of an iterable the batches of one round are remembered. A list or data loader starts again when it ends.
       tuner: What may be tuned, and the budget.
       eval_step: Pure ``state -> validation metric``, in the direction of the tuner's ``mode``; compiled here. Forks are
-        compared by it. Without it they are compared by their training losses, and slow hyperparameters stay put.
+        compared by it. Without it they are compared by their training losses, and slow hyperparameters stay put. It may
+        return a dict of metrics, one of which ``monitor`` names.
+      has_aux: Whether ``train_step`` returns ``(state, loss, metrics)`` or ``(state, (loss, metrics))``: a dict of real
+        scalars, for callbacks, loggers and the history.
+      monitor: Entry of ``eval_step``'s dict to tune by; by default the only one, or ``"loss"`` where it is minimised.
       snapshots: Folder of durable snapshots, or a `Snapshots` of your own; None for none. They are written in the
         background at a cadence that blocks at most one per cent of the run, when the run ends, and when it is
         interrupted. Beside them lies ``history.json``, for ``python -m autotunenet_jax``.
@@ -151,45 +167,62 @@ def fit(
       key: Typed PRNG key of the tuner; ``jax.random.key(0)`` by default.
       steps: Training steps, at most ``tuner.total_steps``; needed for an open-ended tuner.
       eval_every: Steps between validations outside rounds; by default 20 in a run.
-      progress: Whether to show a progress line.
-      callbacks: Called with the newest `History.rounds` entry, a dict, at the end of each round.
+      progress: Whether to show a progress line; where nobody looks at a terminal it is a line of text every 10 s.
+      callbacks: Each a `Callback`, or a function that is called with the newest `History.rounds` entry, a dict, at the
+        end of each round.
+      loggers: Where the numbers go while the run goes on: `CSVLogger`, `JSONLLogger`, TensorBoard's ``SummaryWriter``,
+        a W&B run, ``mlflow``, anything else with ``log(row, step)``, or a function ``(row, step)``.
+      log_every: Steps between two rows of the loggers, which hold means over the kept steps since the last one.
 
     Returns:
-      A `FitResult`. After a first Ctrl-C or SIGTERM too, with what was reached by then.
+      A `FitResult`. After a first Ctrl-C or SIGTERM too, with what was reached by then, and where a callback raised
+        `StopTraining`, in the best state.
 
     Raises:
-      TypeError: ``train_step`` returns no pair, ``batches`` is of no known kind, or ``tuner`` is no `AutoTuneNet`.
-      ValueError: The loss or the validation metric is not a real scalar, the state changes shape, a hyperparameter is
-        never used, there is no budget, or, with ``resume``, the snapshots are of a tuner made otherwise (see
-        `AutoTuneNet.check`). All before the first step.
+      TypeError: ``train_step`` returns no pair, ``batches``, a callback or a logger is of no known kind, or ``tuner``
+        is no `AutoTuneNet`.
+      ValueError: The loss or a metric is not a real scalar, ``monitor`` is no metric's name, the state changes shape, a
+        hyperparameter is never used, there is no budget, or, with ``resume``, the snapshots are of a tuner made
+        otherwise (see `AutoTuneNet.check`). All before the first step.
       SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
-      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step`` or at the very end, one in host memory.
-      Outside rounds nothing waits for the device but validation and durable snapshots.
+      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step`` or at the very end, one
+      in host memory. Outside rounds nothing waits for the device but validation, durable snapshots and, every
+      ``log_every`` steps, the numbers for callbacks and loggers.
     """
     total = _check_arguments(tuner, steps, eval_every)
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
+    bar, stop = Progress(total, is_on=progress), Stop()
+    recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
     first_hp = hyperparams_jit(tuner.core, tuner.init(key))
-    used_by_batches = _Reads(first_hp)
-    first_batch = source.get(0, used_by_batches)
-    check_train_step(train_step, state, first_batch, first_hp, used_by_batches.names)
-    if eval_step is not None:
-        check_eval_step(eval_step, state)
+    reads = _Reads(first_hp)
+    first_batch = source.get(0, reads)
+    check_train_step(train_step, state, first_batch, first_hp, used_elsewhere=reads.names, has_aux=has_aux)
+    metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
 
     opened: Snapshots | None = None
     if snapshots is not None and not isinstance(snapshots, Snapshots):
         opened = snapshots = Snapshots(snapshots, mode=tuner.mode, space=tuner.space)
-    store = snapshots
-    bar, stop = Progress(total, is_on=progress), Stop()
-    recorder = Recorder(History(tuner.space.names), tuner.space, bar, [stop.exposing(call) for call in callbacks])
+    store, ending = snapshots, _Ending()
     announce_compilation(tuner.core)
-    is_out_of_data = False
     try:
+        bar.open()
         with stop, stop.shielded():
-            run = Run(train_step, state, source, tuner, eval_step=eval_step, key=key, recorder=recorder, stop=stop)
+            run = Run(
+                train_step,
+                state,
+                source,
+                tuner,
+                has_aux=has_aux,
+                eval_step=eval_step,
+                monitor=metric,
+                key=key,
+                recorder=recorder,
+                stop=stop,
+            )
             if store is not None and resume and store.latest() is not None:
                 run.resume(_restored(run, store))
             if eval_step is None:
@@ -197,7 +230,9 @@ def fit(
             try:
                 _train(run, total, interval, stop, bar, store)
             except EndOfDataError:
-                is_out_of_data = True
+                ending = _Ending("The batches ran out before the budget did.", "data", is_cut_short=True)
+            except StopTraining as asked:
+                ending = _Ending(str(asked) or "a callback asked for it", "stop", is_cut_short=False)
             finally:
                 # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
                 if store is not None and run.is_alive():
@@ -206,13 +241,7 @@ def fit(
         bar.close()
         if opened is not None:
             opened.close()
-    _say_why(run, total, stop, is_out_of_data=is_out_of_data)
-    is_interrupted = is_out_of_data or stop.is_requested
-    run.end(is_whole=not is_interrupted)
-    result = _result(run, is_interrupted=is_interrupted)
-    if store is not None:
-        run.recorder.write(store.folder)
-    return result
+    return _ended(run, total, ending, stop, store)
 
 
 def _restored(run: Run, store: Snapshots) -> Any:
@@ -236,22 +265,44 @@ def _restored(run: Run, store: Snapshots) -> Any:
         ) from None
 
 
-def _say_why(run: Run, total: int, stop: Stop, *, is_out_of_data: bool) -> None:
-    """Says that a run ended early, and why, whether or not there is a progress line."""
-    step, message = run.controller.step, ""
-    if is_out_of_data:
-        message = "The batches ran out before the budget did."
-        run.recorder.note(step, "data", message)
-    elif stop.is_requested and step < total:
+class _Ending(NamedTuple):
+    """Why a run ended.
+
+    Attributes:
+      reason: In words; empty at the end of the budget.
+      kind: Of the event in the history.
+      is_cut_short: Whether the run might go on from here, rather than being brought to its end.
+    """
+
+    reason: str = ""
+    kind: str = "stop"
+    is_cut_short: bool = False
+
+
+def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Snapshots | None) -> FitResult:
+    """Brings the run to its end, says why where that is early, and gives its result."""
+    step = run.controller.step
+    is_told = bool(ending.reason) and (step < total or ending.is_cut_short)
+    if not ending.reason and stop.is_requested:
+        is_told = step < total
         message = f"Stopped by {stop.name}: the run ends early, after {step} of {total} steps."
-        run.recorder.note(step, "stop", message)
-    if message:
-        LOGGER.warning(message)
+        ending = _Ending(message, "stop", is_cut_short=True)
+    if is_told:
+        message = ending.reason
+        if not ending.is_cut_short:
+            message = f"Stopped after {step} of {total} steps: {ending.reason}."
+        level = logging.WARNING if ending.is_cut_short else logging.INFO
+        run.recorder.note(step, ending.kind, message, level=level)
+    run.end(is_whole=not ending.is_cut_short)
+    run.recorder.finish(step, int(run.controller.state.rollbacks))
+    if store is not None:
+        run.recorder.write(store.folder)
+    run.recorder.end()
+    return _result(run, is_interrupted=ending.is_cut_short, reason=ending.reason if is_told else None)
 
 
-def _result(run: Run, *, is_interrupted: bool) -> FitResult:
+def _result(run: Run, *, is_interrupted: bool, reason: str | None) -> FitResult:
     session, ts, space = run.session, run.controller.state, run.controller.tuner.space
-    run.recorder.finish(run.controller.step, int(ts.rollbacks))
     return FitResult(
         state=run.host.state,
         history=run.recorder.history,
@@ -261,6 +312,7 @@ def _result(run: Run, *, is_interrupted: bool) -> FitResult:
         best_state=run.host.state if session.best is None else session.best.to_device(),
         best_eval=session.best_eval,
         is_interrupted=is_interrupted,
+        stop_reason=reason,
     )
 
 
@@ -294,10 +346,12 @@ def _train(run: Run, total: int, interval: int, stop: Stop, bar: Progress, store
         if controller.step == 0 or (is_regular and controller.step < total):
             session.evaluate()
         run.tell()
+        run.deliver()
         if store is not None and controller.step > began_at and store.is_due():
             _save(run, store)
         if controller.step >= total or stop.is_requested:
-            return
+            shown_at = 0.0
+            return show()
         until_eval = interval - controller.step % interval if controller.phase == TRAIN else total
         run.train_stretch(min(until_eval, total - controller.step, _STEPS_PER_STRETCH), stop, on_step=show)
 

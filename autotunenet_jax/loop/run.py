@@ -21,13 +21,15 @@ from ..session.session import Session
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
+from .outputs import parts_of
 from .sound_steps import count_non_finite, sound_step
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _step_jit(
     core: Core,
     train_step: Callable[..., Any],
+    has_aux: bool,
     copies: Copies,
     ts: TunerState,
     hyperparams: dict[str, Array],
@@ -37,7 +39,7 @@ def _step_jit(
 
     Compiled once for each train step and core, however many runs use them.
     """
-    state, loss = train_step(copies.state, batch, hyperparams)
+    state, loss, metrics = parts_of(train_step(copies.state, batch, hyperparams), has_aux=has_aux)
     state, told = sound_step(state, copies.state, loss)
     # A snapshot that the tuner distrusts is dated before the run.
     saved_step, kept_step = (jnp.maximum(step, 0) for step in (ts.slots.saved_step, ts.slots.kept_step))
@@ -53,12 +55,13 @@ def _step_jit(
         "has_fallen": ts.validation.has_fallen,
         # Budget step of the snapshot a rollback went back to.
         "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
+        "metrics": {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()},
     }
     return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array:
+def _eval_jit(eval_step: Callable[..., Any], state: Any) -> Array | dict[str, Array]:
     return eval_step(state)
 
 
@@ -73,10 +76,12 @@ class JaxHost(Host):
       hyperparams: In force for the next step, on the device.
     """
 
-    def __init__(self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None, stop: Stop):
+    def __init__(
+        self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None, monitor: str | None, stop: Stop
+    ):
         # Leaves become JAX arrays, and nothing is shared with the caller's.
         self.state = copy_tree(jax.tree.map(jnp.asarray, state))
-        self.source, self.eval_step, self._stop = source, eval_step, stop
+        self.source, self.eval_step, self._monitor, self._stop = source, eval_step, monitor, stop
         self.hyperparams: Mapping[str, Any] = {}
 
     def copy(self) -> Any:
@@ -96,7 +101,11 @@ class JaxHost(Host):
         if self.eval_step is None:
             return None
         with self._stop.exposed():
-            return float(_eval_jit(self.eval_step, self.state))
+            measured = jax.device_get(_eval_jit(self.eval_step, self.state))
+        if self._monitor is None:
+            return float(measured)
+        self.metrics = {name: float(value) for name, value in measured.items()}
+        return self.metrics[self._monitor]
 
     def batch(self, position: int) -> Any:
         """The batch at a position; the user's code."""
@@ -127,7 +136,20 @@ class JaxHost(Host):
 
 
 class Run:
-    """The mutable side of one call of `fit`."""
+    """The mutable side of one call of `fit`.
+
+    Args:
+      train_step: The user's.
+      state: To begin with.
+      source: Of the batches.
+      tuner: What is tuned.
+      has_aux: Whether ``train_step`` returns metrics too.
+      eval_step: The user's, if any.
+      monitor: Entry of its dict that is the metric; None where it returns a scalar.
+      key: Of the tuner's random choices.
+      recorder: Writes the history.
+      stop: Of signals.
+    """
 
     def __init__(
         self,
@@ -136,13 +158,16 @@ class Run:
         source: BatchSource,
         tuner: AutoTuneNet,
         *,
+        has_aux: bool,
         eval_step: Callable[..., Any] | None,
+        monitor: str | None,
         key: PRNGKeyArray,
         recorder: Recorder,
         stop: Stop,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
-        self.host = JaxHost(state, source, eval_step, stop)
+        self.has_aux, self._stop = has_aux, stop
+        self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
         self.session = Session(self.host, self.controller, recorder)
         self.notices, self._noticed = Notices(recorder), (0, 0)
@@ -194,7 +219,7 @@ class Run:
         host, controller, session = self.host, self.controller, self.session
         batch, in_force = host.batch(controller.data_step), host.hyperparams
         self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
-            controller.tuner.core, self.train_step, self.copies, controller.state, in_force, batch
+            controller.tuner.core, self.train_step, self.has_aux, self.copies, controller.state, in_force, batch
         )
         controller.step += 1
         controller.data_step += 1
@@ -222,6 +247,11 @@ class Run:
             on_step()
             if is_decided or stop.is_requested:
                 return
+
+    def deliver(self) -> None:
+        """Lets callbacks and loggers hear of what is known by now; the user's code."""
+        with self._stop.exposed():
+            self.recorder.deliver()
 
     def tell(self, *, is_over: bool = False) -> None:
         """Tells the user what there is to be told, where something has been decided or measured since."""

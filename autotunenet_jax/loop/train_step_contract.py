@@ -1,12 +1,16 @@
 """Whether `train_step` and `eval_step` take and return what `fit` needs, told before training starts."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from ..space.injection import places
+from .outputs import monitored, parts_of
+
+# Names that a record has for something else.
+_TAKEN = ("step", "data_step", "loss", "phase", "round", "fork", "is_kept")
 
 
 def _describe(leaf: Any) -> str:
@@ -30,15 +34,76 @@ def _check_same_structure(before: Any, after: Any) -> None:
             )
 
 
+def _describe_any(value: Any) -> str:
+    return _describe(value) if isinstance(value, jax.ShapeDtypeStruct) else type(value).__name__
+
+
+def _check_is_pair(out: Any, *, has_aux: bool) -> None:
+    """Whether the step returned a state and a loss, and metrics where they are asked for."""
+    lengths = (2, 3) if has_aux else (2,)
+    if isinstance(out, tuple) and len(out) in lengths and (len(out) == 3 or not has_aux or _is_pair(out[1])):
+        return
+    what = (
+        "(state, loss, metrics) or (state, (loss, metrics)), since has_aux=True" if has_aux else "a pair (state, loss)"
+    )
+    hint = " Metrics beside the loss need fit(..., has_aux=True)." if not has_aux and _has_metrics(out) else ""
+    raise TypeError(
+        f"train_step must return {what}; it returned {type(out).__name__}"
+        f"{f' of length {len(out)}' if isinstance(out, tuple | list) else ''}.{hint}"
+    )
+
+
+def _is_pair(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+def _has_metrics(out: Any) -> bool:
+    return isinstance(out, tuple) and len(out) == 3 and isinstance(out[2], Mapping)
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
+        is_pair = _is_pair(loss) and isinstance(loss[1], Mapping)
+        hint = "Give fit has_aux=True." if is_pair else "Average it over the batch, and return nothing else beside it."
+        raise ValueError(f"train_step must return a scalar loss; it returned {_describe_any(loss)}. {hint}")
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(f"train_step must return a real loss; it returned dtype {loss.dtype}.")
+
+
+def _check_metrics(metrics: Any, names: Collection[str], *, owner: str) -> None:
+    """Whether metrics are real scalars by name, of names that nothing else has."""
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise TypeError(f"{owner} must return its metrics as a dict by name; it returned {_describe_any(metrics)}.")
+    for name, value in metrics.items():
+        if name in names:
+            raise ValueError(f"{owner} returns a metric {name!r}, a name that is taken. Give it another.")
+        is_real = isinstance(value, jax.ShapeDtypeStruct) and value.shape == () and not _is_odd(value.dtype)
+        if not is_real:
+            raise ValueError(
+                f"{owner} must return real scalars as metrics; {name!r} is {_describe_any(value)}. "
+                "Average it, or leave it out."
+            )
+
+
+def _is_odd(dtype: Any) -> bool:
+    return not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+
+
 def check_train_step(
-    train_step: Callable[..., Any], state: Any, batch: Any, hyperparams: dict[str, Any], used_elsewhere: set[str]
+    train_step: Callable[..., Any],
+    state: Any,
+    batch: Any,
+    hyperparams: dict[str, Any],
+    *,
+    used_elsewhere: set[str],
+    has_aux: bool,
 ) -> None:
     """Traces the step once, abstractly, and checks what comes out.
 
     Raises:
-      TypeError: It does not return ``(state, loss)``.
-      ValueError: The loss is not a real scalar, the state changes structure, shape or dtype, or a tuned hyperparameter
-        is never used.
+      TypeError: It does not return ``(state, loss)``, or with ``has_aux`` no dict of metrics beside them.
+      ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
+        hyperparameter is never used.
     """
     output: list[Any] = []
 
@@ -49,20 +114,10 @@ def check_train_step(
 
     jaxpr = jax.make_jaxpr(traced)(state, batch, hyperparams).jaxpr
     out = output[-1]
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(
-            f"train_step must return a pair (state, loss); it returned {type(out).__name__}"
-            f"{f' of length {len(out)}' if isinstance(out, tuple | list) else ''}."
-        )
-    new_state, loss = out
-    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
-        shown = _describe(loss) if isinstance(loss, jax.ShapeDtypeStruct) else type(loss).__name__
-        raise ValueError(
-            f"train_step must return a scalar loss; it returned {shown}. "
-            "Average it over the batch, and return nothing else beside it."
-        )
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise ValueError(f"train_step must return a real loss; it returned dtype {loss.dtype}.")
+    _check_is_pair(out, has_aux=has_aux)
+    new_state, loss, metrics = parts_of(out, has_aux=has_aux)
+    _check_loss(loss)
+    _check_metrics(metrics, {*_TAKEN, *hyperparams}, owner="train_step")
     _check_same_structure(state, new_state)
 
     used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
@@ -84,17 +139,29 @@ def _known_names(state: Any) -> str:
     return f"Use a name that the optimizer has ({', '.join(names)}), " if names else "Pass it to set_hyperparams, "
 
 
-def check_eval_step(eval_step: Callable[..., Any], state: Any) -> None:
+def check_eval_step(eval_step: Callable[..., Any], state: Any, *, monitor: str | None, mode: str) -> str | None:
     """Traces the validation once, abstractly.
 
+    Returns:
+      The entry of its dict that is the metric; None where it returns a scalar.
+
     Raises:
-      ValueError: It does not return a real scalar.
+      TypeError: It returns a dict with names that are no text.
+      ValueError: It returns neither a real scalar nor a dict of them, or ``monitor`` is not in that.
     """
     metric = jax.eval_shape(eval_step, state)
+    if isinstance(metric, Mapping):
+        _check_metrics(metric, (), owner="eval_step")
+        name = monitored(sorted(metric), monitor, mode=mode)
+        if not jnp.issubdtype(metric[name].dtype, jnp.floating):
+            raise ValueError(f"the metric {name!r} of eval_step must be a real number; it is {metric[name].dtype}.")
+        return name
+    if monitor is not None:
+        raise ValueError(f"monitor={monitor!r} names an entry of a dict, and eval_step returns no dict. Leave it out.")
     is_array = isinstance(metric, jax.ShapeDtypeStruct)
     if not is_array or metric.shape != () or not jnp.issubdtype(metric.dtype, jnp.floating):
-        shown = f"{metric.dtype}{list(metric.shape)}" if is_array else type(metric).__name__
         raise ValueError(
-            f"eval_step must return one real scalar, the validation metric; it returned {shown}. "
-            "Average it over the validation data, and return nothing else beside it."
+            "eval_step must return one real scalar, the validation metric, or a dict of them; it returned "
+            f"{_describe_any(metric)}. Average it over the validation data."
         )
+    return None

@@ -1,6 +1,7 @@
 """What a session asks of the framework whose training it tunes."""
 
 import abc
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,13 @@ class Host(abc.ABC):
     """A training in progress, as a `Session` sees it: something that can be copied, put back and written to.
 
     Subclasses say how; the methods that are not abstract are for what a framework or a loop may not have.
+
+    Attributes:
+      metrics: All that the latest `evaluate` has measured, by name, the metric it returned included; empty where that
+        has no name.
     """
+
+    metrics: Mapping[str, float] = types.MappingProxyType({})
 
     @abc.abstractmethod
     def copy(self) -> Any:

@@ -1,7 +1,6 @@
 """What a user should be told of a run, each thing once, with what to do about it."""
 
 import functools
-import logging
 import math
 import sys
 import warnings
@@ -15,10 +14,7 @@ from ..controller.core import Core
 from ..controller.roles import roles_of
 from ..controller.state import TunerState
 from ..space.search_space import Choice, SearchSpace
-from .recorder import Recorder
-
-LOGGER = logging.getLogger("autotunenet")
-"""Where things go that ask for nothing; notices, which ask for something, are warnings."""
+from .recorder import LOGGER, Recorder
 
 # From so many rollbacks on, something is wrong that going back does not mend.
 _MANY_ROLLBACKS = 5

@@ -1,8 +1,9 @@
 """From what the device logs to a history."""
 
 import logging
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -24,10 +25,14 @@ from ..controller.state import (
     Directive,
     Round,
 )
+from ..history.explain import verdict
 from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
+from .callbacks import Step
+from .feed import Feed
 
-_LOG = logging.getLogger("autotunenet")
+LOGGER = logging.getLogger("autotunenet")
+"""Where things go that ask for nothing; notices, which ask for something, are warnings."""
 
 # Device scalars waiting to be read are read together once this many have gathered.
 _PENDING_LIMIT = 256
@@ -37,6 +42,9 @@ _MAX_EVENTS = 1000
 
 # What is read of every step, however few are recorded.
 _ALWAYS = ("step", "rewound", "verdict", "outcome", "has_fallen")
+
+# Verdicts on steps that did not happen.
+_NOT_TAKEN = (loss_monitor.SKIPPED, loss_monitor.NON_FINITE)
 
 _FALLEN = "The training loss did not improve between readings: the rates fell by half a decade, once."
 _NO_ROLLBACK = "The loss stays high and the guard has no rollback for that; it is taken as it is."
@@ -53,7 +61,21 @@ class Display(Protocol):
         """Shows a message that stays."""
         ...
 
-    def show(self, *, step: int, phase: str, loss: float, hyperparams: dict[str, float], discarded: int) -> None:
+    def wait(self, what: str) -> None:
+        """Shows what the run waits for, until it is shown where it is again."""
+        ...
+
+    def show(
+        self,
+        *,
+        step: int,
+        phase: str,
+        loss: float,
+        hyperparams: dict[str, Any],
+        discarded: int,
+        rounds: int,
+        rollbacks: int,
+    ) -> None:
         """Shows where the run is."""
         ...
 
@@ -65,8 +87,20 @@ class Recorder:
       history: Written to.
       space: What is tuned.
       progress: Where messages are shown.
-      callbacks: Called with each round's record.
+      callbacks: Hooks of the user's; see `Callback`.
+      loggers: Where the user wants the numbers; see `history.loggers.Writer`.
+      log_every: Steps between two rows of the loggers.
+      log: Where decisions and what happens are told of, a line each; None for nowhere.
       undoes: Whether training goes back from what is not kept; else all of it is part of the final state's past.
+
+    Attributes:
+      history: Of the run.
+      discarded: Steps spent so far on what was not kept.
+      rollbacks: How often training went back because it was unhealthy.
+
+    Raises:
+      TypeError: A callback or a logger of an unknown kind.
+      ValueError: ``log_every`` is out of range.
     """
 
     def __init__(
@@ -74,14 +108,18 @@ class Recorder:
         history: History,
         space: SearchSpace,
         progress: Display,
-        callbacks: Sequence[Callable[[dict[str, Any]], None]],
+        callbacks: Sequence[Any],
         *,
+        loggers: Sequence[Any] = (),
+        log_every: int = 50,
+        log: logging.Logger | None = LOGGER,
         undoes: bool = True,
     ):
-        self.history, self.discarded, self._undoes = history, 0, undoes
+        self.history, self.discarded, self.rollbacks, self._undoes = history, 0, 0, undoes
         history.describe(space)
-        self._space, self._progress, self._callbacks = space, progress, tuple(callbacks)
-        self._pending: list[tuple[Any, int, int, int]] = []
+        self._space, self._progress, self._log = space, progress, log
+        self._feed = Feed(history, callbacks, loggers, log_every=log_every)
+        self._pending: list[tuple[Any, bool, int, int, int]] = []
         self._steps_seen = 0
         self._has_fallen, self._has_written = False, True
         self._round_start = 0
@@ -94,9 +132,11 @@ class Recorder:
     def log(self, entry: dict[str, Any], phase: int) -> None:
         """Takes the device scalars of one step; reads them later, many at once."""
         self._steps_seen += 1
-        if self._steps_seen % self.history.stride:
+        is_recorded = self._steps_seen % self.history.stride == 0
+        if not (is_recorded or self._feed.hears_steps):
             entry = {name: entry[name] for name in _ALWAYS if name in entry}
-        self._pending.append((entry, phase, len(self.history.rounds), len(self._forks) if phase == FORK else -1))
+        fork = len(self._forks) if phase == FORK else -1
+        self._pending.append((entry, is_recorded, phase, len(self.history.rounds), fork))
         if len(self._pending) >= _PENDING_LIMIT:
             self.flush()
 
@@ -104,10 +144,13 @@ class Recorder:
         """Reads everything logged so far."""
         pending, self._pending = self._pending, []
         rows = jax.device_get([entry for entry, *_ in pending])
-        for row, (_, phase, number, fork) in zip(rows, pending, strict=True):
+        for row, (_, is_recorded, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
+            values = {name: _plain(value) for name, value in row.get("hyperparams", {}).items()}
+            metrics = {name: float(value) for name, value in row.get("metrics", {}).items()}
             if "loss" in row:
-                values = {name: _plain(value) for name, value in row["hyperparams"].items()}
+                self._hand_on(step, row, phase, fork, values, metrics)
+            if is_recorded:
                 self.history.add(
                     {
                         "step": step,
@@ -117,22 +160,37 @@ class Recorder:
                         "round": number,
                         "fork": fork,
                         **values,
+                        **metrics,
                     }
                 )
-            if int(row["verdict"]) in (loss_monitor.SKIPPED, loss_monitor.NON_FINITE):
+            if int(row["verdict"]) in _NOT_TAKEN:
                 self.history.skip(step)
             if not self._has_fallen and bool(row.get("has_fallen", False)):
                 self._has_fallen = True
                 self.note(step, "fall", _FALLEN)
             if rewound >= 0:
-                self.history.discard(rewound, step)
                 # Healthy training goes back as well, to the state of its best validation metric.
-                if bool(loss_monitor.is_failure(row["verdict"])):
+                is_rollback = bool(loss_monitor.is_failure(row["verdict"]))
+                self.go_back(step, rewound, is_rollback=is_rollback)
+                if is_rollback:
                     self.note(step, "rollback", loss_monitor.MESSAGES[int(row["verdict"])])
             elif int(row["outcome"]) == OUTCOME_ACCEPTED:
                 self.note(step, "shift", OUTCOMES[OUTCOME_ACCEPTED])
             elif phase == TRAIN:
                 self._tell(step, int(row["verdict"]))
+
+    def _hand_on(
+        self, step: int, row: Any, phase: int, fork: int, values: dict[str, Any], metrics: dict[str, float]
+    ) -> None:
+        """Tells the feed of a step that was taken, and that may be kept."""
+        is_undone = int(row["verdict"]) in _NOT_TAKEN or int(row["rewound"]) >= 0
+        if self._feed.hears_steps and phase != SWEEP and not is_undone:
+            self._feed.step(Step(step, step, float(row["loss"]), metrics, values), fork=fork)
+
+    def go_back(self, step: int, back_to: int, *, is_rollback: bool) -> None:
+        """Training is back at an earlier state; what was done since is no part of it."""
+        self.history.discard(back_to, step)
+        self._feed.rewind(step, back_to, is_rollback=is_rollback)
 
     def _tell(self, step: int, verdict: int) -> None:
         """Notes, once a run each, what the guard saw and nothing was done about."""
@@ -142,20 +200,52 @@ class Recorder:
         elif verdict in (loss_monitor.SPIKE, loss_monitor.DIVERGED) and "budget" not in seen:
             self.note(step, "budget", _BUDGET_SPENT if "rollback" in seen else _NO_ROLLBACK)
 
-    def note(self, step: int, kind: str, message: str) -> None:
+    def note(self, step: int, kind: str, message: str, *, level: int = logging.INFO) -> None:
         """Records something the user should know of."""
+        self.rollbacks += kind == "rollback"
         if len(self.history.events) < _MAX_EVENTS:
             self.history.events.append({"step": step, "kind": kind, "message": message})
-            self._progress.say(f"step {step}: {message}")
+            self._say(step, message, level=level)
+
+    def _say(self, step: int, message: str, *, level: int = logging.INFO) -> None:
+        self._progress.say(f"step {step}: {message}")
+        if self._log is not None:
+            self._log.log(level, "step %d: %s", step, message)
 
     def retreat(self, step: int, *, is_over: bool) -> None:
         """Training goes back to its best state, by the validation metric."""
         what = "the run ends in" if is_over else "training goes on, at a lower rate, from"
         self.note(step, "retreat", f"The validation metric did not improve: {what} the best state.")
 
-    def add_eval(self, step: int, value: float, *, is_settled: bool) -> None:
-        """Records a validation metric; ``is_settled`` where it is not a fork's."""
-        self.history.evals.append({"step": step, "value": value, "is_settled": is_settled})
+    def add_eval(
+        self, step: int, value: float, *, is_settled: bool, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Records a validation metric; ``is_settled`` where it is not a fork's, ``metrics`` all that was measured."""
+        row: dict[str, Any] = {"step": step, "value": value, "is_settled": is_settled}
+        if metrics:
+            row["metrics"] = {name: number if math.isfinite(number) else None for name, number in metrics.items()}
+        self.history.evals.append(row)
+        if is_settled and self._feed.is_open:
+            # The steps come first.
+            self.flush()
+            self._feed.read(step, value, metrics or {})
+
+    # What the user's own objects hear.
+
+    def deliver(self) -> None:
+        """Hands on what is known by now to callbacks and loggers; call it where nothing is half done.
+
+        Raises:
+          StopTraining: A callback asks for the end of the run.
+        """
+        if self._feed.is_open:
+            if self._feed.hears_steps and len(self._pending) >= self._feed.log_every:
+                self.flush()
+            self._feed.deliver()
+
+    def wait(self, what: str) -> None:
+        """Shows what the run waits for."""
+        self._progress.wait(what)
 
     def show(self, step: int) -> None:
         """Refreshes the progress line with the newest step the device has finished."""
@@ -169,8 +259,13 @@ class Recorder:
             loss, values = row["loss"], {name: row[name] for name in self.history.names}
         else:
             return
-        phase = PHASES[self._pending[-1][1]] if self._pending else self.history.records[-1]["phase"]
-        self._progress.show(step=step, phase=phase, loss=loss, hyperparams=values, discarded=self.discarded)
+        phase = PHASES[self._pending[-1][2]] if self._pending else self.history.records[-1]["phase"]
+        self.show_at(step, phase=phase, loss=loss, hyperparams=values)
+
+    def show_at(self, step: int, *, phase: str, loss: float, hyperparams: dict[str, Any]) -> None:
+        """Refreshes the progress line with what a loop knows of its newest step."""
+        totals = {"discarded": self.discarded, "rounds": len(self.history.rounds), "rollbacks": self.rollbacks}
+        self._progress.show(step=step, phase=phase, loss=loss, hyperparams=hyperparams, **totals)
 
     # Rounds.
 
@@ -195,6 +290,7 @@ class Recorder:
     def retry(self, step: int) -> None:
         """The range test or fork that was running begins again; its steps so far are lost."""
         self._lose(self._fork_start, step)
+        self._feed.drop_fork(len(self._forks))
         self._fork_start = step
         self.note(step, "retry", OUTCOMES[OUTCOME_RETRIED])
 
@@ -260,11 +356,11 @@ class Recorder:
             "outcome": OUTCOMES[int(directive.outcome)],
             "chosen": self._space.to_python(chosen),
         }
+        row["verdict"] = verdict(row)
         self.history.rounds.append(row)
+        self._feed.end_round(best, row, discarded=self.discarded)
         values = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
-        self._progress.say(f"step {step}: round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
-        for callback in self._callbacks:
-            callback(row)
+        self._say(step, f"round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
 
     def abandon(self, step: int, kept: int) -> None:
         """The run ended inside a round; ``kept`` is the fork whose state is returned, -1 where all started from."""
@@ -273,6 +369,7 @@ class Recorder:
         for number, (start, end) in enumerate([*self._forks, (self._fork_start, step)]):
             if number != kept:
                 self._lose(start, end)
+        self._feed.end_round(kept)
 
     def _lose(self, start: int, end: int) -> None:
         if self._undoes:
@@ -288,13 +385,15 @@ class Recorder:
             "sweep": self._sweep,
             "forks": self._forks,
         }
-        counts = {"steps_seen": self._steps_seen, "stride": self.history.stride}
-        return {"history": self.history.to_dict(), "open_round": open_round, "counts": counts}
+        counts = {"steps_seen": self._steps_seen, "stride": self.history.stride, "rollbacks": self.rollbacks}
+        told = {"feed": self._feed.to_dict()} if self._feed.is_open else {}
+        return {"history": self.history.to_dict(), "open_round": open_round, "counts": counts, **told}
 
-    def load(self, data: dict[str, Any]) -> None:
-        """Goes on from what `to_dict` gave."""
+    def load(self, data: dict[str, Any], *, step: int) -> None:
+        """Goes on, from a budget step on, from what `to_dict` gave."""
         self.history.load(data["history"], stride=data["counts"]["stride"])
-        self._steps_seen = data["counts"]["steps_seen"]
+        self._steps_seen, self.rollbacks = data["counts"]["steps_seen"], data["counts"].get("rollbacks", 0)
+        self._feed.load(data.get("feed"), step=step)
         self._has_fallen = any(event["kind"] == "fall" for event in self.history.events)
         held = data["open_round"]
         self._round_start, self._fork_start = held["round_start"], held["fork_start"]
@@ -309,13 +408,13 @@ class Recorder:
             self.history.to_json(os.path.join(folder, HISTORY_NAME))
         except OSError as error:
             if self._has_written:
-                _LOG.warning("The history could not be written to %s: %s", folder, error)
+                LOGGER.warning("The history could not be written to %s: %s", folder, error)
             self._has_written = False
         else:
             self._has_written = True
 
     def finish(self, step: int, rollbacks: int, *, dropped: int = 0) -> None:
-        """The run ended; ``dropped`` decisions before the first recorded one are not known."""
+        """The totals of the run up to a step; ``dropped`` decisions before the first recorded one are not known."""
         self.flush()
         self.history.summary = {
             "steps": step,
@@ -326,6 +425,11 @@ class Recorder:
             "evals": len(self.history.evals),
             "dropped": dropped,
         }
+
+    def end(self) -> None:
+        """The run is over, and its history is complete."""
+        if self._feed.is_open:
+            self._feed.finish(self.history)
 
 
 def _plain(value: Any) -> Any:

@@ -95,7 +95,7 @@ class Session:
         self.last_eval: float | None = None
         self.best: Any = None
         self.best_eval: float | None = None
-        self._retreats = 0
+        self._retreats, self._has_decided = 0, False
         if controller.phase != TRAIN:
             recorder.begin_round(0, controller.phase)
             host.begin_round(controller.data_step)
@@ -110,6 +110,9 @@ class Session:
         Args:
           loss: Non-finite is answered with a rollback, never an error.
           recorded: What goes into the history in its place, such as the loss of one process of several.
+
+        Raises:
+          StopTraining: A callback asks for the end of the run; `settle` is to follow.
         """
         controller, before = self.controller, self.controller.phase
         tick = controller.tick(loss)
@@ -124,6 +127,8 @@ class Session:
             self.settle()
         else:
             self.write()
+        # Last, since the user's own code may raise: by now state, books and controller agree.
+        self.recorder.deliver()
         return Report(directive, decision, before, controller.phase)
 
     def complete(self) -> Decision | None:
@@ -142,6 +147,9 @@ class Session:
         """
         controller, before, position = self.controller, self.controller.phase, self.controller.data_step
         self.recorder.flush()
+        if not self._has_decided:
+            self._has_decided = True
+            self.recorder.wait("compiling (once)")
         decision = controller.decide()
         directive, after = decision.directive, controller.phase
         with self._or_undone():
@@ -152,7 +160,6 @@ class Session:
             self.host.begin_round(controller.data_step)
         elif before != TRAIN and after == TRAIN:
             self.host.end_round(controller.data_step)
-        # Last, since it calls the user's callbacks, which may raise: by now state and controller agree.
         self.recorder.discarded = decision.discarded
         self.recorder.decided(controller.step, before, after, directive, decision.round, decision.kind, decision.chosen)
         return decision
@@ -224,7 +231,7 @@ class Session:
             if not self.is_settled:
                 self.write()
         self.wants_eval = False
-        self.recorder.add_eval(step, metric, is_settled=is_settled)
+        self.recorder.add_eval(step, metric, is_settled=is_settled, metrics=self.host.metrics)
         if is_settled:
             self.last_eval, self.settled_at, self.best = metric, step, best
         if is_best:
@@ -298,7 +305,7 @@ class Session:
             step = self.best_at
             self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
         if 0 <= step < controller.step:
-            self.recorder.history.discard(step, controller.step)
+            self.recorder.go_back(controller.step, step, is_rollback=False)
         return step >= 0
 
     # Across processes.
@@ -313,7 +320,7 @@ class Session:
     def load(self, books: dict[str, Any]) -> None:
         """Goes on from what `books` gave; the controller has its state back already."""
         controller = self.controller
-        self.recorder.load(books["recorder"])
+        self.recorder.load(books["recorder"], step=controller.step)
         self.recorder.discarded = int(controller.state.discarded)
         self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval = books["evals"]
         self.is_due = books.get("is_due", False)

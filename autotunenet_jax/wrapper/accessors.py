@@ -173,9 +173,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(
-    settings: Settings, packed: packing.Packed, record: Array, loss: Array
-) -> tuple[packing.Packed, Array]:
+def _observe(settings: Settings, packed: packing.Packed, record: Array, loss: Array) -> tuple[packing.Packed, Array]:
     lag, is_usable, is_made = _unreported(settings, packed)
     flags = {"is_usable": is_usable, "is_away": jnp.zeros((), bool), "is_made": is_made}
     after, directive, record = take_loss(settings, packed, record, loss, lag=lag, **flags)

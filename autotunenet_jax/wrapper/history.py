@@ -12,7 +12,17 @@ from jaxtyping import Array, Int
 
 from ..controller.plan import MAX_FORKS
 from ..controller.schedule import shape_of
-from ..controller.state import FORK, OUTCOME_RETRIED, OUTCOME_ROLLBACK, PHASES, TRAIN, Directive, Round, TunerState, empty_round
+from ..controller.state import (
+    FORK,
+    OUTCOME_RETRIED,
+    OUTCOME_ROLLBACK,
+    PHASES,
+    TRAIN,
+    Directive,
+    Round,
+    TunerState,
+    empty_round,
+)
 from ..history.history import History
 from ..session.recorder import Recorder
 from . import ring
@@ -31,6 +41,9 @@ class _Silent:
     """Shows nothing."""
 
     def say(self, message: str) -> None:
+        return
+
+    def wait(self, what: str) -> None:
         return
 
     def show(self, **_: Any) -> None:
@@ -73,7 +86,7 @@ def history(opt_state: Any) -> History:
     leaves = jax.tree.leaves(state)
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise TypeError("a history is read on the host: call it with the state that the compiled function returned.")
-    made = History(settings.core.space.names, mode="max" if settings.is_max else "min")
+    made = History(settings.core.space.names, mode="max" if settings.is_max else "min", is_paired=False)
     if state.record is None:
         made.describe(settings.core.space)
         return made
@@ -94,7 +107,7 @@ class _Reading:
         self.space = state.settings.core.space
         self.held = ring.read(np.asarray(state.record), self.space.dims)
         undoes = state.settings.memory != "drift"
-        self.recorder = Recorder(made, self.space, _Silent(), (), undoes=undoes)
+        self.recorder = Recorder(made, self.space, _Silent(), (), log=None, undoes=undoes)
         self.forks: list[ring.Ended] = []
         self.spans: list[tuple[int, int]] = []
         self.fork_start = self.retreats = 0
@@ -303,6 +316,7 @@ def _in_force_at(
         ts: TunerState = ring.with_stretch(course.tuner, held, begin)
         since = ts.health.since_rollback + jnp.where(has_told, done, 0)
         ts = ts._replace(segment_left=ts.segment_left + paused, health=ts.health._replace(since_rollback=since))
-        return in_force(settings, course._replace(tuner=advanced(ts, heard), lag=done - heard))
+        past = course._replace(tuner=advanced(ts, heard), lag=done - heard)
+        return in_force(settings, past, is_silent=~has_told)
 
     return jax.vmap(one)(stretches, begins.astype(jnp.int32), done.astype(jnp.int32), paused.astype(jnp.int32))

@@ -166,11 +166,12 @@ store.close()
 """
 
 
-def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped):
+@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.soak)])
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped, kills):
     """Killed in the sweep, in forks and in training, and while it saves; the benchmark kills more often."""
     rng = np.random.default_rng(0)
     resumed = 0
-    for _ in range(5):
+    for _ in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-c", _VICTIM, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -182,7 +183,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped):
         process.kill()
         process.wait()
         process.stdout.close()
-    assert resumed >= 2
+    assert resumed >= kills // 2
     assert problem.same(run(snapshots=tmp_path, resume=True).state, unstopped.state)
 
 
@@ -193,7 +194,8 @@ def test_a_run_that_is_stopped_says_so_without_a_progress_line(caplog):
     result = run(interrupted_at(57, signal.SIGTERM))
     messages = [event["message"] for event in result.history.events if event["kind"] == "stop"]
     assert len(messages) == 1 and "SIGTERM" in messages[0] and f"of {problem.TOTAL_STEPS} steps" in messages[0]
-    assert [record.message for record in caplog.records if record.name == "autotunenet"] == messages
+    said = [record.getMessage() for record in caplog.records if record.name == "autotunenet"]
+    assert len(said) == 1 and said[0].endswith(messages[0])
 
 
 def test_a_snapshots_metric_is_that_of_its_state(tmp_path):

@@ -159,7 +159,7 @@ def test_the_rates_fall_once_and_the_history_says_so():
     session.recorder.flush()
     falls = [row for row in session.recorder.history.events if row["kind"] == "fall"]
     assert fallen and len(falls) == 1
-    session.recorder.load(session.recorder.to_dict())
+    session.recorder.load(session.recorder.to_dict(), step=0)
     trained(session, host, 5)
     session.recorder.flush()
     assert [row for row in session.recorder.history.events if row["kind"] == "fall"] == falls

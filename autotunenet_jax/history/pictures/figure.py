@@ -100,7 +100,7 @@ def drawing(style: Style) -> Iterator[Look]:
         raise ImportError("History.plot needs matplotlib; install autotunenet-jax[plot].") from error
     look = _look_of(style, matplotlib.rcParams)
     inks = ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    settings: dict[str, Any] = {
+    settings: Any = {
         **dict.fromkeys(inks, look.text),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), look.ground),
         **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "legend.fontsize"), _FONT_SIZE),

@@ -38,7 +38,7 @@ def plot(
             case "round":
                 figure = fork_round.draw(history, look, number=round or len(history.rounds))
             case "slice":
-                pair = tuple(names) if names else surface.pair_of(history, posterior.searched(history))
+                pair = (names[0], names[1]) if names else surface.pair_of(history, posterior.searched(history))
                 figure = surface.draw(history, look, names=pair, number=round or len(history.rounds))
         if path is not None:
             write(figure, path)

@@ -26,7 +26,9 @@ _SHORTFALL = "shortfall"
 
 def draw(history: "History", look: Look, *, names: Sequence[str], rounds: Sequence[int]) -> "matplotlib.figure.Figure":
     """Draws the picture; see `History.plot`."""
-    tried = {number: varied(history.rounds[number - 1]) for number in rounds if len(history.rounds[number - 1]["forks"])}
+    tried = {
+        number: varied(history.rounds[number - 1]) for number in rounds if len(history.rounds[number - 1]["forks"])
+    }
     panels = [
         (name, number) for name in names for number in _spread([n for n in tried if name in tried[n]])
     ]  # fmt: skip

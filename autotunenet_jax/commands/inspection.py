@@ -1,0 +1,98 @@
+"""``inspect``: what happened in a run, whether it is well, and which snapshots there are."""
+
+import datetime
+import pathlib
+import sys
+
+from ..checkpoint.errors import SnapshotVersionError
+from ..checkpoint.index import best_records, live_records
+from ..checkpoint.survey import Finding, survey
+from ..history.history import History
+from .run_folder import NoHistoryError, read_history
+from .tables import show_table
+
+
+def inspect(where: pathlib.Path) -> int:
+    """Prints it; changes nothing in the folder.
+
+    Returns:
+      1 where something is damaged, or there is nothing to tell; else 0.
+    """
+    problems: list[str] = []
+    history = None
+    try:
+        history = read_history(where)
+    except NoHistoryError as error:
+        problems.append(str(error))
+    if history is not None:
+        print(history.explain())
+        print()
+        print(_health(history))
+    if where.is_dir():
+        problems += _show_snapshots(where, history)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _health(history: History) -> str:
+    """Where the run stands."""
+    kinds = [event["kind"] for event in history.events]
+    told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "none"
+    lines = []
+    if history.records:
+        row = history.records[-1]
+        values = ", ".join(f"{name} {row[name]:.3g}" for name in history.names)
+        state = "ended" if history.summary else "under way, or ended by force"
+        lines.append(f"Health: step {row['step']} ({row['phase']}), loss {row['loss']:.4g}, {values}; the run {state}.")
+    evals = [row for row in history.evals if row.get("is_settled", True)]
+    if evals:
+        best = (min if history.mode == "min" else max)(evals, key=lambda row: row["value"])
+        lines.append(
+            f"Validation: {evals[-1]['value']:.4g} at step {evals[-1]['step']}; the best of {len(evals)} readings was "
+            f"{best['value']:.4g} at step {best['step']}."
+        )
+    return "\n".join([*lines, f"Events: {told}."])
+
+
+def _show_snapshots(where: pathlib.Path, history: History | None) -> list[str]:
+    """Prints a table of the snapshots; returns what is damaged."""
+    try:
+        found, messages = survey(where)
+    except (SnapshotVersionError, OSError) as error:
+        return [str(error)]
+    if not found:
+        print("\nNo snapshots of this library lie here.")
+        return messages
+    records = [finding.record for finding in found if finding.record is not None]
+    live = live_records(records)
+    best = best_records(records, "max" if history is not None and history.mode == "max" else "min")
+    marks: dict[int, list[str]] = {}
+    for name, those in (("latest", live[-1:]), ("best", best[:1])):
+        for record in those:
+            marks.setdefault(record.id, []).append(name)
+    head = ("snapshot", "step", "metric", "state", "health", "saved (UTC)", "size", "which")
+    show_table(f"Snapshots in {where}", head, [_row(finding, marks) for finding in found])
+    damaged = [f"snapshot {finding.name} is damaged: {finding.problem}." for finding in found if finding.problem]
+    return [*messages, *damaged]
+
+
+def _row(finding: Finding, marks: dict[int, list[str]]) -> tuple[str, ...]:
+    record = finding.record
+    state = "complete" if finding.state == "sound" else finding.state
+    if record is None:
+        return finding.name, "", "", state, "", "", "", ""
+    saved = datetime.datetime.fromtimestamp(record.saved_at, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+    which = [*marks.get(record.id, []), *(["abandoned"] if record.is_abandoned else [])]
+    metric = "-" if record.metric is None else f"{record.metric:.4g}"
+    return (
+        finding.name, str(record.step), metric, state, record.status, saved, _size(record.size_bytes), ", ".join(which),
+    )  # fmt: skip
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000.0:
+            return f"{count:.3g} {unit}"
+        count /= 1000.0
+    return f"{count:.3g} TB"
