@@ -12,13 +12,16 @@ export PIP_NO_INPUT := 1
 # Matrices are small here: the threads of BLAS would mostly wait for each other.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format docs benchmark clean
+.PHONY: demo test soak lint format docs benchmark clean
 
 demo: $(VENV)/.examples.stamp  ## Install, then watch one run tune itself.
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test.stamp  ## Install, then run every test.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+soak: $(VENV)/.test.stamp  ## Install, then run the long forms of tests: more faults, more kills.
+	$(BIN)/python -m pytest -n $(WORKERS) -m soak --timeout 1200 tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev.stamp  ## Install, then check style, types and the direction of imports.
 	$(BIN)/ruff check .

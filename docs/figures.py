@@ -24,7 +24,7 @@ matplotlib.use("agg")
 
 FOLDER = pathlib.Path(__file__).parent / "concepts"
 # Okabe and Ito's colours, which most kinds of colour blindness keep apart.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"
+BLUE, ORANGE, GREEN, RED = "#0072b2", "#e69f00", "#009e73", "#d55e00"
 SIZE = (6.8, 2.7)
 SPACE = {"learning_rate": (1e-5, 1e-1)}
 
@@ -229,13 +229,14 @@ def guard():
     top = axis.get_ylim()[1]
     skipped = [row["step"] for row in history.records if not np.isfinite(row["loss"])]
     undone = [event["step"] for event in history.events if event.get("kind") == "rollback"]
-    for places, color, text in (
-        (skipped, GREY, "a loss of NaN:\nthe step does\nnot happen"),
-        (undone, RED, "weights negated:\nback to a\nhealthy copy"),
+    for places, color, side, text in (
+        (skipped, "0.4", "right", "a loss of NaN:\nthe step does\nnot happen"),
+        (undone, RED, "left", "weights negated:\nback to a\nhealthy copy"),
     ):
         for place in places:
             axis.axvline(place, color=color, lw=1.0, ls="--")
-            axis.text(place - 4, top, text, ha="right", va="top", fontsize=8, color=color)
+            beside = place + (4 if side == "left" else -4)
+            axis.text(beside, top, text, ha=side, va="top", fontsize=8, color=color)
     axis.legend(frameon=False, fontsize=8, loc="lower left")
     return figure
 
@@ -259,8 +260,12 @@ def snapshots():
     kept = {row["step"]: row["loss"] for row in whole.kept()}
     again = {row["step"]: row["loss"] for row in resumed.kept()}
     differing = sum(again[step] != kept.get(step) for step in again)
-    axis.plot(list(kept), list(kept.values()), color=ORANGE, lw=3.0, alpha=0.7, label="never interrupted")
-    axis.plot(list(again), list(again.values()), color=BLUE, lw=0.9, label="interrupted and resumed")
+    steps = range(1, 401)
+    for losses, color, width, label in (
+        (kept, ORANGE, 3.0, "never interrupted"),
+        (again, BLUE, 0.9, "interrupted and resumed"),
+    ):
+        axis.plot(steps, [losses.get(step, np.nan) for step in steps], color=color, lw=width, label=label)
     axis.axvline(saved, color=RED, lw=1.0, ls="--")
     axis.set(yscale="log", xlabel="budget, steps", ylabel="training loss")
     text = f"an exception; gone on with:\n{differing} of {len(again)} losses differ"

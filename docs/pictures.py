@@ -1,6 +1,7 @@
 """The runs behind the pictures of ``pictures.md``, and the pictures: ``python docs/pictures.py``."""
 
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +96,32 @@ def batch_size():
 
 
 RUNS = {function.__name__: function for function in (rate, several, rollback, batch_size)}
+
+
+# What is shown of which run, by the name of the file.
+PICTURES = {
+    "overview": ("several", {"kind": "overview"}),
+    "overview_rollback": ("rollback", {"kind": "overview", "style": "dark"}),
+    "posterior": ("several", {"kind": "posterior"}),
+    "round": ("rate", {"kind": "round", "round": 1}),
+    "slice": ("several", {"kind": "slice", "style": "dark"}),
+    "slice_batch_size": ("batch_size", {"kind": "slice"}),
+}
+
+
+def main():
+    """Makes the pictures; histories that a folder given as an argument holds are not made again."""
+    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    histories = {}
+    for name, (source, options) in PICTURES.items():
+        if source not in histories:
+            path = None if folder is None else folder / f"{source}.json"
+            is_there = path is not None and path.exists()
+            histories[source] = atn.History.from_json(path) if is_there else RUNS[source]()
+            if path is not None and not is_there:
+                histories[source].to_json(path)
+        histories[source].plot(HERE / "pictures" / f"{name}.png", **{"style": "light", **options})
+
+
+if __name__ == "__main__":
+    main()

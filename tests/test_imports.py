@@ -8,7 +8,7 @@ import pytest
 ALLOWANCE_S = 0.3
 UNWANTED = {
     *("torch", "flax", "gpjax", "orbax", "lightning", "transformers"),
-    *("pandas", "matplotlib", "sklearn", "scipy.stats", "rich", "tensorflow"),
+    *("pandas", "matplotlib", "optuna", "sklearn", "scipy.stats", "rich", "tensorflow"),
 }
 
 PROBE = """

@@ -99,6 +99,10 @@ class TorchHost(Host):
         if rewinds and self._stream is not None:
             self._stream.cursor = tuple(copy["cursor"])
 
+    def stands_here(self, copy: dict[str, Any]) -> dict[str, Any]:
+        """A copy that leads back to where the stream stands now."""
+        return copy if self._stream is None else {**copy, "cursor": self._stream.cursor}
+
     def put_buffers_back(self, copy: dict[str, Any], names: Collection[str]) -> None:
         """Puts the buffers of a copy back into the modules of the ones named."""
         self.state.buffers_back(copy["training"], names)

@@ -40,9 +40,13 @@ class SoundSession(Session):
                 loss = math.nan
             if not math.isfinite(loss):
                 self._undo()
-            return super().report(loss, recorded=recorded)
+            report = super().report(loss, recorded=recorded)
         finally:
             self._is_reporting = False
+        if self.controller.phase != TRAIN and self.controller.saved_data == self.controller.data_step:
+            # A round begins with the first batch that is good: all of its forks do.
+            self.saved = self.host.stands_here(self.saved)
+        return report
 
     def _looked(self) -> bool:
         """Whether the state may be copied, the same on all processes; looked at once for each step."""

@@ -57,7 +57,18 @@ def defaults(space: SearchSpace) -> dict[str, Array]:
 def first_state(
     space: SearchSpace, capacity: int, *, key: PRNGKeyArray, start: Mapping[str, Any], plan: Plan, digests: np.ndarray
 ) -> TunerState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Raises:
+      ValueError: JAX is told to raise at every NaN or infinity, and here they stand for what is not known yet.
+    """
+    flags = [name for name in ("jax_debug_nans", "jax_debug_infs") if getattr(jax.config, name)]
+    if flags:
+        raise ValueError(
+            f"{' and '.join(flags)} would stop the tuner, whose state has NaN and infinity for what is not known yet; "
+            f"steps that give NaN are skipped and counted. Switch it off, jax.config.update({flags[0]!r}, False), and "
+            "look for NaN in a step of your own without the tuner."
+        )
     starts_now, has_test = int(plan.start[0]) == 0, int(plan.range_test[0]) > 0
     phase = (SWEEP if has_test else FORK) if starts_now else TRAIN
     segment = (plan.range_test[0] if has_test else plan.length[0]) if starts_now else plan.start[0]

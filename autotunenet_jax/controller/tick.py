@@ -16,12 +16,17 @@ from .state import FORK, SWEEP, TRAIN, Directive, TunerState, position
 
 _FIRST_LOSSES = 4
 
+# Values from which the spread of a loss is known.
+_SPREAD_VALUES = 20.0
+
 
 def ceiling(ts: TunerState) -> Float[Array, ""]:
     """A loss that training which is still healthy does not stay above: well over where the run began."""
     health = ts.health
     progress = jnp.maximum(health.initial_loss - health.best_level, 0.0)
-    limit = health.initial_loss + 0.5 * progress + 6.0 * health.monitor.spread
+    # A few values may lie close together by chance.
+    doubt = jnp.maximum(1.0, _SPREAD_VALUES / jnp.maximum(health.monitor.count, 1))
+    limit = health.initial_loss + 0.5 * progress + 6.0 * doubt * health.monitor.spread
     return jnp.where(ts.step - health.bad_steps >= _FIRST_LOSSES, limit, jnp.inf)
 
 

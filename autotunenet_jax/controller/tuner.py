@@ -151,6 +151,9 @@ class AutoTuneNet:
         Args:
           key: A typed PRNG key, or a legacy uint32 one.
           start: Values to start from where ``initial`` names none; arrays under jit too.
+
+        Raises:
+          ValueError: ``jax_debug_nans`` or ``jax_debug_infs`` is on: NaN and infinity stand for what is not known yet.
         """
         return first_state(
             self.space,

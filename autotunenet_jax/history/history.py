@@ -53,10 +53,10 @@ class History:
         ``round``, ``fork``, ``is_kept`` (whether the step is part of the final state's past), and the hyperparameters
         in force by name.
       rounds: One dict per round: ``start`` and ``end`` (budget steps), ``kind`` (``"fast"`` or ``"slow"``),
-        ``sweep`` (the span of its range test, or None), ``outcome``, ``verdict`` (a sentence), ``chosen``, ``best`` (the fork that won; -1 where
-        all failed), ``scored_by``, ``reference`` (score of the state all forks started from, or None), and ``forks``,
-        a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``, ``"lost"`` or ``"failed"``),
-        ``steps`` and ``p_better`` (how likely it was better than the one kept till then).
+        ``sweep`` (the span of its range test, or None), ``outcome``, ``verdict`` (a sentence), ``chosen``, ``best``
+        (the fork that won; -1 where all failed), ``scored_by``, ``reference`` (score of the state all forks started
+        from, or None), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
+        ``"lost"`` or ``"failed"``), ``steps`` and ``p_better`` (how likely it was better than the one kept till then).
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded

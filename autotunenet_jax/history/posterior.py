@@ -109,6 +109,19 @@ def encoded(space: SearchSpace, hyperparams: Mapping[str, Any]) -> Float[np.ndar
     return np.asarray(space.encode(values), np.float32)
 
 
+def trials_of(history: "History", number: int) -> trials.Observations:
+    """The forks of some rounds, from the first on, as the tuner had taken them in by the end of the last."""
+    space = space_of(history)
+    obs = trials.empty(_CAPACITY, space.dims)
+    for place, row in enumerate(history.rounds[:number]):
+        if row["outcome"] == OUTCOMES[OUTCOME_ROUND_SKIPPED]:
+            continue
+        for fork in row["forks"]:
+            time = fork_surrogate.time_of(jnp.float32(_data_step(history, row, fork)))
+            obs = _add(obs, encoded(space, fork["hyperparams"]), _relative(row, fork), time, place)
+    return obs
+
+
 def posterior_of(history: "History", number: int) -> RoundPosterior:
     """What the surrogate said at the end of a round, from that round and those before it.
 
@@ -119,23 +132,18 @@ def posterior_of(history: "History", number: int) -> RoundPosterior:
     Cost: one surrogate fit; compiled once for each search space.
     """
     space, rounds = space_of(history), history.rounds[:number]
-    obs, is_slow = trials.empty(_CAPACITY, space.dims), np.zeros(len(rounds), bool)
-    points, time = [], 0.0
-    for place, row in enumerate(rounds):
-        points, is_slow[place] = [encoded(space, fork["hyperparams"]) for fork in row["forks"]], row["kind"] == "slow"
-        for x, fork in zip(points, row["forks"], strict=True):
-            time = fork_surrogate.time_of(jnp.float32(_data_step(history, fork["end"])))
-            if row["outcome"] != OUTCOMES[OUTCOME_ROUND_SKIPPED]:
-                obs = _add(obs, x, _relative(row, fork), time, place)
-    slow = is_slow[np.minimum(np.asarray(obs.group), len(rounds) - 1)]
-    evidence, fitted = _fit(space, obs, slow, points[0])
-    forks = rounds[-1]["forks"]
-    mine = np.flatnonzero((np.asarray(obs.group) == number - 1) & np.asarray(trials.mask(obs)))[-len(forks) :]
-    shortfall = np.where(np.asarray(evidence.failed), np.nan, np.asarray(evidence.y))[mine]
-    if not mine.size:
-        shortfall = np.full(len(forks), np.nan)
-    best, config = rounds[-1]["best"], fork_surrogate.config_of(space)
-    return RoundPosterior(space, np.stack(points), shortfall, best, config, fitted, float(time))
+    x = np.stack([encoded(space, fork["hyperparams"]) for fork in rounds[-1]["forks"]])
+    obs = trials_of(history, number)
+    group, used = np.asarray(obs.group), np.asarray(trials.mask(obs))
+    is_slow = np.array([row["kind"] == "slow" for row in rounds])[np.minimum(group, len(rounds) - 1)]
+    evidence, fitted = _fit(space, obs, is_slow, x[0])
+    shortfall = np.full(len(x), np.nan)
+    mine = np.flatnonzero(used & (group == number - 1))
+    # A run of very many trials may have forgotten some of a round.
+    if len(mine) == len(x):
+        shortfall = np.where(np.asarray(evidence.failed), np.nan, np.asarray(evidence.y))[mine]
+    time = float(np.asarray(obs.time)[mine].max(initial=0.0))
+    return RoundPosterior(space, x, shortfall, rounds[-1]["best"], fork_surrogate.config_of(space), fitted, time)
 
 
 def _relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
@@ -147,13 +155,14 @@ def _relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
     return float((score - reference) / np.asarray(loss_monitor.magnitude(jnp.asarray(reference))))
 
 
-def _data_step(history: "History", step: int) -> int:
-    """Where in the data a run stood at a budget step; where steps were not recorded, how many had been kept."""
-    rows = history.records
-    index = history.index_at(step)
-    if index >= 0 and "data_step" in rows[index]:
-        return rows[index]["data_step"] + step - rows[index]["step"]
-    return step - sum(min(end, step) - start for start, end in history.discarded if start < step)
+def _data_step(history: "History", row: Mapping[str, Any], fork: Mapping[str, Any]) -> int:
+    """Where in the data a fork ended; where data went on instead of back, how many steps had been kept by then."""
+    index = history.index_at(fork["end"])
+    if history.is_paired and index >= 0 and "data_step" in history.records[index]:
+        found = history.records[index]
+        return found["data_step"] + fork["end"] - found["step"]
+    start = row["start"]
+    return start - sum(min(end, start) - begin for begin, end in history.discarded if begin < start) + fork["steps"]
 
 
 @jax.jit

@@ -268,7 +268,7 @@ class Run:
         session = self.session
         session.settle()
         session.evaluate()
-        if is_whole and self._last is not None and self.controller.phase == TRAIN and not jax.config.jax_debug_nans:
+        if is_whole and self._last is not None and self.controller.phase == TRAIN:
             self._look_at_last()
         if self.host.eval_step is not None and is_whole and session.end_at_best():
             session.last_eval = self.host.evaluate()

@@ -108,7 +108,7 @@ def _spoken(core: Any, directive: Directive, due: Any, ts: TunerState, slots: An
     """All that Python reads after a call, as one int32 vector; hyperparameters first, by their bits."""
     values = jnp.stack([jnp.asarray(value, jnp.float32) for value in core.hyperparams(ts).values()])
     numbers = (*directive, due, ts.phase, ts.step, slots.saved_step, slots.kept_step, ts.validation.has_fallen)
-    numbers = (*numbers, may_copy(ts))
+    numbers = (*numbers, may_copy(ts), ts.slots.saved_data)
     words = [jnp.asarray(number).astype(jnp.int32) for number in numbers]
     return jnp.concatenate([jax.lax.bitcast_convert_type(values, jnp.int32), jnp.stack(words)])
 
@@ -146,6 +146,7 @@ class PackedController:
       step: Budget spent.
       data_step: Position in the data of the next step.
       may_copy: Whether the next loss may ask for a copy of the training.
+      saved_data: Position in the data that forks go back to.
 
     Cost: about 0.1 ms for a loss.
     """
@@ -212,8 +213,8 @@ class PackedController:
         self._values = words[:count].view(np.float32).tolist()
         numbers = words[count:].tolist()
         directive = Directive(*numbers[:_DIRECTIVE_FIELDS])
-        due, self.phase, self.step, saved_step, kept_step, has_fallen, copies = numbers[_DIRECTIVE_FIELDS:]
-        self.may_copy = bool(copies)
+        due, self.phase, self.step, saved_step, kept_step, has_fallen, copies, saved_data = numbers[_DIRECTIVE_FIELDS:]
+        self.may_copy, self.saved_data = bool(copies), saved_data
         self.data_step = numbers[Directive._fields.index("data_step")]
         return Tick(directive, bool(due), saved_step, kept_step, bool(has_fallen))
 

@@ -112,7 +112,8 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
         ``opt_state`` it is: a Flax ``TrainState`` or ``nnx.Optimizer``.
 
     Returns:
-      Scalar arrays by name; a name that occurs in several places by its path.
+      Scalar arrays by name; a name that occurs in several places by its path. Of a stack of states, as ``jax.pmap``
+      and ``jax.vmap`` give them, arrays with the axes of the stack.
 
     Raises:
       ValueError: There are no hyperparameters in it, or several tuned optimizers.
@@ -128,7 +129,10 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
         state = state._replace(snapshots=None, record=None)
-    return _in_force(state)
+    read = _in_force
+    for _ in range(next(iter(state.packed.vectors.values())).ndim - 1):
+        read = jax.vmap(read)
+    return read(state)
 
 
 def observe(opt_state: Any, loss: Any) -> Any:
@@ -169,9 +173,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _observe(
-    settings: Settings, packed: packing.Packed, record: Array, loss: Array
-) -> tuple[packing.Packed, Array]:
+def _observe(settings: Settings, packed: packing.Packed, record: Array, loss: Array) -> tuple[packing.Packed, Array]:
     lag, is_usable, is_made = _unreported(settings, packed)
     flags = {"is_usable": is_usable, "is_away": jnp.zeros((), bool), "is_made": is_made}
     after, directive, record = take_loss(settings, packed, record, loss, lag=lag, **flags)

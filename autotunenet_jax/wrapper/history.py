@@ -12,7 +12,17 @@ from jaxtyping import Array, Int
 
 from ..controller.plan import MAX_FORKS
 from ..controller.schedule import shape_of
-from ..controller.state import FORK, OUTCOME_RETRIED, OUTCOME_ROLLBACK, PHASES, TRAIN, Directive, Round, TunerState, empty_round
+from ..controller.state import (
+    FORK,
+    OUTCOME_RETRIED,
+    OUTCOME_ROLLBACK,
+    PHASES,
+    TRAIN,
+    Directive,
+    Round,
+    TunerState,
+    empty_round,
+)
 from ..history.history import History
 from ..session.recorder import Recorder
 from . import ring
@@ -306,6 +316,7 @@ def _in_force_at(
         ts: TunerState = ring.with_stretch(course.tuner, held, begin)
         since = ts.health.since_rollback + jnp.where(has_told, done, 0)
         ts = ts._replace(segment_left=ts.segment_left + paused, health=ts.health._replace(since_rollback=since))
-        return in_force(settings, course._replace(tuner=advanced(ts, heard), lag=done - heard))
+        past = course._replace(tuner=advanced(ts, heard), lag=done - heard)
+        return in_force(settings, past, is_silent=~has_told)
 
     return jax.vmap(one)(stretches, begins.astype(jnp.int32), done.astype(jnp.int32), paused.astype(jnp.int32))

@@ -10,8 +10,8 @@ from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..compiler.stored_program import named, stored_program
 from ..controller import when
-from ..controller.loss_monitor import is_failure
-from ..controller.state import FORK, TRAIN, Directive, Round
+from ..controller.loss_monitor import DIVERGED, SPIKE
+from ..controller.state import FORK, OUTCOME_NONE, TRAIN, Directive, Round
 from . import memory_drift, ring
 from .state import Course, Memory, Order, Settings, advanced, no_order
 
@@ -41,7 +41,7 @@ class _Heard(NamedTuple):
 def take_loss(
     settings: Settings,
     packed: packing.Packed,
-    record: Array,
+    record: Any,
     loss: Any,
     *,
     lag: Array,
@@ -164,8 +164,10 @@ def _hear(
     copies = ("save", "restore", "keep", "adopt")
     directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
     is_due &= is_heard
-    fails = (ts.phase == TRAIN) & (is_failure(directive.verdict) | directive.restore | directive.adopt)
-    is_event = is_heard & (fails | jnp.any(after.incumbent != ts.incumbent))
+    # A loss that stays not finite after the way back is no event: such steps are spans.
+    is_high = (directive.verdict == SPIKE) | (directive.verdict == DIVERGED)
+    acts = (directive.outcome != OUTCOME_NONE) | directive.restore | directive.adopt | is_high
+    is_event = is_heard & (((ts.phase == TRAIN) & acts) | jnp.any(after.incumbent != ts.incumbent))
     waits = (ts.phase != TRAIN) & (after.segment_left == ts.segment_left)
     bits = jnp.where(is_made, 0, ring.SKIPPED) + jnp.where(waits, ring.HELD, 0)
     is_reading = after.step % after.plan.save_every == 0

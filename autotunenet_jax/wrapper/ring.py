@@ -1,7 +1,7 @@
 """What a tuned optimizer's state remembers of its run: the last decisions, steps that were not made, metrics, losses.
 
-Four rings of fixed size lie in one vector of 32-bit words, one after the other, behind their counts: a step pays for each
-array of its state, and a vector that is passed through is written in place. Writing a row costs the row alone.
+Four rings of fixed size lie in one vector of 32-bit words, one after the other, behind their counts: a step pays for
+each array of its state, and a vector that is passed through is written in place. Writing a row costs the row alone.
 """
 
 from typing import Any, NamedTuple

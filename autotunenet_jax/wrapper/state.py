@@ -148,7 +148,7 @@ def advanced(ts: TunerState, steps: Array) -> TunerState:
     )
 
 
-def in_force(settings: Settings, course: Course, *, is_silent: bool = False) -> dict[str, Array]:
+def in_force(settings: Settings, course: Course, *, is_silent: bool | Array = False) -> dict[str, Array]:
     """Values for the next step, by name.
 
     Args:
@@ -230,7 +230,7 @@ def _noted(before: TunerState, after: TunerState, metric: Array) -> Noted:
         is_settled=(before.phase == TRAIN) | (before.step == 0),
         always=is_score | is_last,
         # As near as two readings that count may be.
-        spacing=before.plan.check_every * 4 // 5,
+        spacing=jnp.asarray(before.plan.check_every * 4 // 5),
         words=ring.words_of(ring.entry(after, cause=ring.MEASURED, phase=before.phase)),
         is_event=(seen.retreats != past.retreats) | (seen.cools_from != past.cools_from) | has_moved,
     )

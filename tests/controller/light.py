@@ -100,6 +100,36 @@ def told(losses, metrics=None, *, reports=False, bowl=0.0):
     return Told(*(np.broadcast_to(np.asarray(c, k), (count,)) for c, k in zip(columns, kinds, strict=True)))
 
 
+def losses_like_training(kind, seed, count):
+    """Losses of a run, and metrics that turn upwards in the middle of some."""
+    rng = np.random.default_rng(seed)
+    at = np.arange(count)
+    losses = 2.0 * np.exp(-at / (0.3 * count)) + (0.3 if kind == "noisy" else 0.03) * rng.normal(size=count)
+    turn = rng.integers(count // 3, 2 * count)
+    metrics = losses + 0.05 * rng.normal(size=count) + 0.01 * np.maximum(at - turn, 0)
+    if kind == "constant":
+        losses = np.full(count, rng.choice([0.0, 2.5, -3.0, 1e-20]))
+    for position in rng.integers(0, count, size=6):
+        fault = rng.choice(["not finite", "bursts", "spikes", "divergence", "huge"]) if kind == "everything" else kind
+        if fault == "not finite":
+            losses[position] = rng.choice([np.nan, np.inf, -np.inf])
+            metrics[rng.integers(count)] = np.nan
+        elif fault == "bursts":
+            losses[position : position + rng.choice([1, 4, 7, 8, 9, 20])] = np.nan
+        elif fault == "spikes":
+            losses[position : position + rng.integers(1, 60)] += 5.0
+        elif fault == "divergence":
+            losses[position:] += 0.3 * np.arange(count - position)
+        elif fault == "huge":
+            losses[position] = 1e30
+    return losses.astype(np.float32), metrics.astype(np.float32)
+
+
+def bits(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf, np.float64)
+
+
 def _step(core, carry, given):
     ts, asked = carry
     away = jnp.clip(jnp.log10(core.hyperparams(ts)["learning_rate"] + 1e-9), -5.0, 0.0) - _BEST

@@ -1,10 +1,9 @@
-"""The whole controller: step by step against a plain twin, under JAX's transformations, and what never changes it."""
+"""The whole controller: step by step against a plain twin, and what never changes it."""
 
 import functools
 
 import hypothesis
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -12,36 +11,11 @@ from hypothesis import strategies as st
 import autotunenet_jax as atn
 from autotunenet_jax.controller import loss_monitor, state
 from autotunenet_jax.controller.plan import NEVER
-from tests.controller.light import SPACES, compiled, run, told, tuner, twin_of
+from tests.controller.light import SPACES, bits, losses_like_training, run, told, tuner, twin_of
 
 pytestmark = pytest.mark.usefixtures("light_surrogate")
 
 KINDS = ("healthy", "noisy", "not finite", "bursts", "spikes", "divergence", "huge", "constant", "everything")
-
-
-def losses_like_training(kind, seed, count):
-    """Losses of a run, and metrics that turn upwards in the middle of some."""
-    rng = np.random.default_rng(seed)
-    at = np.arange(count)
-    losses = 2.0 * np.exp(-at / (0.3 * count)) + (0.3 if kind == "noisy" else 0.03) * rng.normal(size=count)
-    turn = rng.integers(count // 3, 2 * count)
-    metrics = losses + 0.05 * rng.normal(size=count) + 0.01 * np.maximum(at - turn, 0)
-    if kind == "constant":
-        losses = np.full(count, rng.choice([0.0, 2.5, -3.0, 1e-20]))
-    for position in rng.integers(0, count, size=6):
-        fault = rng.choice(["not finite", "bursts", "spikes", "divergence", "huge"]) if kind == "everything" else kind
-        if fault == "not finite":
-            losses[position] = rng.choice([np.nan, np.inf, -np.inf])
-            metrics[rng.integers(count)] = np.nan
-        elif fault == "bursts":
-            losses[position : position + rng.choice([1, 4, 7, 8, 9, 20])] = np.nan
-        elif fault == "spikes":
-            losses[position : position + rng.integers(1, 60)] += 5.0
-        elif fault == "divergence":
-            losses[position:] += 0.3 * np.arange(count - position)
-        elif fault == "huge":
-            losses[position] = 1e30
-    return losses.astype(np.float32), metrics.astype(np.float32)
 
 
 def settings():
@@ -197,70 +171,6 @@ def test_the_order_of_the_names_makes_no_difference():
     a, b = one.init(jax.random.key(0)), other.init(jax.random.key(0))
     one.check(b)
     assert jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(*map(bits, (x, y)), equal_nan=True), a, b))
-
-
-def bits(leaf):
-    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf, np.float64)
-
-
-@functools.cache
-def updated():
-    """One compiled step, donated, and how often it was traced."""
-    traces = []
-
-    def step(ts, loss):
-        traces.append(None)
-        return tuner().update(ts, loss)
-
-    return jax.jit(step, donate_argnums=0), traces
-
-
-def loop(losses, total_steps=100):
-    ts, directives = tuner(total_steps=total_steps).init(jax.random.key(0)), []
-    for loss in losses:
-        ts, directive = updated()[0](ts, loss)
-        directives.append(directive)
-    return ts, jax.tree.map(lambda *column: np.stack(column), *jax.device_get(directives))
-
-
-def test_one_trace_donated_whatever_happens_and_a_state_of_fixed_size():
-    start = tuner(total_steps=100).init(jax.random.key(0))
-    for total_steps in (100, 400, None):
-        ts, _ = loop(losses_like_training("everything", 5, 120)[0], total_steps)
-        assert jax.tree.map(jax.typeof, start) == jax.tree.map(jax.typeof, ts)
-    assert len(updated()[1]) == 1
-    assert compiled(tuner().core)._cache_size() <= 1
-
-
-def test_three_runs_at_once_scanned_are_three_loops():
-    columns = np.stack([losses_like_training("healthy", 1, 60)[0]] * 3)
-    columns[1, 4:12], columns[2, 30:] = np.nan, 1e30
-    start = tuner().init(jax.random.key(0))
-    scan = jax.jit(jax.vmap(lambda losses: jax.lax.scan(tuner().update, start, losses)))
-    together, directives = scan(columns)
-    for i, losses in enumerate(columns):
-        ts, expected = loop(losses, 400)
-        for name, column in expected._asdict().items():
-            np.testing.assert_array_equal(getattr(directives, name)[i], column, err_msg=name)
-        np.testing.assert_allclose(together.incumbent[i], ts.incumbent, atol=1e-6)
-    assert len({directives.outcome[i].tobytes() for i in range(3)}) == 3
-
-
-def test_without_jit_it_is_the_same():
-    """At the end of a range test, where a decision is taken, and about it."""
-    losses = losses_like_training("healthy", 2, 20)[0]
-    length = int(tuner(total_steps=100).plan.range_test[0])
-    eager, _ = loop(losses[: length - 1])
-    said = []
-    for loss in losses[length - 1 : length + 1]:
-        eager, directive = tuner(total_steps=100).update(eager, loss)
-        said.append(directive)
-    compiled_, directives = loop(losses[: length + 1])
-    for name, column in directives._asdict().items():
-        np.testing.assert_array_equal(column[length - 1 :], [getattr(directive, name) for directive in said])
-    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled_), strict=True):
-        np.testing.assert_allclose(bits(a), bits(b), rtol=1e-6)
 
 
 WEIRD = (0.0, 1.0, -1.0, 2.0, 1e-30, 5.0, 1e6, -1e6, 1e14, 1e30, -1e30, 3e38, np.nan, np.inf, -np.inf)

@@ -134,3 +134,14 @@ def test_an_open_ended_run_anneals_when_asked_and_holds_no_more_rounds():
     np.testing.assert_allclose(rate(400 + np.arange(60)), settled[0] * np.maximum(1 - np.arange(60) / 50, 0), rtol=1e-4)
     assert np.all(ts.plan.start == NEVER)
     assert int(ts.phase) == state.TRAIN and int(ts.segment_left) == NEVER
+
+
+@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
+def test_flags_that_raise_at_every_nan_are_refused_at_the_start(flag):
+    tuner = atn.AutoTuneNet(RATE, 300)
+    jax.config.update(flag, True)
+    try:
+        with pytest.raises(ValueError, match=f"{flag} would stop the tuner.*Switch it off"):
+            tuner.init(jax.random.key(0))
+    finally:
+        jax.config.update(flag, False)

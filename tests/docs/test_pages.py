@@ -1,11 +1,12 @@
-"""The programs on the pages run, one after the other as a reader would run them, and train."""
+"""The programs on the pages run, one after the other as a reader would run them."""
 
 import pytest
 
 from tests.docs.pages import PAGES, blocks, run
 
-# With more asked of them in tests of their own.
-ELSEWHERE = {"add_a_framework.md", "history.md", "README.md", "torch.md", "lightning.md", "transformers.md"}
+# In tests of their own, since more is asked of them or they take long.
+ELSEWHERE = {"add_a_framework.md", "history.md", "optax.md", "recipes.md", "update.md"}
+ELSEWHERE |= {"README.md", "torch.md", "lightning.md", "transformers.md"}
 
 
 @pytest.mark.timeout(300)  # as many programs to compile as a page has ways in, where they are not in the cache
@@ -17,8 +18,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     names = run(page)
-    assert names.get("accuracy", 1.0) > 0.9
-    if "result" in names:
-        assert names["result"].history.rounds and not names["result"].is_interrupted
-    if "losses" in names:
-        assert names["losses"][-20:].mean() < 0.3
+    if page.name == "fit.md":
+        assert names["accuracy"] > 0.9
+        assert {row["kind"] for row in names["result"].history.rounds} == {"fast", "slow"}
+        assert (tmp_path / "runs" / "digits").is_dir()

@@ -176,3 +176,27 @@ def test_a_missing_optuna_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"autotunenet-jax\[optuna\]"):
         history().to_optuna()
+
+
+def test_the_trials_of_a_history_are_those_the_tuner_knows(result):
+    """What a picture of the posterior is computed from is what decisions were."""
+    from autotunenet_jax.history.posterior import trials_of
+
+    known = result.tuner_state.knowledge.observations
+    found = trials_of(result.history, len(result.history.rounds))
+    count = int(known.count)
+    assert int(found.count) == count > 0
+    for name in ("x", "y", "time"):
+        expected, got = np.asarray(getattr(known, name)), np.asarray(getattr(found, name))
+        np.testing.assert_allclose(got[:count], expected[:count], rtol=1e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(found.failed[:count], known.failed[:count])
+
+
+def test_a_file_holds_a_history(tmp_path):
+    made, path = history(2), tmp_path / "history.json"
+    made.to_json(path)
+    assert atn.History.from_json(path).to_dict() == made.to_dict()
+    assert [file.name for file in tmp_path.iterdir()] == ["history.json"]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"not what History\.to_json wrote"):
+        atn.History.from_json(path)

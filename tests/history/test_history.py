@@ -17,7 +17,7 @@ from autotunenet_jax.controller import state as states
 from autotunenet_jax.history import history as history_module
 from autotunenet_jax.loop.progress import Progress
 from autotunenet_jax.session import recorder as recorder_module
-from tests import problem
+from tests import history_fields, problem
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-4, 1.0), "layers": atn.Int(1, 9)})
 
@@ -44,6 +44,7 @@ def result():
 
 
 def test_records_are_complete_and_in_order(result):
+    history_fields.check(result.history)
     records = result.history.records
     assert [row["step"] for row in records] == list(range(1, problem.TOTAL_STEPS + 1))
     for row in records:

@@ -30,9 +30,10 @@ def draw(history: "History", look: Look, *, number: int) -> "matplotlib.figure.F
     labels = [_label(row, place) for place in range(len(curves))]
     columns = max(1, min(len(labels), _LETTERS // (max(map(len, labels)) + 7)))
     figure = new_figure(3.4 + 0.2 * -(-len(labels) // columns))
-    if any(len(steps) for steps, _ in curves):
+    if any(len(steps) > 1 for steps, _ in curves):
         left, right = figure.subplots(1, 2, width_ratios=(1.7, 1.0))
         _draw_curves(left, row, look, curves)
+        left.set_xlabel("steps of the fork" + (", on the same batches" if history.is_paired else ""))
     else:
         right = figure.subplots()
     _draw_scores(right, history, row, look)
@@ -50,6 +51,9 @@ def curve_of(history: "History", number: int, place: int) -> tuple[np.ndarray, n
     """Steps since a fork began, and its losses there, as far as they were recorded."""
     start, tag = history.rounds[number - 1]["forks"][place]["start"], ("fork", number - 1, place)
     rows = [row for row in history.records if (row["phase"], row["round"], row["fork"]) == tag and row["step"] > start]
+    finite = [row for row in rows if np.isfinite(row["loss"])]
+    # A loss that was noted now and then makes no curve.
+    rows = finite if 2 * len(finite) >= len(rows) else []
     steps = np.array([row["step"] - start for row in rows], int)
     return steps, np.array([row["loss"] for row in rows], float)
 
@@ -90,8 +94,7 @@ def _draw_curves(axis: Any, row: dict[str, Any], look: Look, curves: list[tuple[
             axis.plot(steps[counts], line[counts], color=inks[place], lw=5.0, alpha=0.45, zorder=2)
     if spans_decades(np.concatenate([losses for _, losses in curves])):
         axis.set_yscale("log")
-    axis.set_xlabel("steps of the fork, on the same batches" + ("; thick: scored" if is_by_loss else ""))
-    axis.set_ylabel("training loss")
+    axis.set_ylabel("training loss" + ("; thick: scored" if is_by_loss else ""))
     axis.grid(True, axis="y")
     axis.set_axisbelow(True)
 

@@ -98,8 +98,13 @@ def _draw_column(axis: Any, history: "History", look: Look, column: str) -> None
         is_kept = piece[0]["is_kept"]
         color, width, layer = (look.kept, 1.5, 3) if is_kept else (look.lost, 1.1, 2)
         if is_loss:
+            steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
             axis.plot(steps, values, color=color, lw=0.5, alpha=0.35, zorder=1)
-            values = smoothed(values, 0.9 if piece[0]["phase"] == "train" else 0.6)
+            # Losses that were noted now and then only are shown as they are.
+            if 2 * len(values) < len(piece):
+                axis.plot(steps, values, color=color, ls="none", marker=".", ms=5, zorder=layer)
+            else:
+                values = smoothed(values, 0.9 if piece[0]["phase"] == "train" else 0.6)
         axis.plot(steps, values, color=color, lw=width, zorder=layer)
     _scale(axis, np.array([row[column] for row in history.records], float))
     axis.set_ylabel(label_of(column))

@@ -1,0 +1,22 @@
+"""What a history holds, whichever way in it comes from."""
+
+RECORD = {"step", "data_step", "loss", "phase", "round", "fork", "is_kept"}
+ROUND = {
+    "start", "end", "kind", "scored_by", "reference", "sweep", "forks", "best", "outcome", "verdict", "chosen",
+}  # fmt: skip
+FORK = {"hyperparams", "scores", "status", "steps", "start", "end", "p_better"}
+EVAL = {"step", "value", "is_settled"}
+EVENT = {"step", "kind", "message"}
+SUMMARY = {"steps", "discarded_steps", "share_discarded", "rollbacks", "rounds", "evals", "dropped"}
+
+
+def check(history):
+    """Every row has these fields, no more and no fewer."""
+    forks = [fork for row in history.rounds for fork in row["forks"]]
+    pairs = (
+        (history.records, RECORD | set(history.names)), (history.rounds, ROUND), (forks, FORK), (history.evals, EVAL),
+        (history.events, EVENT), ([history.summary], SUMMARY),
+    )  # fmt: skip
+    for rows, fields in pairs:
+        assert all(set(row) == fields for row in rows), fields
+    assert history.records and history.rounds and forks
