@@ -87,7 +87,7 @@ class Recorder:
       history: Written to.
       space: What is tuned.
       progress: Where messages are shown.
-      callbacks: Hooks of the user's; see `Callback`.
+      callbacks: Hooks of the user's; see `Callback`. They hear where `deliver` is called.
       loggers: Where the user wants the numbers; see `history.loggers.Writer`.
       log_every: Steps between two rows of the loggers.
       log: Where decisions and what happens are told of, a line each; None for nowhere.
