@@ -46,6 +46,9 @@ class _Silent:
     def wait(self, what: str) -> None:
         return
 
+    def wait(self, what: str) -> None:
+        return
+
     def show(self, **_: Any) -> None:
         return
 
