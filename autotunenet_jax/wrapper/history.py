@@ -46,9 +46,6 @@ class _Silent:
     def wait(self, what: str) -> None:
         return
 
-    def wait(self, what: str) -> None:
-        return
-
     def show(self, **_: Any) -> None:
         return
 
