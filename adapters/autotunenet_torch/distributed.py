@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,6 +26,10 @@ def to_float(value: Any, *, name: str) -> float:
                 "Average it over the batch."
             )
         return float(value.detach())
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a number or a scalar tensor; got {value!r}.")
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -297,10 +297,7 @@ class Trainer:
         if self._boundary is not None:
             self._boundary.begin()
         loss = self.train_step(source)
-        try:
-            self._tuner._notices.after(self._tuner._report(loss))
-        except atn.StopTraining as asked:
-            self.stop_reason = self.stop_reason or str(asked) or "a callback asked for it"
+        self._tuner._notices.after(self._tuner._report(loss))
         if self._boundary is not None:
             self._boundary.end()
         return loss

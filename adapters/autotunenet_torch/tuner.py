@@ -247,16 +247,16 @@ class AutoTuneNet:
         """
         report = self._report(distributed.to_float(loss, name="loss"))
         self._notices.after(report)
+        self._attached().recorder.deliver()
 
     def _report(self, own: float) -> Report:
         session = self._attached()
         self._notices.before(self._host)
         told = distributed.mean(math.nan if self._guard.was_skipped() else own)
-        try:
-            return session.report(told, recorded=own)
-        finally:
-            if session.is_settled:
-                self._guard.release()
+        report = session.report(told, recorded=own)
+        if session.is_settled:
+            self._guard.release()
+        return report
 
     def _release(self) -> None:
         """Takes off what an earlier run has put around its optimizer."""

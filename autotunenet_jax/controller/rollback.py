@@ -93,7 +93,8 @@ def _statistics(ts: TunerState, heard: Heard, answer: _Answer) -> TunerState:
     """After a rollback, and where a new level is accepted, the spikes seen so far mean nothing."""
     monitor, health = heard.after, ts.health
     zero, none = jnp.zeros_like(monitor.peak), jnp.zeros_like(monitor.strikes)
-    fresh = monitor._replace(strikes=none, short=monitor.level, peak=zero)
+    # A level learned on hard data must not condemn the next loss, however good.
+    fresh = monitor._replace(strikes=none, short=jnp.fmin(monitor.level, health.initial_loss), peak=zero)
     accepting = monitor._replace(
         level=heard.value, short=heard.value, count=none, strikes=none, peak=zero, lowest=heard.value, since_lowest=none
     )

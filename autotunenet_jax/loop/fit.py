@@ -1,6 +1,5 @@
 """The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -188,9 +187,9 @@ def fit(
       SnapshotMismatchError: With ``resume``, the snapshots are of another model or search space.
 
     Cost:
-      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step``, one in host memory.
-      Outside rounds nothing waits for the device but validation, durable snapshots and, every ``log_every`` steps, the
-      numbers for callbacks and loggers.
+      Two more copies of ``state`` on the device, a third during a step and, with ``eval_step`` or at the very end, one
+      in host memory. Outside rounds nothing waits for the device but validation, durable snapshots and, every
+      ``log_every`` steps, the numbers for callbacks and loggers.
     """
     total = _check_arguments(tuner, steps, eval_every)
     key = jax.random.key(0) if key is None else key
@@ -254,15 +253,16 @@ def _restored(run: Run, store: Snapshots) -> Any:
     like = run.snapshot()
     try:
         return store.restore(like)[1]
-    except SnapshotMismatchError:
+    except SnapshotMismatchError as error:
         has_eval = run.host.eval_step is not None
-        with contextlib.suppress(SnapshotMismatchError, OSError):
+        try:
             store.restore({**like, "best": None if has_eval else run.host.state})
-            raise SnapshotMismatchError(
-                f"the snapshots in {store.folder} are of a run {'without' if has_eval else 'with'} eval_step, and this "
-                f"one has {'one' if has_eval else 'none'}. Call fit as it was called when they were saved."
-            ) from None
-        raise
+        except (SnapshotMismatchError, OSError):
+            raise error from None
+        raise SnapshotMismatchError(
+            f"the snapshots in {store.folder} are of a run {'without' if has_eval else 'with'} eval_step, and this "
+            f"one has {'one' if has_eval else 'none'}. Call fit as it was called when they were saved."
+        ) from None
 
 
 class _Ending(NamedTuple):

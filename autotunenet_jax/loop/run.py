@@ -285,7 +285,7 @@ class Run:
         now = [jnp.copy(ts.step if number % 2 else ts.data_step) for number in range(4)]
         slots = ts.slots._replace(saved_data=now[0], saved_step=now[1], kept_data=now[2], kept_step=now[3])
         core, ts = controller.tuner.core, ts._replace(slots=slots)
-        copies, *_, log = _step_jit(core, self.train_step, self.copies, ts, host.hyperparams, batch)
+        copies, *_, log = _step_jit(core, self.train_step, self.has_aux, self.copies, ts, host.hyperparams, batch)
         self.copies = copies._replace(state=state.to_device())
         if not float(log["loss"]) <= float(last):
             self.session.leave_wreck(float(log["loss"]))

@@ -101,6 +101,7 @@ def check_train_step(
     """Traces the step once, abstractly, and checks what comes out.
 
     Raises:
+      KeyError: It reads what is not there; the message says which hyperparameters are.
       TypeError: It does not return ``(state, loss)``, or with ``has_aux`` no dict of metrics beside them.
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
@@ -112,7 +113,11 @@ def check_train_step(
         output.append(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), out))
         return out
 
-    jaxpr = jax.make_jaxpr(traced)(state, batch, hyperparams).jaxpr
+    try:
+        jaxpr = jax.make_jaxpr(traced)(state, batch, hyperparams).jaxpr
+    except KeyError as error:
+        error.add_note(f"hp holds what the search space names: {', '.join(map(repr, sorted(hyperparams)))}.")
+        raise
     out = output[-1]
     _check_is_pair(out, has_aux=has_aux)
     new_state, loss, metrics = parts_of(out, has_aux=has_aux)

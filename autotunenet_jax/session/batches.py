@@ -118,8 +118,14 @@ class BatchSource:
         """The batch at ``position``.
 
         Raises:
-          EndOfDataError: The iterable is its own iterator and has ended.
+          EndOfDataError: The iterable is its own iterator and has ended, or the callable raised `StopIteration`.
         """
         if self._function is not None:
-            return self._function(position, hyperparams)
+            try:
+                return self._function(position, hyperparams)
+            except StopIteration:
+                # Of an iterator that it takes batches from.
+                if position > 0:
+                    raise EndOfDataError from None
+                raise ValueError("batches raised StopIteration for the first batch. Give it data to read.") from None
         return self._window.get(position)

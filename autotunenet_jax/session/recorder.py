@@ -87,7 +87,7 @@ class Recorder:
       history: Written to.
       space: What is tuned.
       progress: Where messages are shown.
-      callbacks: Hooks of the user's; see `Callback`.
+      callbacks: Hooks of the user's; see `Callback`. They hear where `deliver` is called.
       loggers: Where the user wants the numbers; see `history.loggers.Writer`.
       log_every: Steps between two rows of the loggers.
       log: Where decisions and what happens are told of, a line each; None for nowhere.
@@ -130,9 +130,9 @@ class Recorder:
     # Steps.
 
     def log(self, entry: dict[str, Any], phase: int) -> None:
-        """Takes the device scalars of one step; reads them later, many at once."""
+        """Takes the device scalars of one step; reads them later, many at once. Without a loss they make no record."""
         self._steps_seen += 1
-        is_recorded = self._steps_seen % self.history.stride == 0
+        is_recorded = self._steps_seen % self.history.stride == 0 and "loss" in entry
         if not (is_recorded or self._feed.hears_steps):
             entry = {name: entry[name] for name in _ALWAYS if name in entry}
         fork = len(self._forks) if phase == FORK else -1

@@ -110,9 +110,6 @@ class Session:
         Args:
           loss: Non-finite is answered with a rollback, never an error.
           recorded: What goes into the history in its place, such as the loss of one process of several.
-
-        Raises:
-          StopTraining: A callback asks for the end of the run; `settle` is to follow.
         """
         controller, before = self.controller, self.controller.phase
         tick = controller.tick(loss)
@@ -127,8 +124,6 @@ class Session:
             self.settle()
         else:
             self.write()
-        # Last, since the user's own code may raise: by now state, books and controller agree.
-        self.recorder.deliver()
         return Report(directive, decision, before, controller.phase)
 
     def complete(self) -> Decision | None:

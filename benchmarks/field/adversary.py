@@ -30,7 +30,7 @@ ACCIDENTS = {"dead": (1.0,), "long": (20.0, 1e4, 1e12), "grad": (1e4, 1e6, 1e17)
 
 
 def draw(number: int) -> tuple[str, int, str, tasks.Faults, tasks.Faults]:
-    """What kind of faults a run has, its seed, its optimizer, its faults, and the share of them that plain training has."""
+    """The kind of faults of a run, its seed, its optimizer, its faults, and those of them that plain training skips."""
     rng = np.random.default_rng((2024, number))
     name = str(rng.choice(tasks.NON_FINITE))
     kind = str(rng.choice(["share", "burst", "accidents", "share and accidents"]))

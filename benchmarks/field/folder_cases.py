@@ -64,11 +64,20 @@ def opening_deletes_nothing_that_is_not_its_own(way: str) -> Outcome:
     return "2 notes left, latest 1", f"{there}, latest {step}", len(there) == 2 and step == 1
 
 
+def _interrupt_a_write(path: str) -> None:
+    """Sends SIGINT once something is being written."""
+    for _ in range(4000):
+        if any(p.name.startswith(".tmp") for p in pathlib.Path(path).iterdir()):
+            break
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 @case("C", "Snapshots")
 def a_signal_while_a_save_is_awaited(way: str) -> Outcome:
     with folder() as path, injected.slow_disk(delay_s=0.08):
         store = atn.Snapshots(path)
-        timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGINT))
+        timer = threading.Thread(target=_interrupt_a_write, args=(path,))
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             timer.start()

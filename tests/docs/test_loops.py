@@ -5,7 +5,7 @@ import pytest
 from tests.docs.pages import ROOT, run
 
 
-@pytest.mark.timeout(300)  # each holds a scan or a step with the whole controller in it to compile
+@pytest.mark.timeout(600)  # each holds a scan or a step with the whole controller in it to compile
 @pytest.mark.filterwarnings("default")  # a reader is warned, and reads on
 @pytest.mark.parametrize("page", ["optax.md", "update.md"])
 def test_a_page_runs(page, tmp_path, monkeypatch):

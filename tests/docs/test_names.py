@@ -8,6 +8,7 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT
 
+_CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.S | re.M)
 _FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -24,7 +25,7 @@ def anchors(page):
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in _LINK.findall(_FENCE.sub("", page.read_text())):
+    for target in _LINK.findall(_CODE.sub("", page.read_text())):
         if "://" in target:
             continue
         path, _, anchor = target.partition("#")

@@ -15,7 +15,7 @@ def cells(book):
     return [cell for cell in json.loads(book.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
-@pytest.mark.timeout(300)  # a program to compile, where it is not in the cache
+@pytest.mark.timeout(600)  # a program to compile, where it is not in the cache
 @pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
 @pytest.mark.filterwarnings("default")  # what other libraries say of their own is theirs
 def test_a_notebook_runs(book, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ ELSEWHERE = {"add_a_framework.md", "history.md", "optax.md", "recipes.md", "upda
 ELSEWHERE |= {"README.md", "torch.md", "lightning.md", "transformers.md"}
 
 
-@pytest.mark.timeout(300)  # as many programs to compile as a page has ways in, where they are not in the cache
+@pytest.mark.timeout(600)  # as many programs to compile as a page has ways in, where they are not in the cache
 @pytest.mark.filterwarnings("default")  # a reader is warned, and reads on
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page) and page.name not in ELSEWHERE], ids=lambda page: page.name

@@ -12,7 +12,7 @@ NEEDS = {
 }
 
 
-@pytest.mark.timeout(300)  # a program to compile for each page, where it is not in the cache
+@pytest.mark.timeout(600)  # a program to compile for each page, where it is not in the cache
 @pytest.mark.filterwarnings("default")  # what frameworks say of their own is theirs
 @pytest.mark.parametrize("page", NEEDS)
 def test_a_page_runs(page, tmp_path, monkeypatch):

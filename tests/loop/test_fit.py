@@ -376,8 +376,25 @@ def test_a_hyperparameter_that_only_the_data_needs_is_no_mistake(reader):
     assert float(reader(reads)) == 0.5
     assert "noise" in reads.names
     train_step_contract.check_train_step(
-        lambda state, batch, hp: (state, hp["learning_rate"]), {}, None, dict(reads), reads.names
+        lambda state, batch, hp: (state, hp["learning_rate"]),
+        {},
+        None,
+        dict(reads),
+        used_elsewhere=reads.names,
+        has_aux=False,
     )
+
+
+def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
+    with pytest.raises(KeyError) as caught:
+        atn.fit(
+            lambda state, batch, hp: (state, hp["learning_rat"]),
+            problem.new_state(),
+            batches_with({}),
+            tuner=problem.tuner(),
+            progress=False,
+        )
+    assert "hp holds what the search space names: 'learning_rate'." in caught.value.__notes__
 
 
 @pytest.mark.parametrize(

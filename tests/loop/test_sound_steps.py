@@ -88,3 +88,27 @@ def test_a_run_skips_bad_steps_and_nothing_of_them_is_left():
     assert bool(jnp.all(jnp.isfinite(result.state["moment"])))
     assert result.history.summary["rollbacks"] == 0
     assert float(problem.eval_step(result.state["inner"])) < 0.1
+
+
+WRECKS = -7
+
+
+def wrecking_step(state, batch, hp):
+    """A batch of that number multiplies what was trained by ten thousand: finite, and worth nothing."""
+    state, loss = problem.train_step(state, batch, hp)
+    size = jnp.where(batch[2] == WRECKS, 1e4, 1.0)
+    return {**state, "params": jax.tree.map(lambda leaf: leaf * size, state["params"])}, loss
+
+
+@pytest.mark.parametrize("before_the_end", [0, 1, 2])
+def test_a_state_that_the_last_steps_wreck_is_not_returned_where_no_metric_tells(before_the_end):
+    calls = iter(range(-1, 10**6))  # the first batch is asked for once more, before the run
+
+    def batches(position, hp):
+        x, y, number = problem.batch(position)
+        return x, y, np.int32(WRECKS) if next(calls) == problem.TOTAL_STEPS - 1 - before_the_end else number
+
+    tuner = problem.tuner(1e-3)
+    result = atn.fit(wrecking_step, problem.new_state(), batches, tuner=tuner, progress=False)
+    assert float(problem.eval_step(result.state)) < 0.1
+    assert result.history.events[-1]["kind"] == "rollback"

@@ -415,11 +415,13 @@ class Algorithm:
         good_steps = self.step - self.bad_steps
         if good_steps >= tick._FIRST_LOSSES:
             progress = max(self.initial_loss - self.best_level, ZERO)
-            ceiling = self.initial_loss + F(0.5) * progress + F(6) * self.monitor.spread
+            doubt = max(F(1), F(tick._SPREAD_VALUES) / F(max(self.monitor.count, 1)))
+            ceiling = self.initial_loss + F(0.5) * progress + F(6) * doubt * self.monitor.spread
         limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
         has_climbed = self.monitor.short > limit
         is_new = bool(np.isnan(self.initial_loss))
-        verdict = self.monitor.see(self.guard, loss, ceiling, self._limit(), self.known_level)
+        usual = self._limit()
+        verdict = self.monitor.see(self.guard, loss, ceiling, usual, self.known_level)
         self.bad_run = 0 if is_finite else self.bad_run + 1
         self.bad_steps += not is_finite
         if self.bad_run >= loss_monitor.BAD_RUN and not is_new:
@@ -456,6 +458,9 @@ class Algorithm:
             said.evaluate = self.left == 1
         else:
             self._hear_training(loss, is_finite, failed)
+            is_last = bool(self.plan.total) and self.step >= self.plan.total
+            if is_last and not failed and is_finite and loss > usual and np.isnan(self.metric_level):
+                verdict, failed = loss_monitor.SPIKE, True
             if failed:
                 self._unhealthy(loss, verdict, is_blue, said)
         if self.phase == TRAIN and self.readings.returns and self.readings.is_kept:
@@ -465,9 +470,8 @@ class Algorithm:
             self.left = max(self.left, 1)
         due = is_over or self.left <= 0
         if self.phase == TRAIN:
-            is_last = bool(self.plan.total) and self.step >= self.plan.total and not failed
             is_well = verdict in (loss_monitor.HEALTHY, loss_monitor.STALLED)
-            if (is_well and not due and self.monitor.strikes == 0) or is_last:
+            if (is_well and not due and self.monitor.strikes == 0) or (is_last and not failed):
                 self._snapshots(said)
             has_round = self.plan.start[self.row] < NEVER
             said.evaluate = bool(
@@ -548,7 +552,8 @@ class Algorithm:
         self.lowered = rollback._RETREAT_DECADES if is_to_blame else 0.0
         self.incumbent = self._shifted(self.incumbent, -self.lowered)
         self.bad_run = 0
-        self.monitor.strikes, self.monitor.short, self.monitor.peak = 0, self.monitor.level, ZERO
+        self.monitor.strikes, self.monitor.peak = 0, ZERO
+        self.monitor.short = np.fmin(self.monitor.level, self.initial_loss)
         self.rollbacks += 1
         self.since_rollback = -1
         self.left = max(self.left, 1)

@@ -109,3 +109,13 @@ def test_memory_is_one_batch_outside_rounds():
     assert len(source._window) == 50
     source.release(1050)
     assert len(source._window) == 0
+
+
+def test_a_callable_whose_iterator_ends_is_out_of_data():
+    batches = iter("ab")
+    source = BatchSource(lambda step, hp: next(batches))
+    assert [source.get(step, {}) for step in range(2)] == ["a", "b"]
+    with pytest.raises(EndOfDataError):
+        source.get(2, {})
+    with pytest.raises(ValueError, match="first batch"):
+        BatchSource(lambda step, hp: next(batches)).get(0, {})

@@ -11,6 +11,7 @@ from autotunenet_torch import AutoTuneNet, Trainer  # noqa: E402
 from tests.session.test_feed import Heard  # noqa: E402
 
 SPACE = {"learning_rate": (1e-4, 1.0)}
+pytestmark = pytest.mark.filterwarnings("ignore:The best learning_rate lies at")
 
 
 def net():

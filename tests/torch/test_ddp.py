@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -55,3 +56,12 @@ def test_resume_from_the_latest_step_that_all_have(tmp_path, monkeypatch, steps,
             serialization.save(store, step, {"step": step}, wait=True)
         found = serialization.restore_together(store)
     assert (found and found[1]["step"]) == expected
+
+
+def test_what_is_a_number_and_what_is_none():
+    tensors = (torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16))
+    for value in (0.5, *tensors, np.float64(0.5), np.array([[0.5]])):
+        assert distributed.to_float(value, name="loss") == 0.5
+    for value in ("0.5", None, np.ones(2), torch.ones(2), torch.tensor(1j)):
+        with pytest.raises(TypeError, match="loss must be a"):
+            distributed.to_float(value, name="loss")

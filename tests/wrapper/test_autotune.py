@@ -210,3 +210,33 @@ def test_dropout():
     assert dropout(jax.random.key(1), x.astype(jnp.bfloat16), 0.5).dtype == jnp.bfloat16
     for rate in (-1.0, 1.0, 2.0):
         assert bool(jnp.all(jnp.isfinite(dropout(jax.random.key(1), x, rate))))
+
+
+def test_the_state_that_was_measured_is_the_one_that_is_kept():
+    optimizer = atn.autotune(injected(), SPACE, total_steps=400)
+
+    @jax.jit
+    def step(w, opt_state):
+        loss, grads = jax.value_and_grad(lambda w: jnp.sum((w - 1.0) ** 2))(w)
+        updates, opt_state = optimizer.update(grads, opt_state, w, value=loss)
+        return optax.apply_updates(w, updates), opt_state
+
+    w, opt_state = jnp.zeros(4), optimizer.init(jnp.zeros(4))
+    for _ in range(300):
+        w, opt_state = step(w, opt_state)
+    assert int(opt_state.tuner.phase) == 0
+    measured, moments, at = np.asarray(w), opt_state.inner, int(opt_state.tuner.step)
+    opt_state = atn.observe_eval(opt_state, 0.5)
+    w, opt_state = step(w, opt_state)
+    assert np.array_equal(opt_state.kept.params, measured) and not np.array_equal(w, measured)
+    kept = opt_state.kept.inner.inner_state
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, moments.inner_state))
+    assert int(opt_state.tuner.slots.kept_step) == at
+
+
+def test_values_of_a_stack_of_states_have_its_axes():
+    optimizer = atn.autotune(injected(), SPACE, 100)
+    one = optimizer.init(PARAMS)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
+    values = atn.hyperparams(stacked)["learning_rate"]
+    assert values.tolist() == [float(atn.hyperparams(one)["learning_rate"])] * 3

@@ -84,7 +84,7 @@ def test_metrics_keep_a_distance(state):
 IMPORTS = [
     "import autotunenet_jax as atn; from autotunenet_jax.history.history import History",
     "import importlib; History = importlib.import_module('autotunenet_jax.history.history').History; "
-    "import autotunenet_jax.history.plot; import autotunenet_jax as atn",
+    "import autotunenet_jax.history.explain; import autotunenet_jax as atn",
 ]
 
 
