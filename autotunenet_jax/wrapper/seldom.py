@@ -80,7 +80,7 @@ def seldom(given: Given, on: Carried) -> tuple[Carried]:
         away, on = when(given.opened.is_left, functools.partial(_resumed, given), away, on)
         heard = None if heard is None else unheard(given.settings, given.before, heard, given.opened.lag, away)
     packed, directive, record = given.before, None, on.record
-    if heard is not None and given.loss is not None:
+    if heard is not None and given.loss is not None and on.record is not None:
         packed, directive, record = note(given.settings, given.before, heard, on.record, given.loss, given.opened.lag)
     books = closed(given.settings, given.before, packed, directive, given.opened, given.square, on.is_taken, away)
     on = on._replace(packed=books.packed, record=record)

@@ -20,6 +20,7 @@ from .state import AutotuneState, write_in_force
 def update(
     optimizer: Any,
     seen: Callable[[Any], Any],
+    axis_name: Any,
     updates: Any,
     state: AutotuneState,
     params: Any = None,
@@ -28,7 +29,7 @@ def update(
     aux: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, AutotuneState]:
-    """The update of `autotune`, whose first two arguments it binds: the inner optimizer, and how that sees parameters.
+    """The update of `autotune`, which binds the inner optimizer, how that sees parameters, and the axis of replicas.
 
     Raises:
       ValueError: No parameters, a loss that is no scalar, or ``aux`` of another structure than before.
@@ -45,7 +46,10 @@ def update(
 
     state, given_aux = aux_state.with_room(state, aux)
     opened = books.opened(settings, value is None, state.packed)
-    square = trees.squared_norm(updates)
+    square, value = trees.squared_norm(updates), None if value is None else jnp.asarray(value)
+    if axis_name is not None:
+        # Not finite on one replica, not finite on all.
+        square, value = jax.lax.pmean((square, value), axis_name)
     is_finite = jnp.isfinite(square) if value is None else jnp.isfinite(square) & jnp.isfinite(value)
     # Gradients make room for the update, where they can: what is not made of them stays them.
     is_alike = params is None or jax.tree.structure(params) == jax.tree.structure(updates)

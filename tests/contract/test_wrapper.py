@@ -281,7 +281,7 @@ def test_rising_validation_brings_the_best_state_back_at_a_lower_rate(toy):
         homes.append(int(course.home) if int(course.tuner.phase) == 0 else 0)
         rates.append(float(course.tuner.incumbent[0]))
     back = next(i for i, home in enumerate(homes) if home == 2 and i > lowest)
-    # One step past the best metric, which is when a copy can be made; half a decade of four lower.
-    assert_same(past[back], past[lowest], rtol=1e-5, atol=1e-6)
+    # The state that the best metric was measured of; half a decade of four lower.
+    assert_same(past[back], past[lowest - 1], rtol=1e-5, atol=1e-6)
     assert rates[back] == pytest.approx(max(rates[lowest] - 0.125, 0.0), abs=1e-6)
     assert rates[lowest] > 0.0
