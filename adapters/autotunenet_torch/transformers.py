@@ -175,7 +175,7 @@ class AutoTuneCallback(TrainerCallback):
         self._leave()
         self._is_training = False
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self.tuner._release()
+            self.tuner._close()
         else:
             self.tuner.finish()
         if self._has_saved:

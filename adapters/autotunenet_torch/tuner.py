@@ -318,14 +318,26 @@ class AutoTuneNet:
         return self.space.to_python(self.space.decode(incumbent))
 
     def finish(self) -> None:
-        """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic.
+        """Ends a run early, in the best state so far: that of the best fork inside a round, or of the best metric.
 
-        Callbacks hear of the end here, so call it after a whole run too where there are any.
+        At the end of the budget this is automatic. Callbacks hear of the end here, so call it after a whole run too
+        where there are any.
         """
+        self._end(at_best=True)
+
+    def _end(self, *, at_best: bool) -> None:
+        """Ends a run; without ``at_best`` where it stands, which is how one that will be resumed is left."""
         session = self._attached()
         if not session.is_settled:
             session.settle()
-        self._guard.release()
+            if at_best:
+                session.return_to_best()
+        self._close()
+
+    def _close(self) -> None:
+        """Says that the run is over, whatever state it is in."""
+        session = self._attached()
+        self._release()
         if not self._is_over:
             self._is_over = True
             rollbacks = int(session.controller.state.rollbacks) + session.mended
