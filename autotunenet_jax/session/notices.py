@@ -121,8 +121,11 @@ def _no_metric(tuner: AutoTuneNet, ts: TunerState) -> list[Notice]:
     how = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
     found = []
     if slow:
-        message = f"{', '.join(slow)} stay as they start: only a validation metric shows what they do, and none came. "
-        found.append(Notice(NO_METRIC, f"{message}{how}, or leave them out of the search space."))
+        stays, does, them = ("stays as it starts", "it does", "it") if len(slow) == 1 else (
+            "stay as they start", "they do", "them"
+        )  # fmt: skip
+        message = f"{', '.join(slow)} {stays}: only a validation metric shows what {does}, and none came. "
+        found.append(Notice(NO_METRIC, f"{message}{how}, or leave {them} out of the search space."))
     if tuner.mode == "max":
         message = 'mode="max" is about a validation metric, and none came; the training loss is minimised. '
         found.append(Notice("nothing to maximise", f"{message}{how}, or leave mode out."))
