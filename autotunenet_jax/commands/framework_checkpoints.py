@@ -14,9 +14,9 @@ _FRAMEWORKS = {
 def told_of(where: pathlib.Path) -> str:
     """Where the checkpoints of a framework lie, and what goes on from one; a clause."""
     for name, (pattern, how) in _FRAMEWORKS.items():
-        found = [path if path.suffix == ".ckpt" else path.parent for path in where.glob(pattern)]
+        files = sorted(where.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        found = [path if path.suffix == ".ckpt" else path.parent for path in files]
         if found:
-            found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
             names = ", ".join(path.name for path in found[:_MOST_NAMES])
             more = f" and {len(found) - _MOST_NAMES} older" if len(found) > _MOST_NAMES else ""
             folder = found[0].parent.as_posix()
