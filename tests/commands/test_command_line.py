@@ -150,7 +150,10 @@ def test_inspect_names_the_checkpoints_of_a_framework(framework, tmp_path, capsy
         "Lightning": ("/checkpoints", "step=80.ckpt, step=70.ckpt, step=60.ckpt", "ckpt_path="),
         "transformers": ("", "checkpoint-80, checkpoint-70, checkpoint-60", "resume_from_checkpoint="),
     }[framework]
-    assert f"{framework} keeps its checkpoints in {tmp_path.as_posix()}{folder}: {names} and 5 older." in out and how in out
+    assert (
+        f"{framework} keeps its checkpoints in {tmp_path.as_posix()}{folder}: {names} and 5 older." in out
+        and how in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,11 @@ def test_inspect_names_the_checkpoints_of_a_framework(framework, tmp_path, capsy
         ({"steps": 140, "total_steps": 140}, [], "ended."),
         ({"steps": 140, "total_steps": None}, [], "ended."),
         ({"steps": 140, "total_steps": 800}, [], "stopped at step 140 of 800, or is under way."),
-        ({"steps": 140, "total_steps": 800}, [{"step": 140, "kind": "stop", "message": "."}], "stopped at step 140 of 800."),
+        (
+            {"steps": 140, "total_steps": 800},
+            [{"step": 140, "kind": "stop", "message": "."}],
+            "stopped at step 140 of 800.",
+        ),
     ],
 )
 def test_inspect_says_where_a_run_stands(summary, events, state, tmp_path, capsys):

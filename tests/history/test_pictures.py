@@ -10,9 +10,10 @@ import autotunenet_jax as atn
 from autotunenet_jax.history import posterior
 from autotunenet_jax.history.pictures import axes as layout
 from autotunenet_jax.history.pictures import fork_round, overview
-from tests.made_history import RATES, SPACE, add_steps, history
+from tests.made_history import SPACE, add_steps, history
 
 matplotlib = pytest.importorskip("matplotlib")
+
 
 def texts(figure):
     """Every text that is drawn."""
