@@ -9,7 +9,10 @@ EVAL = {"step", "value", "is_settled"}
 # A loop that measures more than one number says so.
 METRICS = {"metrics"}
 EVENT = {"step", "kind", "message"}
-SUMMARY = {"steps", "discarded_steps", "share_discarded", "rollbacks", "rounds", "evals", "dropped"}
+SUMMARY = {
+    "steps", "total_steps", "discarded_steps", "share_discarded", "undone_steps", "rollbacks", "rounds", "evals",
+    "dropped",
+}  # fmt: skip
 
 
 def check(history):
@@ -22,3 +25,13 @@ def check(history):
     for rows, fields in pairs:
         assert all(set(row) - METRICS == fields for row in rows), fields
     assert history.records and history.rounds and forks
+
+
+def check_price(history):
+    """What the summary says was discarded and undone is just what the records do not keep; returns both."""
+    assert history.stride == 1
+    summary, lost = history.summary, sum(not row["is_kept"] for row in history.records)
+    assert summary["discarded_steps"] + summary["undone_steps"] == lost == history.lost_steps
+    text = history.explain()
+    assert f"{summary['discarded_steps']} steps (" in text and f"{summary['undone_steps']} more (" in text
+    return summary["discarded_steps"], summary["undone_steps"]

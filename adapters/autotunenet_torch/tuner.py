@@ -219,6 +219,8 @@ class AutoTuneNet:
         options = {"loggers": loggers, "log_every": log_every, **({} if self._log is None else {"log": self._log})}
         history = atn.History(self.space.names, is_paired=stream is not None)
         recorder = Recorder(history, self.space, shown, callbacks, **options)
+        if schedulers:
+            history.mark_scheduled(name for name, target in found.items() if isinstance(target, RateTarget))
         announce_compilation(core.core)
         self._is_over = False
         self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
@@ -355,17 +357,20 @@ class AutoTuneNet:
         self._release()
         if not self._is_over:
             self._is_over = True
-            rollbacks = int(session.controller.state.rollbacks) + session.mended
-            session.recorder.finish(session.controller.step, rollbacks)
+            self._sum_up(session)
             session.recorder.end()
 
     @property
     def history(self) -> atn.History:
         """What happened so far; see `autotunenet_jax.History`."""
         session = self._attached()
-        rollbacks = int(session.controller.state.rollbacks) + session.mended
-        session.recorder.finish(session.controller.step, rollbacks)
+        self._sum_up(session)
         return session.recorder.history
+
+    @staticmethod
+    def _sum_up(session: SoundSession) -> None:
+        ts = session.controller.state
+        session.recorder.finish(session.controller.step, int(ts.rollbacks) + session.mended, total=int(ts.plan.total))
 
     def _write_history(self, folder: Any) -> None:
         """Writes the history so far into a run's folder."""

@@ -8,6 +8,7 @@ from ..checkpoint.errors import SnapshotVersionError
 from ..checkpoint.index import best_records, live_records
 from ..checkpoint.survey import Finding, survey
 from ..history.history import History
+from .framework_checkpoints import told_of
 from .run_folder import NoHistoryError, read_history
 from .tables import show_table
 
@@ -43,8 +44,8 @@ def _health(history: History) -> str:
     if history.records:
         row = history.records[-1]
         values = ", ".join(f"{name} {row[name]:.3g}" for name in history.names)
-        state = "ended" if history.summary else "under way, or ended by force"
-        lines.append(f"Health: step {row['step']} ({row['phase']}), loss {row['loss']:.4g}, {values}; the run {state}.")
+        where = f"step {row['step']} ({row['phase']})"
+        lines.append(f"Health: {where}, loss {row['loss']:.4g}, {values}; the run {_state(history)}.")
     evals = [row for row in history.evals if row.get("is_settled", True)]
     if evals:
         best = (min if history.mode == "min" else max)(evals, key=lambda row: row["value"])
@@ -55,6 +56,18 @@ def _health(history: History) -> str:
     return "\n".join([*lines, f"Events: {told}."])
 
 
+def _state(history: History) -> str:
+    """How far the run has come."""
+    if not history.summary:
+        return "is under way, or ended by force"
+    step, total = history.summary["steps"], history.summary.get("total_steps") or 0
+    if step >= total:
+        return "ended"
+    # Where a framework owns the loop, a record that breaks off is no sign that nobody goes on with it.
+    is_told = any(event["kind"] in ("stop", "data") and event["step"] == step for event in history.events)
+    return f"stopped at step {step} of {total}{'' if is_told else ', or is under way'}"
+
+
 def _show_snapshots(where: pathlib.Path, history: History | None) -> list[str]:
     """Prints a table of the snapshots; returns what is damaged."""
     try:
@@ -62,7 +75,7 @@ def _show_snapshots(where: pathlib.Path, history: History | None) -> list[str]:
     except (SnapshotVersionError, OSError) as error:
         return [str(error)]
     if not found:
-        print("\nNo snapshots of this library lie here.")
+        print(f"\nNo snapshots of this library lie here; {told_of(where)}.")
         return messages
     records = [finding.record for finding in found if finding.record is not None]
     live = live_records(records)

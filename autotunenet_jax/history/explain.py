@@ -10,8 +10,11 @@ if TYPE_CHECKING:
 # Most lines of the whole text, however long the run; a round told fork by fork takes several.
 _MOST_LINES = 38
 
-# Most kinds of events told, and of each the steps it happened at.
-_MOST_KINDS, _MOST_STEPS = 6, 4
+# Most messages of events told, and of each the steps it was given at.
+_MOST_MESSAGES, _MOST_STEPS = 7, 4
+
+# Kinds of events that moved the training, which are told first.
+_UNDOING = ("rollback", "retreat", "rate")
 
 # Most characters of a round's candidates on one line.
 _MOST_CHARACTERS = 100
@@ -60,14 +63,28 @@ def explain(history: "History") -> str:
 def _headline(history: "History") -> str:
     total, rounds = history.summary, history.rounds
     steps = total.get("steps", history.records[-1]["step"] if history.records else 0)
-    lost = total.get("discarded_steps", sum(end - start for start, end in history.discarded))
-    share = 100.0 * lost / max(steps, 1)
+    spent, undone = _price(history)
     forks = sum(len(row["forks"]) for row in rounds)
     rollbacks = total.get("rollbacks", sum(event["kind"] == "rollback" for event in history.events))
     return (
-        f"{steps} training steps in {_count(len(rounds), 'round')} with {_count(forks, 'fork')}; {lost} steps "
-        f"({share:.1f} %) were spent on what was not kept; {_count(rollbacks, 'rollback')}."
+        f"{steps} training steps in {_count(len(rounds), 'round')} with {_count(forks, 'fork')}; {spent} steps "
+        f"({100.0 * spent / max(steps, 1):.1f} %) went into range tests and forks that were not kept; {undone} more "
+        f"({100.0 * undone / max(steps, 1):.1f} %) were undone by going back, or skipped; "
+        f"{_count(rollbacks, 'rollback')}."
     )
+
+
+def _price(history: "History") -> tuple[int, int]:
+    """Steps spent on range tests and on forks that were not kept, and the others that are not part of the past."""
+    spent = history.summary.get("discarded_steps")
+    if spent is None:
+        # The run is under way: what its rounds so far have told.
+        tests = [row["sweep"] for row in history.rounds if row["sweep"] is not None]
+        lost = [
+            (fork["start"], fork["end"]) for row in history.rounds for fork in row["forks"] if fork["status"] != "kept"
+        ]
+        spent = sum(end - start for start, end in (*tests, *lost))
+    return spent, history.summary.get("undone_steps", max(history.lost_steps - spent, 0))
 
 
 def _count(number: int, noun: str) -> str:
@@ -172,16 +189,24 @@ def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[s
 
 
 def _events(history: "History") -> list[str]:
-    """Rollbacks, retreats and the rest, each kind once."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    """Rollbacks, retreats and the rest: each message once, with the steps it was given at."""
+    said: dict[tuple[str, str], list[int]] = {}
     for event in history.events:
-        kinds.setdefault(event["kind"], []).append(event)
-    # What was undone comes first.
-    order = sorted(kinds, key=lambda kind: kind not in ("rollback", "retreat", "rate"))
-    lines = []
-    for kind in order[:_MOST_KINDS]:
-        events = kinds[kind]
-        steps = ", ".join(str(event["step"]) for event in events[:_MOST_STEPS])
-        more = f" and {len(events) - _MOST_STEPS} times more" if len(events) > _MOST_STEPS else ""
-        lines.append(f"Step {steps}{more} ({kind}): {events[-1]['message']}")
-    return lines
+        said.setdefault((event["kind"], event["message"]), []).append(event["step"])
+    # What was undone comes first, and a further message of a kind only where there is room.
+    kinds = [kind for kind, _ in said]
+    ranks = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
+    order = sorted(zip(ranks, kinds, said, strict=True), key=lambda entry: (entry[0], entry[1] not in _UNDOING))
+    chosen = {key for _, _, key in order[:_MOST_MESSAGES]}
+    firsts = sorted(dict.fromkeys(kinds), key=lambda kind: kind not in _UNDOING)
+    lines = [
+        _event(kind, message, said[kind, message])
+        for kind, message in sorted(chosen, key=lambda key: (firsts.index(key[0]), said[key][0]))
+    ]
+    left = sum(len(steps) for key, steps in said.items() if key not in chosen)
+    return [*lines, *([f"... {_count(left, 'event')} more ..."] if left else [])]
+
+
+def _event(kind: str, message: str, steps: Sequence[int]) -> str:
+    more = f" and {len(steps) - _MOST_STEPS} times more" if len(steps) > _MOST_STEPS else ""
+    return f"Step {', '.join(map(str, steps[:_MOST_STEPS]))}{more} ({kind}): {message}"

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -38,6 +38,13 @@ def _as_before(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "forks": [_from_json(fork, "p_better") for fork in row["forks"]]}
 
 
+def price(summary: Mapping[str, Any]) -> str:
+    """What a run paid, by its summary, in a phrase."""
+    undone = summary.get("undone_steps", 0) / max(summary.get("steps", 0), 1)
+    share = summary.get("share_discarded", 0.0)
+    return f"{100 * share:.1f} % of the steps on forks not kept, {100 * undone:.1f} % undone"
+
+
 def _described(param: Any, role: str) -> dict[str, Any]:
     if hasattr(param, "options"):
         return {"options": list(param.options), "role": role}
@@ -62,12 +69,16 @@ class History:
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded
         and ``end`` included, in order and apart.
       names: Tuned hyperparameters.
-      space: Their ranges by name: ``lo``, ``hi`` and ``log``, or ``options``, and the ``role``; empty if not known.
+      space: Their ranges by name: ``lo``, ``hi`` and ``log``, or ``options``, and the ``role``; ``is_scheduled`` where
+        a scheduler of the user's own multiplies what is recorded. Empty if not known.
       mode: Whether the validation metric was minimised (``"min"``) or maximised (``"max"``). Scores of forks are
         always to be minimised: where they were maximised, they are negated.
       is_paired: Whether the forks of a round saw the same batches; else each saw fresh ones.
-      summary: Totals of the run: steps, discarded steps, their share, rollbacks, and in ``dropped`` how many decisions
-        before the first recorded one are not known.
+      summary: Totals of the run: ``steps``, of a budget of ``total_steps`` (None where there is none);
+        ``discarded_steps``, which range tests and forks that were not kept took, and ``share_discarded``, which the cap
+        is on; ``undone_steps``, the others that are no part of the final state's past, since training went back over
+        them or skipped them; ``rollbacks``; and in ``dropped`` how many decisions before the first recorded one are
+        not known. Steps discarded and undone together are those that are not kept.
     """
 
     def __init__(self, names: tuple[str, ...], *, space: Any = None, mode: str = "min", is_paired: bool = True):
@@ -84,15 +95,24 @@ class History:
             self.describe(space)
 
     def __repr__(self) -> str:
-        share = self.summary.get("share_discarded", 0.0)
         return (
             f"History({len(self.records)} records, {len(self.rounds)} rounds, {len(self.events)} events, "
-            f"{100 * share:.1f} % of the steps discarded)"
+            f"{price(self.summary)})"
         )
 
     def describe(self, space: Any) -> None:
         """Notes the ranges of a search space."""
         self.space = {name: _described(space[name], role) for name, role in zip(space.names, space.roles, strict=True)}
+
+    def mark_scheduled(self, names: Iterable[str]) -> None:
+        """Notes that a scheduler of the user's own multiplies these: what is recorded of them is what it multiplies."""
+        for name in names:
+            self.space[name]["is_scheduled"] = True
+
+    @property
+    def lost_steps(self) -> int:
+        """Budget steps that are not part of the final state's past, for whatever reason."""
+        return sum(end - start for start, end in self.discarded)
 
     @property
     def stride(self) -> int:
@@ -202,7 +222,8 @@ class History:
         """The run in plain words, under forty lines however long it was.
 
         It says what each round tried and for how many steps, what came of it, how sure the choice was and what was
-        chosen; what the range test read; rollbacks and the like; and the share of the steps that was not kept.
+        chosen; what the range test read; rollbacks and the like; and how many steps forks and range tests took, and how
+        many were undone.
         """
         from .explain import explain
 

@@ -14,7 +14,7 @@ from ..checkpoint.errors import SnapshotMismatchError
 from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet, hyperparams_jit
 from ..controller.state import TRAIN, TunerState
-from ..history.history import History
+from ..history.history import History, price
 from ..session.batches import BatchSource, EndOfDataError
 from ..session.callbacks import Callback, StopTraining
 from ..session.notices import NO_METRIC, Notice, announce_compilation, warn
@@ -77,8 +77,7 @@ class FitResult:
             f"  state: {len(leaves)} arrays, {size:,} numbers",
             f"  loss: {shown(losses[-1]) if losses else 'none recorded'}, the last of the steps kept",
             f"  eval: {shown(self.eval)}, best_eval: {shown(self.best_eval)}",
-            f"  history: {len(history.rounds)} rounds, {100 * summary.get('share_discarded', 0.0):.1f} % of the steps "
-            f"on forks not kept, {summary.get('rollbacks', 0)} rollbacks",
+            f"  history: {len(history.rounds)} rounds, {price(summary)}, {summary.get('rollbacks', 0)} rollbacks",
             f"  events: {_short(told)}",
         ]
         if self.stop_reason is not None:
@@ -294,7 +293,8 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Snapshots |
         level = logging.WARNING if ending.is_cut_short else logging.INFO
         run.recorder.note(step, ending.kind, message, level=level)
     run.end(is_whole=not ending.is_cut_short)
-    run.recorder.finish(step, int(run.controller.state.rollbacks))
+    ts = run.controller.state
+    run.recorder.finish(step, int(ts.rollbacks), total=int(ts.plan.total))
     if store is not None:
         run.recorder.write(store.folder)
     run.recorder.end()
@@ -319,9 +319,12 @@ def _result(run: Run, *, is_interrupted: bool, reason: str | None) -> FitResult:
 def _of_slow(tuner: AutoTuneNet) -> list[Notice]:
     """That slow hyperparameters stay put, told before training rather than when no metric has come."""
     slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
+    stays, them = ("value in force stays as it starts", "it") if len(slow) == 1 else (
+        "values in force stay as they start", "them"
+    )  # fmt: skip
     message = (
-        f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the values in force "
-        "stay as they start. Pass eval_step, or leave them out of the search space."
+        f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the {stays}. "
+        f"Pass eval_step, or leave {them} out of the search space."
     )
     return [Notice(NO_METRIC, message)] if slow else []
 

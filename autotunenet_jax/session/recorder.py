@@ -95,7 +95,7 @@ class Recorder:
 
     Attributes:
       history: Of the run.
-      discarded: Steps spent so far on what was not kept.
+      discarded: Steps spent so far on range tests and on forks that were not kept.
       rollbacks: How often training went back because it was unhealthy.
 
     Raises:
@@ -413,13 +413,22 @@ class Recorder:
         else:
             self._has_written = True
 
-    def finish(self, step: int, rollbacks: int, *, dropped: int = 0) -> None:
-        """The totals of the run up to a step; ``dropped`` decisions before the first recorded one are not known."""
+    def finish(self, step: int, rollbacks: int, *, total: int = 0, dropped: int = 0) -> None:
+        """The totals of the run up to a step.
+
+        Args:
+          step: Budget spent.
+          rollbacks: How often training went back because it was unhealthy.
+          total: Whole budget; 0 where there is none.
+          dropped: Decisions before the first recorded one, which are not known.
+        """
         self.flush()
         self.history.summary = {
             "steps": step,
+            "total_steps": total or None,
             "discarded_steps": self.discarded,
             "share_discarded": self.discarded / max(step, 1),
+            "undone_steps": max(self.history.lost_steps - self.discarded, 0),
             "rollbacks": rollbacks,
             "rounds": len(self.history.rounds),
             "evals": len(self.history.evals),

@@ -36,7 +36,7 @@ class Decision(NamedTuple):
       round: The round as it was decided on.
       chosen: Hyperparameters in force from now on outside forks.
       kind: Kind of the round.
-      discarded: Steps spent so far on what was not kept.
+      discarded: Steps spent so far on range tests and on forks that were not kept.
     """
 
     directive: Directive

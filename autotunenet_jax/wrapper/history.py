@@ -65,7 +65,7 @@ def history(opt_state: Any) -> History:
         >>> params, state = jnp.ones(3), optimizer.init(jnp.ones(3))
         >>> updates, state = optimizer.update(2 * params, state, params, value=jnp.sum(params**2))
         >>> history(state)
-        History(1 records, 0 rounds, 0 events, 0.0 % of the steps discarded)
+        History(1 records, 0 rounds, 0 events, 0.0 % of the steps on forks not kept, 0.0 % undone)
 
     Args:
       opt_state: As for `hyperparams`, between two steps.
@@ -137,7 +137,7 @@ class _Reading:
         for step, metric, is_settled in self.held.metrics:
             self.recorder.add_eval(step, metric, is_settled=is_settled)
         self.recorder.discarded = int(ts.discarded)
-        self.recorder.finish(last, int(ts.rollbacks), dropped=self.held.dropped)
+        self.recorder.finish(last, int(ts.rollbacks), total=int(ts.plan.total), dropped=self.held.dropped)
         return self.history
 
     def _begin(self, first: ring.Entry) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,22 +14,21 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.commands.command_line import main
-from tests import problem
+from autotunenet_jax.history.explain import verdict
+from tests.made_history import history
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A folder with several snapshots, and what `fit` returned."""
-    folder = tmp_path_factory.mktemp("run")
-    store = atn.Snapshots(folder, interval_s=0.0, overhead=0.99)
-    with store:
-        result = atn.fit(
-            problem.train_step, problem.new_state(), problem.batches, tuner=problem.tuner(), progress=False,
-            eval_step=problem.eval_step, snapshots=store,
-        )  # fmt: skip
-        store.save(160, {"w": jnp.ones(3)}, metric=0.25, wait=True)
-        store.save(170, {"w": jnp.ones(3)}, metric=0.5, status="unusual", wait=True)
-    return folder, result
+    """A folder with several snapshots and a history, and that history."""
+    folder, made = tmp_path_factory.mktemp("run"), history(1)
+    for row in made.rounds:
+        row["verdict"] = verdict(row)
+    made.to_json(folder / "history.json")
+    with atn.Snapshots(folder) as store:
+        for step, metric, status in ((80, None, "healthy"), (140, 0.25, "healthy"), (170, 0.5, "unusual")):
+            store.save(step, {"w": jnp.ones(3)}, metric=metric, status=status, wait=True)
+    return folder, made
 
 
 @pytest.fixture
@@ -46,23 +46,30 @@ def listed(folder):
         return store.records()
 
 
-def test_as_a_user_calls_it(run):
+def test_as_a_user_calls_it(copy):
     """A process of its own: what it prints is all there is, and its code says how it went."""
-    command = [sys.executable, "-m", "autotunenet_jax"]
-    done = subprocess.run([*command, "inspect", str(run[0])], capture_output=True, text=True, check=True)
-    assert "160 training steps" in done.stdout and "Snapshots in" in done.stdout and not done.stderr
-    done = subprocess.run([*command, "replay", str(run[0] / "absent")], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: there is nothing at") and not done.stdout
+    (copy / "00000050").mkdir()
+    (copy / "00000050" / "manifest.json").write_text("{}")
+    command = [sys.executable, "-m", "autotunenet_jax", "inspect", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "140 training steps" in done.stdout and "Snapshots in" in done.stdout
+    assert done.returncode == 1 and [line[:27] for line in done.stderr.splitlines()] == ["error: snapshot 00000050 is"]
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert main(["replay", str(tmp_path / "absent")]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: there is nothing at") and not out
 
 
 def test_inspect_tells_all_and_changes_nothing(run, capsys):
-    folder, result = run
+    folder, made = run
     before = contents(folder)
     assert main(["inspect", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert contents(folder) == before and not err
-    assert result.history.explain() in out
-    assert "Health: step 160 (train)" in out and "the run ended" in out and "Validation:" in out
+    assert made.explain() in out
+    assert "Health: step 140 (train)" in out and "the run ended" in out and "Validation:" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()[:8].isdigit()}
     for record in listed(folder):
         line = rows[record.folder_name]
@@ -87,7 +94,7 @@ def test_a_damaged_snapshot_is_told(copy, capsys):
     before = contents(copy)
     assert main(["inspect", str(copy)]) == 1
     out, err = capsys.readouterr()
-    assert f"snapshot {record.folder_name} is damaged" in err and "damaged" in out and "160 training steps" in out
+    assert f"snapshot {record.folder_name} is damaged" in err and "damaged" in out and "140 training steps" in out
     assert contents(copy) == before
 
 
@@ -117,20 +124,64 @@ def test_other_damage_is_told(copy, capsys, damage):
 
 def test_a_folder_of_runs_names_them(run, tmp_path, capsys):
     (tmp_path / "rank0").mkdir()
-    run[1].history.to_json(tmp_path / "rank0" / "history.json")
+    run[1].to_json(tmp_path / "rank0" / "history.json")
     assert main(["replay", str(tmp_path)]) == 1
     assert f"these are: {tmp_path.as_posix()}/rank0" in capsys.readouterr().err
 
 
-def test_the_history_in_the_folder_is_that_of_the_result(run):
-    folder, result = run
-    assert atn.History.from_json(folder / "history.json").to_dict() == json.loads(json.dumps(result.history.to_dict()))
-    assert atn.History.from_json(folder / "history.json").summary["steps"] == 160
+@pytest.mark.parametrize("framework", ["Lightning", "transformers"])
+def test_inspect_names_the_checkpoints_of_a_framework(framework, tmp_path, capsys):
+    made = history(1)
+    made.summary |= {"steps": 140, "total_steps": 280}
+    made.to_json(tmp_path / "history.json")
+    (tmp_path / "checkpoints").mkdir()
+    for step in range(10, 90, 10):
+        path = tmp_path / "checkpoints" / f"step={step}.ckpt"
+        if framework == "transformers":
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            path = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        path.touch()
+        os.utime(path, (step, step))
+    before = contents(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "the run stopped at step 140 of 280" in out and contents(tmp_path) == before
+    folder, names, how = {
+        "Lightning": ("/checkpoints", "step=80.ckpt, step=70.ckpt, step=60.ckpt", "ckpt_path="),
+        "transformers": ("", "checkpoint-80, checkpoint-70, checkpoint-60", "resume_from_checkpoint="),
+    }[framework]
+    assert (
+        f"{framework} keeps its checkpoints in {tmp_path.as_posix()}{folder}: {names} and 5 older." in out
+        and how in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("summary", "events", "state"),
+    [
+        ({}, [], "is under way, or ended by force."),
+        ({"steps": 140, "total_steps": 140}, [], "ended."),
+        ({"steps": 140, "total_steps": None}, [], "ended."),
+        ({"steps": 140, "total_steps": 800}, [], "stopped at step 140 of 800, or is under way."),
+        (
+            {"steps": 140, "total_steps": 800},
+            [{"step": 140, "kind": "stop", "message": "."}],
+            "stopped at step 140 of 800.",
+        ),
+    ],
+)
+def test_inspect_says_where_a_run_stands(summary, events, state, tmp_path, capsys):
+    made = history(1)
+    made.summary, made.events = summary, events
+    made.to_json(tmp_path / "history.json")
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"; the run {state}" in out and "none lie here either." in out
 
 
 def test_replay_prints_what_was_in_force(run, capsys):
-    folder, result = run
-    kept = [row["learning_rate"] for row in result.history.kept()]
+    folder, made = run
+    kept = [row["learning_rate"] for row in made.kept()]
     assert main(["replay", str(folder)]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [int(row["step"]) for row in rows] == list(range(len(kept)))
@@ -163,18 +214,18 @@ def test_replay_gives_options_by_name(tmp_path, capsys):
 
 
 def test_export_gives_tables_and_json(run, tmp_path, capsys):
-    folder, result = run
+    folder, made = run
     assert main(["export", str(folder)]) == 0
-    assert atn.History.from_dict(json.loads(capsys.readouterr().out)).rounds == result.history.rounds
+    assert atn.History.from_dict(json.loads(capsys.readouterr().out)).rounds == made.rounds
     path = tmp_path / "forks.csv"
     assert main(["export", str(folder), "--format", "csv", "--table", "forks", "--out", str(path)]) == 0
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
-    forks = [fork for row in result.history.rounds for fork in row["forks"]]
+    forks = [fork for row in made.rounds for fork in row["forks"]]
     assert [float(row["learning_rate"]) for row in rows] == [fork["hyperparams"]["learning_rate"] for fork in forks]
     assert [row["status"] for row in rows] == [fork["status"] for fork in forks]
     for table in ("records", "evals", "events"):
         assert main(["export", str(folder), "--format", "csv", "--table", table]) == 0
-        assert len(capsys.readouterr().out.splitlines()) == 1 + len(getattr(result.history, table))
+        assert len(capsys.readouterr().out.splitlines()) == 1 + len(getattr(made, table))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -184,7 +235,7 @@ def test_export_fills_a_storage_of_optuna(run, tmp_path, capsys):
     command = ["export", str(run[0]), "--format", "optuna", "--storage", url]
     assert main(command) == 0
     study = optuna.load_study(study_name="autotunenet", storage=url)
-    assert len(study.trials) == sum(len(row["forks"]) for row in run[1].history.rounds)
+    assert len(study.trials) == sum(len(row["forks"]) for row in run[1].rounds)
     assert main(command) == 1
     assert "holds a study 'autotunenet' already" in capsys.readouterr().err
 

@@ -59,7 +59,8 @@ def result():
 def test_words_hold_every_figure_of_a_decision():
     text = history().explain()
     told = [
-        "200 training steps", "20.0 %", "3 rollbacks", "1 round", "3 forks of 30 steps", "scored by validation",
+        "200 training steps", "40 steps (20.0 %) went into range tests and forks that were not kept",
+        "0 more (0.0 %) were undone", "3 rollbacks", "1 round", "3 forks of 30 steps", "scored by validation",
         "stood at 2", "learning_rate 0.01: scored 1.25, 0.5 worse than the kept one",
         "scored 0.75, 93 % likely to beat the one kept till then; kept", "failed after 30 steps",
         "A range test of 10 steps read learning_rate 0.01.", "fork 2 was kept, since it was 0.5 ahead of the next",
@@ -92,6 +93,20 @@ def test_words_stay_short(rounds):
     assert len(lines) < 40
     assert any("Round 1 " in line for line in lines) == (rounds > 0)
     assert any(f"Round {rounds} " in line for line in lines) == (rounds > 0)
+
+
+def test_each_event_has_its_own_words():
+    made = history()
+    made.events += [{"step": step, "kind": "retreat", "message": "On, at a lower rate."} for step in (160, 170)]
+    lines = made.explain().splitlines()
+    assert "Step 150 (retreat): It did not improve." in lines
+    assert "Step 160, 170 (retreat): On, at a lower rate." in lines
+    made.events += [{"step": 171 + i, "kind": "rollback", "message": f"Cause {i}."} for i in range(9)]
+    made.events.append({"step": 190, "kind": "stall", "message": "No progress."})
+    lines = made.explain().splitlines()
+    # A kind is never crowded out by the many messages of another; what is left out is counted.
+    assert "Step 190 (stall): No progress." in lines and "Step 150 (retreat): It did not improve." in lines
+    assert sum(line.startswith("Step ") for line in lines) == 7 and lines[-1] == "... 6 events more ..."
 
 
 def test_words_of_a_run(result):

@@ -59,6 +59,15 @@ def test_rollbacks_are_told(result):
     assert "restored" in events[0]["message"]
 
 
+def test_what_was_undone_is_told_apart_from_what_forks_took(result):
+    _, undone = history_fields.check_price(result.history)
+    at = next(event["step"] for event in result.history.events if event["kind"] == "rollback")
+    # What the rollback went back over, and the step whose loss was not finite.
+    assert undone > 1 and not any(row["is_kept"] for row in result.history.records if at - 2 < row["step"] <= at)
+    told = f"{100 * undone / problem.TOTAL_STEPS:.1f} % undone"
+    assert told in repr(result) and told in repr(result.history) and 0 < result.history.summary["share_discarded"] < 0.5
+
+
 def test_strict_json_holds_it(result):
     assert any(not math.isfinite(row["loss"]) for row in result.history.records)
     text = json.dumps(result.history.to_dict(), allow_nan=False)

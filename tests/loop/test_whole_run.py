@@ -11,7 +11,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.loop import run
-from tests import problem
+from tests import history_fields, problem
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,14 @@ def test_exactly_the_budget_is_spent(result):
 def test_the_share_spent_on_forks_is_capped_and_reported(by_loss):
     summary = by_loss.history.summary
     lost = sum(not row["is_kept"] for row in by_loss.history.records)
-    assert summary["discarded_steps"] == lost
+    assert summary["discarded_steps"] == lost and summary["undone_steps"] == 0
     assert 0 < summary["share_discarded"] <= 0.4
+
+
+def test_steps_gone_back_over_are_no_forks(result):
+    """The run went back to its best state at the end, and says what that undid."""
+    _, undone = history_fields.check_price(result.history)
+    assert (undone > 0) == any(event["kind"] == "retreat" for event in result.history.events)
 
 
 def test_the_final_state_saw_every_batch_once_and_in_order(by_loss):

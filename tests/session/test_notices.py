@@ -15,8 +15,8 @@ from autotunenet_jax.session.recorder import Recorder
 SPACE = {"learning_rate": (1e-4, 1e-1), "weight_decay": (1e-5, 1e-1), "dropout": (0.0, 0.5)}
 
 
-def made(*, mode="min", step=0, bad=0, rollbacks=0, level=None):
-    tuner = atn.AutoTuneNet(SPACE, 1000, mode=mode)
+def made(*, space=SPACE, mode="min", step=0, bad=0, rollbacks=0, level=None):
+    tuner = atn.AutoTuneNet(space, 1000, mode=mode)
     ts = tuner.init(jax.random.key(0))
     health = ts.health._replace(bad_steps=jnp.int32(bad))
     ts = ts._replace(step=jnp.int32(step), health=health, rollbacks=jnp.int32(rollbacks))
@@ -55,7 +55,10 @@ def test_a_metric_that_never_came_is_missed_late():
     assert kinds(*made(step=100), rounds=[]) == []
     assert kinds(*made(step=400, mode="max"), rounds=[]) == ["no metric", "nothing to maximise"]
     message = notices(*made(step=400), rounds=[])[0].message
-    assert "weight_decay" in message and "dropout" in message and "learning_rate" not in message
+    assert message.startswith("dropout, weight_decay stay as they start: only") and "leave them out" in message
+    one = {name: SPACE[name] for name in ("learning_rate", "dropout")}
+    message = notices(*made(space=one, step=400), rounds=[])[0].message
+    assert message.startswith("dropout stays as it starts: only") and "leave it out" in message
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ def run():
 
 def test_it_is_the_history_that_fit_returns(run):
     history_fields.check(run)
+    discarded, undone = history_fields.check_price(run)
+    assert discarded > 0 and (undone > 0) == any(event["kind"] == "retreat" for event in run.events)
     assert not run.is_paired and "fresh data" in run.explain() and "Verdict: " in run.explain()
 
 

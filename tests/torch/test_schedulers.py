@@ -146,7 +146,7 @@ def test_ends_with_the_budget(name, side):
         tuner.step(loss)
         if side == "before":
             scheduler.step()
-    assert tuner.history.summary["discarded_steps"] > 0
+    assert tuner.history.summary["discarded_steps"] > 0 and tuner.history.space["learning_rate"]["is_scheduled"]
     height = tuner._host.targets["learning_rate"].applied
     expected = [share * height for share in shape]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-4, abs=1e-9)

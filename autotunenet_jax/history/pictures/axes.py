@@ -1,7 +1,7 @@
 """How a hyperparameter is laid out along an axis, and how its values are written there."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,19 @@ def along(space: SearchSpace, name: str, count: int) -> np.ndarray:
         return np.linspace(0.0, 1.0, count)
     values = parameter.options if isinstance(parameter, Choice) else range(parameter.lo, parameter.hi + 1)
     return np.array([float(parameter.encode(value)) for value in values])
+
+
+def are_numbers(options: Sequence[Any]) -> bool:
+    """Whether options are numbers, which have a place on an axis."""
+    return all(isinstance(option, int | float) for option in options)
+
+
+def is_log_scale(held: Mapping[str, Any]) -> bool:
+    """Whether a range, as `History.space` describes it, is laid out on a log scale."""
+    options = held.get("options")
+    if options is None:
+        return held["log"]
+    return are_numbers(options) and min(options) > 0 and max(options) >= 4 * min(options)
 
 
 def spans_decades(values: Sequence[float] | np.ndarray) -> bool:

@@ -25,7 +25,7 @@ class Look(NamedTuple):
       faint: Grid lines, and what is only there to compare with.
       shade: Behind rounds.
       kept: What the run went on with.
-      lost: What it discarded.
+      lost: What it did not keep.
       validation: The metric.
       alarm: Rollbacks and failures.
       forks: One for each fork of a round, in turn.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..explain import score_of
-from .axes import label_of, spans_decades, written
+from .axes import are_numbers, is_log_scale, label_of, spans_decades, written
 from .figure import Look, legend_above, new_figure
 
 if TYPE_CHECKING:
@@ -106,13 +106,20 @@ def _draw_column(axis: Any, history: "History", look: Look, column: str) -> None
             else:
                 values = smoothed(values, 0.9 if piece[0]["phase"] == "train" else 0.6)
         axis.plot(steps, values, color=color, lw=width, zorder=layer)
-    _scale(axis, np.array([row[column] for row in history.records], float))
-    axis.set_ylabel(label_of(column))
+    _scale(axis, np.array([row[column] for row in history.records], float), history.space.get(column))
+    axis.set_ylabel(_label(history, column))
 
 
-def _scale(axis: Any, values: np.ndarray) -> None:
+def _label(history: "History", column: str) -> str:
+    is_scheduled = history.space.get(column, {}).get("is_scheduled", False)
+    return label_of(column) + (",\nbefore the\nscheduler" if is_scheduled else "")
+
+
+def _scale(axis: Any, values: np.ndarray, held: Mapping[str, Any] | None) -> None:
+    """Log or linear as a hyperparameter's range is; what has none, such as a loss, by its values."""
     finite = values[np.isfinite(values)]
-    if not spans_decades(finite):
+    is_log = spans_decades(finite) if held is None else is_log_scale(held) and bool((finite > 0).any())
+    if not is_log:
         return
     axis.set_yscale("log")
     least = finite.max() / 10.0**_MOST_DECADES
@@ -132,18 +139,14 @@ def _draw_forks(axis: Any, history: "History", look: Look, name: str) -> None:
     end = max(history.summary.get("steps", 0), steps[-1])
     values = [_place(history, name, {name: value}) for value in (*path, path[-1])]
     axis.plot([*steps, end], values, color=look.kept, lw=1.5, drawstyle="steps-post")
-    _scale(axis, np.array(values, float))
-    axis.set_ylabel(label_of(name))
+    _scale(axis, np.array(values, float), history.space.get(name))
+    axis.set_ylabel(_label(history, name))
 
 
 def _place(history: "History", name: str, hyperparams: Mapping[str, Any]) -> Any:
     """A value, or the position of an option that is no number, as records hold it."""
     options, value = history.space.get(name, {}).get("options"), hyperparams[name]
-    return options.index(value) if options is not None and not _are_numbers(options) else value
-
-
-def _are_numbers(options: list[Any]) -> bool:
-    return all(isinstance(option, int | float) for option in options)
+    return options.index(value) if options is not None and not are_numbers(options) else value
 
 
 def _draw_scores(axis: Any, history: "History", look: Look) -> None:
@@ -161,9 +164,7 @@ def _label_options(axis: Any, held: Mapping[str, Any]) -> None:
     options = held.get("options")
     if options is None or len(options) > 8:
         return
-    places = list(options) if _are_numbers(options) else list(range(len(options)))
-    if min(places) > 0 and max(places) >= 4 * min(places):
-        axis.set_yscale("log")
+    places = list(options) if are_numbers(options) else list(range(len(options)))
     axis.set_yticks(places, [written(option) for option in options])
     axis.minorticks_off()
 
@@ -198,7 +199,7 @@ def _handles(axis: Any, history: "History", look: Look) -> list[Any]:
     """What the picture shows, and marks of what happened at the top of the loss."""
     handles = [
         axis.plot([], [], color=look.kept, lw=1.8, label="kept")[0],
-        axis.plot([], [], color=look.lost, lw=1.8, label="discarded")[0],
+        axis.plot([], [], color=look.lost, lw=1.8, label="not kept")[0],
     ]
     if history.evals:
         handles.append(axis.plot([], [], color=look.validation, marker="o", ms=3.5, label="validation")[0])
