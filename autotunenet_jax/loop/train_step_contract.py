@@ -102,7 +102,7 @@ def check_train_step(
 
     Raises:
       KeyError: It reads what is not there; the message says which hyperparameters are.
-      TypeError: It does not return ``(state, loss)``, or with ``has_aux`` no dict of metrics beside them.
+      TypeError: It does not return ``(state, loss)``, in this order, or with ``has_aux`` no dict of metrics beside them.
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
     """
@@ -121,6 +121,8 @@ def check_train_step(
     out = output[-1]
     _check_is_pair(out, has_aux=has_aux)
     new_state, loss, metrics = parts_of(out, has_aux=has_aux)
+    if jax.tree.structure(loss) == jax.tree.structure(state) != jax.tree.structure(new_state):
+        raise TypeError("train_step must return (state, loss), in this order; it returned the state last.")
     _check_loss(loss)
     _check_metrics(metrics, {*_TAKEN, *hyperparams}, owner="train_step")
     _check_same_structure(state, new_state)

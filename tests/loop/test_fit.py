@@ -385,6 +385,14 @@ def test_a_hyperparameter_that_only_the_data_needs_is_no_mistake(reader):
     )
 
 
+def test_a_state_and_a_loss_in_the_wrong_order_are_told_so():
+    def step(state, batch, hp):
+        return problem.train_step(state, batch, hp)[::-1]
+
+    with pytest.raises(TypeError, match=r"must return \(state, loss\), in this order"):
+        atn.fit(step, problem.new_state(), problem.batches, tuner=problem.tuner(), progress=False)
+
+
 def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
     with pytest.raises(KeyError) as caught:
         atn.fit(
