@@ -1,20 +1,27 @@
 """AutoTuneNet inside Lightning's Trainer."""
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+import autotunenet_jax as atn
 from autotunenet_jax.hosting import TRAIN
 
+from . import distributed, metric_names
+from .chosen import TellsChosen
 from .tuner import AutoTuneNet
 
-_MONITOR = "val_loss"
+_HOW = (
+    "Log one in validation_step, self.log('val_loss', loss), or name one that is logged, AutoTuneCallback(tuner, "
+    "monitor=...)"
+)
 _LOGGER = logging.getLogger("lightning.pytorch.autotunenet")
 # Where callbacks look at metrics.
 _LOOKS = ("on_validation_end", "on_train_epoch_end", "on_train_batch_end")
@@ -27,7 +34,8 @@ class AutoTuneCallback(pl.Callback):
     each time the tuner wants to compare forks by it. Callbacks that monitor a metric, such as ``EarlyStopping`` and
     ``ModelCheckpoint``, see the regular validations of the training that lives on alone, never those of forks.
     Checkpoints hold the tuner's state, and a resumed training goes on from it. Where there are checkpoints, the log
-    folder gets ``history.json``, for ``python -m autotunenet_jax``.
+    folder gets ``history.json``, for ``python -m autotunenet_jax``. Lightning's loggers get the tuned values, each
+    under ``tuner/`` and its name. A training that is stopped early ends in the best state that was measured.
 
     Example:
         >>> tuner = AutoTuneNet({"learning_rate": (1e-5, 1e-1)})
@@ -36,10 +44,13 @@ class AutoTuneCallback(pl.Callback):
     Args:
       tuner: What may be tuned.
       monitor: Name of the logged validation metric that is reported at the end of each validation, by default
-        ``val_loss`` where it is logged; only recorded where ``validate`` gives the metric to decide by.
+        ``val_loss``, ``val/loss``, ``valid_loss`` or the like, where one is logged; only recorded where ``validate``
+        gives the metric to decide by.
       validate: ``module -> metric`` of the present state, called when the tuner wants to compare forks by it, in place
         of a validation by Lightning.
       total_steps: Optimizer steps of the run; by default what Lightning expects.
+      callbacks: Hooks of the tuner's own, see `AutoTuneNet.attach`; `autotunenet_jax.StopTraining` stops the Trainer.
+      loggers: Where all numbers of the run go, besides Lightning's loggers; see `autotunenet_jax.fit`.
 
     Raises:
       ValueError: When training starts: more than one optimizer, a checkpoint that holds no tuner's state, or something
@@ -54,9 +65,12 @@ class AutoTuneCallback(pl.Callback):
         monitor: str | None = None,
         validate: Callable[[pl.LightningModule], Any] | None = None,
         total_steps: int | None = None,
+        callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
+        loggers: Sequence[Any] = (),
     ):
         self.tuner, self.monitor = tuner, monitor
         self._validate, self._total_steps = validate, total_steps
+        self._callbacks, self._loggers = list(callbacks), list(loggers)
         self._pending: Mapping[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self._steps = 0
@@ -82,7 +96,8 @@ class AutoTuneCallback(pl.Callback):
         done = 0 if self._pending is not None else self._steps
         total = self._total_steps or (int(expected) - done if math.isfinite(expected) else None)
         validate = self._validate
-        self.tuner._through, self.tuner._log = rank_zero_only(_LOGGER.warning), _LOGGER
+        chosen = TellsChosen(lambda: self.tuner.best_hyperparams, functools.partial(_log, trainer))
+        self.tuner._through, self.tuner._log, self.tuner._how = rank_zero_only(_LOGGER.warning), _LOGGER, _HOW
         self.tuner.attach(
             pl_module,
             trainer.optimizers[0],
@@ -90,6 +105,8 @@ class AutoTuneCallback(pl.Callback):
             getattr(trainer.precision_plugin, "scaler", None),
             total_steps=total,
             validate=None if validate is None else lambda: validate(pl_module),
+            callbacks=[*self._callbacks, *([chosen] if trainer.loggers else [])],
+            loggers=self._loggers if distributed.rank() == 0 else (),
         )
         self._is_attached, self._asked, self._is_regular = True, None, True
         self._losses.clear()
@@ -135,7 +152,8 @@ class AutoTuneCallback(pl.Callback):
             )
         self._steps = trainer.global_step
         # A training_step that returns None says that its batch is to be skipped.
-        self.tuner.step(torch.stack(self._losses).mean() if self._losses else math.nan)
+        with _stopping(trainer):
+            self.tuner.step(torch.stack(self._losses).mean() if self._losses else math.nan)
         self._losses.clear()
         if self.tuner.wants_validation and self._validate is None:
             self._ask(trainer, batch_idx)
@@ -165,21 +183,26 @@ class AutoTuneCallback(pl.Callback):
         if trainer.sanity_checking or not self._is_attached:
             return
         metrics = trainer.callback_metrics
-        value = metrics.get(self.monitor or _MONITOR)
-        if value is None:
-            if self.monitor is None:
-                return
+        name = self.monitor or metric_names.find_loss(metrics)
+        if name is None:
+            if metrics and self._validate is None:
+                self.tuner._tell("unknown metric", metric_names.none_of(metrics, _HOW))
+            return
+        if name not in metrics:
             raise ValueError(
                 f"AutoTuneCallback(monitor={self.monitor!r}) is none of the logged metrics; there are "
                 f"{', '.join(sorted(metrics)) or 'none'}. Log it in validation_step, or name one of these."
             )
-        if self._validate is None:
-            self.tuner.validate(value)
-        else:
-            self.tuner._note_metric(value)
+        if self._validate is not None:
+            self.tuner._note_metric(metrics[name])
+            return
+        if doubt := metric_names.doubt(name, self.tuner.mode):
+            self.tuner._tell("direction", doubt)
+        with _stopping(trainer):
+            self.tuner.validate(metrics[name])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends inside a round of forks with the best state so far."""
+        """Ends before the budget does in the best state so far."""
         self._leave(trainer)
         self.tuner.finish()
         if self._has_saved:
@@ -214,3 +237,18 @@ class AutoTuneCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers the tuner's state until training starts."""
         self._pending = state_dict or None
+
+
+@contextlib.contextmanager
+def _stopping(trainer: pl.Trainer) -> Iterator[None]:
+    """Where a callback of the tuner's asks for the end, Lightning stops."""
+    try:
+        yield
+    except atn.StopTraining as asked:
+        _LOGGER.info("AutoTuneNet: stopped by a callback%s", f": {asked}" if str(asked) else "")
+        trainer.should_stop = True
+
+
+def _log(trainer: pl.Trainer, values: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)

@@ -8,6 +8,7 @@ from autotunenet_jax.hosting import Notices as Teller
 
 from .host import TorchHost
 
+_HOW = "Report one whenever the tuner asks for it: attach(..., validate=function), or tuner.validate(metric)"
 _OVERWRITTEN = (
     "Something else sets {names} besides the tuner, such as a scheduler made after attach or the optimizer itself: "
     "what is tuned is not what is in force. Hand the scheduler to attach, or leave the name out of param_space."
@@ -21,18 +22,30 @@ class Notices:
       session: Of the run.
       outside: Values that lie outside the ranges at the start, by name.
       through: Where they go; by default warnings that point at the user's line.
+      how: How a metric is reported; by default in a loop of the user's own.
 
     Attributes:
       silent: Kinds that the user has been told of in another way.
     """
 
-    def __init__(self, session: Session, *, outside: Mapping[str, Any], through: Callable[[str], None] | None = None):
-        self._session, self._outside = session, outside
+    def __init__(
+        self,
+        session: Session,
+        *,
+        outside: Mapping[str, Any],
+        through: Callable[[str], None] | None = None,
+        how: str | None = None,
+    ):
+        self._session, self._outside, self._how = session, outside, how or _HOW
         self._teller = Teller(session.recorder, **({} if through is None else {"through": through}))
         self._is_over, self._had_eval = False, -1
         self._has_told_overwritten = False
         self.silent: set[str] = set()
         self._look(is_over=False)
+
+    def tell(self, kind: str, message: str) -> None:
+        """Tells something that whoever owns the loop has seen."""
+        self._teller.tell(self._session.controller.step, [Notice(kind, message)])
 
     def before(self, host: TorchHost) -> None:
         """Says that a value is not what the tuner has written."""
@@ -41,8 +54,7 @@ class Notices:
         names = host.overwritten()
         if names:
             self._has_told_overwritten = True
-            message = _OVERWRITTEN.format(names=", ".join(names))
-            self._teller.tell(self._session.controller.step, [Notice("overwritten", message)])
+            self.tell("overwritten", _OVERWRITTEN.format(names=", ".join(names)))
 
     def after(self, report: Report) -> None:
         """Looks at the run after decisions, metrics and the last step."""
@@ -54,7 +66,7 @@ class Notices:
                 "zero. Give attach the number of steps that the loop runs."
             )
             if controller.step == total + 1:
-                self._teller.tell(controller.step, [Notice("budget spent", message)])
+                self.tell("budget spent", message)
             return
         is_new = report.decision is not None or session.evaluated_at != self._had_eval
         self._had_eval = session.evaluated_at
@@ -66,5 +78,6 @@ class Notices:
     def _look(self, *, is_over: bool) -> None:
         session = self._session
         controller, rounds = session.controller, session.recorder.history.rounds
-        found = notices(controller.tuner, controller.state, rounds=rounds, outside=self._outside, is_over=is_over)
+        asked = {"outside": self._outside, "is_over": is_over, "how": self._how}
+        found = notices(controller.tuner, controller.state, rounds=rounds, **asked)
         self._teller.tell(controller.step, [notice for notice in found if notice.kind not in self.silent])

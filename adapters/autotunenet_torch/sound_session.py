@@ -125,6 +125,24 @@ class SoundSession(Session):
             self.evaluate()
             self.end_at_best()
 
+    def return_to_best(self) -> None:
+        """Goes back to the best state that was measured, where a settled run has ended before its budget elsewhere.
+
+        Inside a round a fork that is kept is as good, and one that is still running has not been judged.
+        """
+        controller = self.controller
+        # Not all of several processes may have come here.
+        if controller.phase == TRAIN and not distributed.is_distributed():
+            self.evaluate()
+        ts = controller.state
+        seen, step = ts.validation, int(ts.slots.kept_step)
+        is_running, has_kept = controller.phase == FORK, controller.phase == FORK and int(ts.round.kept) >= 0
+        is_elsewhere = is_running or bool(seen.level > seen.best)
+        if bool(seen.is_kept) and is_elsewhere and not has_kept and step < controller.step:
+            self.host.restore(self.kept, rewinds=False)
+            self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
+            self.recorder.go_back(controller.step, step, is_rollback=False)
+
     # Across processes.
 
     def books(self) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class Trainer:
             shown.close()
             if is_owned and store is not None:
                 store.close()
-        tuner.finish()
+        tuner._end(at_best=not self.is_interrupted)
         is_stopped = self.stop_reason is not None and not self.is_interrupted
         if (self.restore_best or is_stopped) and self.best_state is not None:
             self.model.load_state_dict(self.best_state)

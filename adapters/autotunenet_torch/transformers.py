@@ -1,22 +1,30 @@
 """AutoTuneNet inside the Trainer of transformers."""
 
+import contextlib
 import functools
 import math
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import autotunenet_jax as atn
 from autotunenet_jax.hosting import TRAIN
 
+from . import distributed, metric_names
+from .chosen import TellsChosen
 from .tuner import AutoTuneNet
 
 _FILE = "autotune.pt"
 _MONITOR = "eval_loss"
+_HOW = (
+    "Give the Trainer an eval_dataset and an eval_strategy, or name a metric that it has, AutoTuneCallback(tuner, "
+    "monitor=...)"
+)
 _LOGGER = transformers.utils.logging.get_logger("transformers.autotunenet")
 
 
@@ -28,7 +36,8 @@ class AutoTuneCallback(TrainerCallback):
     step. Where the Trainer evaluates at all, it evaluates each time the tuner wants to compare forks by it;
     ``EarlyStoppingCallback`` and the best model see the regular evaluations of the training that lives on alone.
     Checkpoints get a file with the tuner's state, and the output folder ``history.json``, for
-    ``python -m autotunenet_jax``.
+    ``python -m autotunenet_jax``. The Trainer logs the tuned values, each under ``tuner/`` and its name. A training
+    that is stopped early ends in the best state that was measured, unless the Trainer loads its own best model.
 
     Example:
         >>> tuner = AutoTuneNet({"learning_rate": (1e-6, 1e-3)})
@@ -37,6 +46,8 @@ class AutoTuneCallback(TrainerCallback):
     Args:
       tuner: What may be tuned.
       monitor: Name of the evaluation metric, in the direction of the tuner's ``mode``; by default ``eval_loss``.
+      callbacks: Hooks of the tuner's own, see `AutoTuneNet.attach`; `autotunenet_jax.StopTraining` stops the Trainer.
+      loggers: Where all numbers of the run go, besides the Trainer's log; see `autotunenet_jax.fit`.
 
     Raises:
       RuntimeError: When training starts: something else than a Trainer calls it.
@@ -44,8 +55,16 @@ class AutoTuneCallback(TrainerCallback):
         refuses. Then: ``monitor`` is not among the metrics.
     """
 
-    def __init__(self, tuner: AutoTuneNet, *, monitor: str | None = None):
+    def __init__(
+        self,
+        tuner: AutoTuneNet,
+        *,
+        monitor: str | None = None,
+        callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
+        loggers: Sequence[Any] = (),
+    ):
         self.tuner, self.monitor = tuner, monitor
+        self._callbacks, self._loggers = list(callbacks), list(loggers)
         self._losses: list[torch.Tensor] = []
         self._undo: list[Callable[[], None]] = []
         self._is_asked = self._is_training = self._has_many = self._has_saved = False
@@ -65,9 +84,19 @@ class AutoTuneCallback(TrainerCallback):
         """Attaches, after the Trainer has put a checkpoint back if there is one."""
         self._leave()
         trainer, resumed = _caller(self)
-        self.tuner._through, self.tuner._log = _LOGGER.warning, _LOGGER
+        self.tuner._through, self.tuner._log, self.tuner._how = _LOGGER.warning, _LOGGER, _HOW
+        logs = str(getattr(args.logging_strategy, "value", args.logging_strategy)) != "no"
+        chosen = TellsChosen(lambda: self.tuner.best_hyperparams, functools.partial(_log, trainer))
         scaler = getattr(trainer.accelerator, "scaler", None)
-        self.tuner.attach(model, optimizer, lr_scheduler, scaler, total_steps=state.max_steps)
+        self.tuner.attach(
+            model,
+            optimizer,
+            lr_scheduler,
+            scaler,
+            total_steps=state.max_steps,
+            callbacks=[*self._callbacks, *([chosen] if logs else [])],
+            loggers=self._loggers if distributed.rank() == 0 else (),
+        )
         if state.global_step:
             file = pathlib.Path(str(resumed or _folder(args, state))) / _FILE
             if not file.exists():
@@ -119,7 +148,8 @@ class AutoTuneCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Reports the loss once per optimizer step, and asks for an evaluation when the tuner wants one."""
-        self.tuner.step(torch.stack(self._losses).sum())
+        with _stopping(control):
+            self.tuner.step(torch.stack(self._losses).sum())
         self._losses.clear()
         self._is_asked = False
         if self.tuner.wants_validation and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
@@ -141,8 +171,13 @@ class AutoTuneCallback(TrainerCallback):
             return
         is_regular, name = self._is_regular, self.monitor or _MONITOR
         if name in metrics:
-            self.tuner.validate(metrics[name])
-        elif self.monitor is not None and not self._has_many:
+            if doubt := metric_names.doubt(name, self.tuner.mode):
+                self.tuner._tell("direction", doubt)
+            with _stopping(control):
+                self.tuner.validate(metrics[name])
+        elif self.monitor is None:
+            self.tuner._tell("unknown metric", metric_names.none_of(metrics, _HOW))
+        elif not self._has_many:
             raise ValueError(
                 f"AutoTuneCallback(monitor={self.monitor!r}) is none of the evaluation metrics; there are "
                 f"{', '.join(sorted(metrics))}. Name one of these."
@@ -171,11 +206,11 @@ class AutoTuneCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends inside a round of forks with the best state so far; the Trainer's best model is left alone."""
+        """Ends before the budget does in the best state so far; the Trainer's best model is left alone."""
         self._leave()
         self._is_training = False
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            self.tuner._release()
+            self.tuner._close()
         else:
             self.tuner.finish()
         if self._has_saved:
@@ -184,6 +219,23 @@ class AutoTuneCallback(TrainerCallback):
     def _leave(self) -> None:
         while self._undo:
             self._undo.pop()()
+
+
+@contextlib.contextmanager
+def _stopping(control: TrainerControl) -> Iterator[None]:
+    """Where a callback of the tuner's asks for the end, the Trainer stops."""
+    try:
+        yield
+    except atn.StopTraining as asked:
+        _LOGGER.info("AutoTuneNet: stopped by a callback%s", f": {asked}" if str(asked) else "")
+        control.should_training_stop = True
+
+
+def _log(trainer: Any, values: dict[str, float]) -> None:
+    # To log is to have done what was due; this comes besides.
+    is_due = trainer.control.should_log
+    trainer.log(values)
+    trainer.control.should_log = is_due
 
 
 def _caller(callback: AutoTuneCallback) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 import autotunenet_jax as atn
 from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Report, announce_compilation
 
-from . import arguments, checkpoint, distributed, lr_schedulers
+from . import arguments, checkpoint, distributed, lr_schedulers, schedule_end
 from .data import ReplayBuffer
 from .host import TorchHost
 from .notices import Notices
@@ -118,6 +118,7 @@ class AutoTuneNet:
         self._keeps_best = False
         # Where the adapters of frameworks send what a user should know.
         self._through: Callable[[str], None] | None = None
+        self._how: str | None = None
         self._log: logging.Logger | None = None
 
     def __repr__(self) -> str:
@@ -224,9 +225,18 @@ class AutoTuneNet:
         self._is_over = False
         self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
         self._guard = StepGuard(state.optimizers)
-        self._notices = Notices(self._session, outside=outside, through=self._through)
+        self._notices = Notices(self._session, outside=outside, through=self._through, how=self._how)
+        if core.total_steps is not None and self._options["decay"] is None:
+            self._look_at_end(schedulers, core.total_steps)
         if self._session.evaluate():
             self._session.write()
+
+    def _look_at_end(self, schedulers: Sequence[Any], steps: int) -> None:
+        """Says where schedulers of the user's own keep a tuned rate high to the end."""
+        is_tuned = any(isinstance(target, RateTarget) for target in self._host.targets.values())
+        share = schedule_end.share_left(schedulers, steps) if is_tuned and schedulers else None
+        if share is not None:
+            self._notices.tell("scheduler", schedule_end.NOTICE.format(share=share))
 
     # Training.
 
@@ -305,6 +315,11 @@ class AutoTuneNet:
         is_settled = session.controller.phase == TRAIN
         session.recorder.add_eval(session.controller.step, metric, is_settled=is_settled)
 
+    def _tell(self, kind: str, message: str) -> None:
+        """Tells once a run what the callback of a framework has seen."""
+        self._attached()
+        self._notices.tell(kind, message)
+
     # What is in force, and what happened.
 
     @property
@@ -320,14 +335,26 @@ class AutoTuneNet:
         return self.space.to_python(self.space.decode(incumbent))
 
     def finish(self) -> None:
-        """Ends a run early: inside a round of forks, goes back to the best state so far. At the end it is automatic.
+        """Ends a run early, in the best state so far: that of the best fork inside a round, or of the best metric.
 
-        Callbacks hear of the end here, so call it after a whole run too where there are any.
+        At the end of the budget this is automatic. Callbacks hear of the end here, so call it after a whole run too
+        where there are any.
         """
+        self._end(at_best=True)
+
+    def _end(self, *, at_best: bool) -> None:
+        """Ends a run; without ``at_best`` where it stands, which is how one that will be resumed is left."""
         session = self._attached()
         if not session.is_settled:
             session.settle()
-        self._guard.release()
+            if at_best:
+                session.return_to_best()
+        self._close()
+
+    def _close(self) -> None:
+        """Says that the run is over, whatever state it is in."""
+        session = self._attached()
+        self._release()
         if not self._is_over:
             self._is_over = True
             self._sum_up(session)
@@ -354,10 +381,11 @@ class AutoTuneNet:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: what was asked for. An attached training stays where it is."""
-        live = ("_host", "_guard", "_notices", "_stream", "_through", "_log")
+        live = ("_host", "_guard", "_notices", "_stream", "_through", "_how", "_log")
         return {name: None if name == "_session" else v for name, v in vars(self).items() if name not in live} | {
             "_stream": None,
             "_through": None,
+            "_how": None,
             "_log": None,
         }
 

@@ -187,16 +187,9 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
         adopt=directive.adopt | (answer.rolls_back & ~restores),
         outcome=outcome,
         verdict=heard.verdict,
-        evaluate=wants_metric(ts),
+        evaluate=validation_monitor.is_due(ts),
     )
     return ts._replace(outcome=jnp.where(outcome > 0, outcome, ts.outcome)), directive, due
-
-
-def wants_metric(ts: TunerState) -> Bool[Array, ""]:
-    """Whether a reading of the validation metric is due: at regular steps, before a round, and before the last step."""
-    is_regular = ts.step % ts.plan.check_every == 0
-    has_next_round = ts.plan.start[ts.round.index] < NEVER
-    return is_regular | (has_next_round & (ts.segment_left == 1)) | (ts.plan.total - ts.step == 1)
 
 
 def may_copy(ts: TunerState) -> Bool[Array, ""]:

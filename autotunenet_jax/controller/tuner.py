@@ -12,11 +12,13 @@ from ..compiler.precision import in_float32
 from ..space.search_space import SearchSpace
 from . import plan as planning
 from . import schedule as shapes
+from . import validation_monitor
 from .core import Core
 from .extension import extended
 from .first_state import PARTS, defaults, fingerprint, first_state
 from .loss_monitor import Guard
 from .plan import NEVER
+from .rollback import select
 from .state import FORMAT, TRAIN, Directive, TunerState
 
 
@@ -253,10 +255,12 @@ class AutoTuneNet:
     def observe_eval(self, ts: TunerState, metric: Any) -> TunerState:
         """Takes in a validation metric of the current training state, in the direction of ``mode``. Pure; O(1).
 
-        Forks are compared by it when it is reported each time `Directive.evaluate` asks for it.
+        Forks are compared by it when it is reported each time `Directive.evaluate` asks for it. One that is not finite
+        says that the state is broken; where none was asked for, it says nothing.
         """
         metric = jnp.asarray(metric, jnp.float32)
-        return self.core.observe_eval(ts, -metric if self.mode == "max" else metric)
+        told = self.core.observe_eval(ts, -metric if self.mode == "max" else metric)
+        return select(validation_monitor.is_heard(ts, metric), told, ts)
 
     @in_float32
     def anneal(self, ts: TunerState, steps: int) -> TunerState:

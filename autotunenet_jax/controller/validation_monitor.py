@@ -29,6 +29,23 @@ counts there, and it takes the run to its best state as it is."""
 _SPACING = 0.8
 
 
+def is_due(ts: TunerState) -> Bool[Array, ""]:
+    """Whether a reading is due in training: at regular steps, before a round, and before the last step."""
+    is_regular = ts.step % ts.plan.check_every == 0
+    has_next_round = ts.plan.start[ts.round.index] < NEVER
+    return is_regular | (has_next_round & (ts.segment_left == 1)) | (ts.plan.total - ts.step == 1)
+
+
+def wants_metric(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the tuner would use a metric reported now."""
+    return jnp.where(ts.phase == FORK, ts.segment_left == 1, (ts.phase == TRAIN) & is_due(ts))
+
+
+def is_heard(ts: TunerState, metric: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a metric says anything: one that is not finite, and was not asked for, stands for none."""
+    return jnp.isfinite(metric) | wants_metric(ts)
+
+
 def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerState:
     """Takes a validation metric in; in a fork's last step it is its score."""
     is_score = (ts.phase == FORK) & (ts.segment_left == 1)

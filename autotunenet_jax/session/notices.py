@@ -28,6 +28,9 @@ _AT_BOUND_DECADES = 0.05
 # Share of the budget after which a metric that has not come yet is missed.
 _MISSED_SHARE = 0.3
 
+HOW = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
+"""How a metric is reported."""
+
 NO_METRIC = "no metric"
 """Kind of the notice that slow hyperparameters stay put for want of a metric."""
 
@@ -53,6 +56,7 @@ def notices(
     rounds: Sequence[Mapping[str, Any]],
     outside: Mapping[str, Any] | None = None,
     is_over: bool = False,
+    how: str = HOW,
 ) -> list[Notice]:
     """Everything that a user should be told of a run now; whoever tells it tells each kind once (see `Notices`).
 
@@ -64,6 +68,7 @@ def notices(
       rounds: `History.rounds`.
       outside: Values that the user's objects had and that lie outside the ranges, by name: the run starts elsewhere.
       is_over: Whether the run has ended.
+      how: How a metric is reported in the user's framework.
 
     Cost: reads a dozen numbers of ``ts``, which waits for the steps under way.
     """
@@ -73,7 +78,7 @@ def notices(
     found += _bad_steps(int(ts.health.bad_steps), step)
     found += _rollbacks(int(ts.rollbacks), step)
     if is_late and step:
-        found += _no_metric(tuner, ts)
+        found += _no_metric(tuner, ts, how)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
 
 
@@ -113,18 +118,17 @@ def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
     return [Notice("many rollbacks", message)]
 
 
-def _no_metric(tuner: AutoTuneNet, ts: TunerState) -> list[Notice]:
+def _no_metric(tuner: AutoTuneNet, ts: TunerState, how: str) -> list[Notice]:
     if math.isfinite(ts.validation.level):
         return []
     roles = roles_of(tuner.space)
     slow = [name for name, is_slow in zip(tuner.space.names, roles.is_slow, strict=True) if is_slow]
-    how = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
     found = []
     if slow:
-        stays, does, them = ("stays as it starts", "it does", "it") if len(slow) == 1 else (
-            "stay as they start", "they do", "them"
-        )  # fmt: skip
-        message = f"{', '.join(slow)} {stays}: only a validation metric shows what {does}, and none came. "
+        stay, they, them = (
+            ("stays as it starts", "it does", "it") if len(slow) == 1 else ("stay as they start", "they do", "them")
+        )
+        message = f"{', '.join(slow)} {stay}: only a validation metric shows what {they}, and none came. "
         found.append(Notice(NO_METRIC, f"{message}{how}, or leave {them} out of the search space."))
     if tuner.mode == "max":
         message = 'mode="max" is about a validation metric, and none came; the training loss is minimised. '

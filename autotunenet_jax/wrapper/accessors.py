@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool
 from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
+from ..controller.validation_monitor import wants_metric
 from ..space import injection
 from . import aux_state, budget, inner_state, notices, ring
 from .loss import interpret, take_loss
@@ -23,7 +24,6 @@ from .state import (
     Settings,
     in_force,
     take_metric,
-    wants_metric,
     write_in_force,
 )
 
@@ -175,8 +175,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _observe(settings: Settings, packed: packing.Packed, record: Array, loss: Array) -> tuple[packing.Packed, Array]:
     lag, is_usable, is_made = _unreported(settings, packed)
-    flags = {"is_usable": is_usable, "is_away": jnp.zeros((), bool), "is_made": is_made}
-    after, directive, record = take_loss(settings, packed, record, loss, lag=lag, **flags)
+    after, directive, record = take_loss(settings, packed, record, loss, lag=lag, is_usable=is_usable, is_made=is_made)
     return _noted(settings, packed, after, lag, directive), record
 
 
@@ -206,7 +205,7 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
 
     Args:
       opt_state: As for `observe`.
-      metric: Scalar.
+      metric: Scalar. One that is not finite says that training is broken; where none was asked for, it says nothing.
 
     Returns:
       What was given, with the metric taken in.

@@ -39,6 +39,7 @@ def autotune(
     capacity: int = 64,
     enabled: bool = True,
     aux: Any = None,
+    axis_name: Any = None,
     **arguments: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose hyperparameters tune themselves while it trains.
@@ -83,6 +84,9 @@ def autotune(
         statistics: a tree of arrays, of the structure that ``update(..., aux=...)`` is given and `rewound` returns.
         Without it the first ``update`` makes room for what it is given, and its state has more arrays than the one
         before: under ``jax.lax.scan`` and in an ``nnx.Optimizer``, where a state keeps its structure, say it here.
+      axis_name: Name of the mapped axis, or a tuple of names, over which replicas train as one. ``update`` then takes
+        the mean of their losses, so that all decide alike; gradients are to be reduced. Without it ``jax.pmap`` and
+        ``jax.shard_map`` need a loss that is reduced, too, and so do `observe` and `observe_eval` always.
       **arguments: Fixed arguments of a factory. Those whose names are taken above go in with ``functools.partial``.
 
     Returns:
@@ -131,7 +135,7 @@ def autotune(
     # The protocols of optax name their arguments; a partial hides them from the type checker.
     seen = trees.as_seen if is_given else _as_is
     init: Any = functools.partial(_init, inner, tuner, options, key, seen, aux_state.leaves_of(aux))
-    bound: Any = functools.partial(update, inner, seen)
+    bound: Any = functools.partial(update, inner, seen, axis_name)
     return optax.GradientTransformationExtraArgs(init, bound)
 
 

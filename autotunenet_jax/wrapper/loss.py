@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Int
 
 from ..compiler import packing
@@ -11,12 +10,13 @@ from ..compiler.single_kernel import single_kernel
 from ..compiler.stored_program import named, stored_program
 from ..controller import when
 from ..controller.loss_monitor import DIVERGED, SPIKE
-from ..controller.state import FORK, OUTCOME_NONE, TRAIN, Directive, Round
+from ..controller.rollback import select
+from ..controller.state import FORK, OUTCOME_NONE, TRAIN, Directive, Round, TunerState
 from . import memory_drift, ring
 from .state import Course, Memory, Order, Settings, advanced, no_order
 
 
-class _Heard(NamedTuple):
+class Heard(NamedTuple):
     """What a loss comes to, before anything is decided.
 
     Attributes:
@@ -46,10 +46,9 @@ def take_loss(
     *,
     lag: Array,
     is_usable: Array,
-    is_away: Array,
     is_made: Array,
 ) -> tuple[packing.Packed, Directive, Array]:
-    """Tells the tuner one loss.
+    """Tells the tuner one loss, and lets it decide where that is due.
 
     Args:
       settings: Of the wrapper.
@@ -58,32 +57,49 @@ def take_loss(
       loss: Scalar; of the step just done.
       lag: Steps before that one whose losses were never reported.
       is_usable: Whether the loss and its gradients are finite.
-      is_away: Whether the parameters are on their way back to a snapshot: then the loss tells nothing, but the budget
-        is spent.
       is_made: Whether the step was the optimizer's own.
 
     Returns:
       The course after, what the tuner asks for, which `interpret` reads, and the ring.
     """
     loss = jnp.asarray(loss, jnp.float32)
-    heard = _hear(settings, packed, loss, lag, is_usable, is_away, is_made)
+    heard = hear(settings, packed, loss, lag, is_usable, is_made)
+
+    def noted(after: packing.Packed, directive: Directive, record: Array) -> tuple[packing.Packed, Directive, Array]:
+        return note(settings, packed, heard._replace(packed=after, directive=directive), record, loss, lag)
+
+    return when(heard.is_noted, noted, heard.packed, heard.directive, record)
+
+
+def note(
+    settings: Settings, before: packing.Packed, heard: Heard, record: Array, loss: Array, lag: Array
+) -> tuple[packing.Packed, Directive, Array]:
+    """The decision where one is due, and what the ring is told of the loss; nothing where there is nothing to note.
+
+    Args:
+      settings: Of the wrapper.
+      before: The course of the run before the loss.
+      heard: What that came to.
+      record: The ring of what happened.
+      loss: Scalar.
+      lag: Steps before it whose losses were never reported.
+
+    Returns:
+      As `take_loss`.
+    """
 
     def decided(packed: packing.Packed, first: Directive, _: Round) -> tuple[packing.Packed, Directive, Round]:
         course = _unpack(settings, packed)
         ts, second, held = settings.core.decide(course.tuner)
         return packing.pack(course._replace(tuner=ts)), second._replace(verdict=first.verdict), held
 
-    # One question in a step that goes on: a device answers it to the host.
-    def noted(after: packing.Packed, first: Directive, record: Array) -> tuple[packing.Packed, Directive, Array]:
-        held = _unpack(settings, after).tuner.round
-        after, directive, held = when(heard.is_due, decided, after, first, held)
-        words, step, level = _told(settings, packed, after, directive, held, loss, lag, heard.is_due)
-        dims = settings.core.space.dims
-        record = ring.add_entry(record, words, dims, flag=heard.is_due | heard.is_event)
-        record = ring.add_span(record, dims, step=step, bits=heard.bits)
-        return after, directive, ring.add_level(record, dims, step=step, level=level, flag=heard.is_reading)
-
-    return when(heard.is_noted, noted, heard.packed, heard.directive, record)
+    held = _unpack(settings, heard.packed).tuner.round
+    after, directive, held = when(heard.is_due, decided, heard.packed, heard.directive, held)
+    words, step, level = _told(settings, before, after, directive, held, loss, lag, heard.is_due)
+    dims = settings.core.space.dims
+    record = ring.add_entry(record, words, dims, flag=heard.is_due | heard.is_event)
+    record = ring.add_span(record, dims, step=step, bits=heard.bits)
+    return after, directive, ring.add_level(record, dims, step=step, level=level, flag=heard.is_reading)
 
 
 @single_kernel(static_argnums=(0,))
@@ -138,41 +154,73 @@ def _told(
     return ring.words_of(made), ts.step, ts.health.monitor.short * ts.health.scale
 
 
-def _like_heard(settings: Settings, packed: packing.Packed, *_: Any) -> _Heard:
-    return named(_Heard, packed=packed, directive=named(Directive))
+def _like_heard(settings: Settings, packed: packing.Packed, *_: Any) -> Heard:
+    return named(Heard, packed=packed, directive=named(Directive))
 
 
 @stored_program(like=_like_heard, static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
-def _hear(
-    settings: Settings,
-    packed: packing.Packed,
-    loss: Array,
-    lag: Array,
-    is_usable: Array,
-    is_away: Array,
-    is_made: Array,
-) -> _Heard:
-    """The cheap half: the tuner's tick. A loss that is not heard only lets time pass."""
+def hear(
+    settings: Settings, packed: packing.Packed, loss: Array, lag: Array, is_usable: Array, is_made: Array
+) -> Heard:
+    """The cheap half: the tuner's tick.
+
+    Args:
+      settings: Of the wrapper.
+      packed: The course of the run before.
+      loss: Scalar; of the step just done.
+      lag: Steps before that one whose losses were never reported.
+      is_usable: Whether the loss and its gradients are finite.
+      is_made: Whether the step was the optimizer's own.
+    """
     course: Course = packing.unpack(packed, settings.layout)
-    loss, is_heard = jnp.where(is_usable, loss, jnp.nan), ~is_away
+    loss = jnp.where(is_usable, loss, jnp.nan)
     ts, drift = advanced(course.tuner, lag), course.drift
     if drift is not None:
         drift, loss = memory_drift.feed(drift, ts, loss)
     after, directive, is_due = settings.core.tick(ts, loss)
-    after = optax.tree.where(is_heard, after, ts._replace(step=ts.step + 1, data_step=ts.data_step + 1))
-    copies = ("save", "restore", "keep", "adopt")
-    directive = directive._replace(**{name: getattr(directive, name) & is_heard for name in copies})
-    is_due &= is_heard
     # A loss that stays not finite after the way back is no event: such steps are spans.
     is_high = (directive.verdict == SPIKE) | (directive.verdict == DIVERGED)
     acts = (directive.outcome != OUTCOME_NONE) | directive.restore | directive.adopt | is_high
-    is_event = is_heard & (((ts.phase == TRAIN) & acts) | jnp.any(after.incumbent != ts.incumbent))
+    is_event = ((ts.phase == TRAIN) & acts) | jnp.any(after.incumbent != ts.incumbent)
     waits = (ts.phase != TRAIN) & (after.segment_left == ts.segment_left)
-    bits = jnp.where(is_made, 0, ring.SKIPPED) + jnp.where(waits, ring.HELD, 0)
+    return _heard(settings, course._replace(drift=drift), after, directive, is_due, is_event, ~is_made, waits)
+
+
+@single_kernel(static_argnums=(0,))
+def unheard(settings: Settings, packed: packing.Packed, heard: Heard, lag: Array, is_away: Array) -> Heard:
+    """The same of a loss that tells nothing where the parameters are on their way to a snapshot: time passes.
+
+    Args:
+      settings: Of the wrapper.
+      packed: The course of the run before.
+      heard: What the loss comes to otherwise.
+      lag: As for `hear`.
+      is_away: Whether they are.
+    """
+    course: Course = packing.unpack(packed, settings.layout)
+    ts, no = advanced(course.tuner, lag), jnp.zeros((), bool)
+    later = ts._replace(step=ts.step + 1, data_step=ts.data_step + 1)
+    copies = dict.fromkeys(("save", "restore", "keep", "adopt"), no)
+    directive = heard.directive._replace(**copies)
+    away = _heard(settings, course, later, directive, no, no, ~no, ts.phase != TRAIN)
+    return select(is_away, away, heard)
+
+
+def _heard(
+    settings: Settings,
+    course: Course,
+    after: TunerState,
+    directive: Directive,
+    is_due: Array,
+    is_event: Array,
+    is_skipped: Array,
+    waits: Array,
+) -> Heard:
+    bits = jnp.where(is_skipped, ring.SKIPPED, 0) + jnp.where(waits, ring.HELD, 0)
     is_reading = after.step % after.plan.save_every == 0
-    return _Heard(
-        packed=packing.pack(course._replace(tuner=after, drift=drift)),
+    return Heard(
+        packed=packing.pack(course._replace(tuner=after)),
         directive=directive,
         is_due=is_due,
         is_event=is_event,

@@ -325,6 +325,7 @@ def with_metric(
     is_settled: Array,
     always: Array,
     spacing: Array,
+    is_told: Array,
     words: Array,
     is_event: Array,
 ) -> Array:
@@ -338,11 +339,12 @@ def with_metric(
       is_settled: Whether it is one outside forks.
       always: Whether it is noted however near the last one is.
       spacing: Least distance to the last one otherwise, in steps.
+      is_told: Whether it is a reading at all.
       words: The entry, of `words_of`.
       is_event: Whether there is one.
     """
     before = _last(ring, dims, _METRICS, _METRIC_WORDS)
-    is_due = (ring[_METRICS] == 0) | (step - before[0] >= spacing) | always
+    is_due = is_told & ((ring[_METRICS] == 0) | (step - before[0] >= spacing) | always)
     # One state has one metric.
     is_due &= (ring[_METRICS] == 0) | (step != before[0])
     ring = _put(ring, dims, _METRICS, _joined([step, metric, is_settled]), flag=is_due)

@@ -10,9 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ..compiler import packing
 from ..controller.core import Core
 from ..controller.rollback import select
-from ..controller.rollback import wants_metric as train_wants_metric
 from ..controller.state import FORK, TRAIN, TunerState
-from ..controller.validation_monitor import kept_at_once
+from ..controller.validation_monitor import is_heard, kept_at_once
 from ..space import injection
 from . import memory_drift, ring
 from .held_snapshots import HeldSnapshots, Snapshot
@@ -190,6 +189,7 @@ class Noted(NamedTuple):
     is_settled: Bool[Array, ""]
     always: Bool[Array, ""]
     spacing: Int[Array, ""]
+    is_told: Bool[Array, ""]
     words: Int[Array, "width"]
     is_event: Bool[Array, ""]
 
@@ -202,13 +202,15 @@ def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Cours
     drift = course.drift
     fed = metric
     if drift is not None:
-        drift, fed = memory_drift.feed_eval(drift, ts, metric)
-    told = settings.core.observe_eval(ts, fed)
+        felt, fed = memory_drift.feed_eval(drift, ts, metric)
+    is_told = is_heard(course.tuner, given) & (jnp.isfinite(given) | (course.lag == 0))
+    told = select(is_told, settings.core.observe_eval(ts, fed), ts)
+    drift = None if drift is None else select(is_told, felt, drift)
     # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":
         held, keeps = kept_at_once(told)
         # On the way back to a snapshot, the inner state is still another one: that of a step later is kept then.
-        keeps &= (course.home == 0) & ~course.order.restore & ~course.order.adopt
+        keeps &= is_told & (course.home == 0) & ~course.order.restore & ~course.order.adopt
         seen, slots = select(keeps, (held.validation, held.slots), (told.validation, told.slots))
         tuner = course.tuner._replace(window=told.window, validation=seen, slots=slots, incumbent=told.incumbent)
         course = course._replace(order=course.order._replace(keep=course.order.keep | keeps))
@@ -216,10 +218,10 @@ def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Cours
         seen = course.tuner.validation._replace(level=told.validation.level)
         tuner = course.tuner._replace(window=told.window, validation=seen)
     after = ts._replace(validation=tuner.validation, incumbent=tuner.incumbent)
-    return course._replace(tuner=tuner, drift=drift), _noted(ts, after, given)
+    return course._replace(tuner=tuner, drift=drift), _noted(ts, after, given, is_told)
 
 
-def _noted(before: TunerState, after: TunerState, metric: Array) -> Noted:
+def _noted(before: TunerState, after: TunerState, metric: Array, is_told: Array) -> Noted:
     seen, past = after.validation, before.validation
     is_score = (before.phase == FORK) & (before.segment_left == 1)
     is_last = (before.plan.total > 0) & (before.plan.total - before.step <= 1)
@@ -231,11 +233,7 @@ def _noted(before: TunerState, after: TunerState, metric: Array) -> Noted:
         always=is_score | is_last,
         # As near as two readings that count may be.
         spacing=jnp.asarray(before.plan.check_every * 4 // 5),
+        is_told=is_told,
         words=ring.words_of(ring.entry(after, cause=ring.MEASURED, phase=before.phase)),
         is_event=(seen.retreats != past.retreats) | (seen.cools_from != past.cools_from) | has_moved,
     )
-
-
-def wants_metric(ts: TunerState) -> Bool[Array, ""]:
-    """Whether the tuner would use a validation metric reported now."""
-    return jnp.where(ts.phase == FORK, ts.segment_left == 1, (ts.phase == TRAIN) & train_wants_metric(ts))

@@ -8,9 +8,23 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import packing
+from autotunenet_jax.space import injection
+from autotunenet_jax.wrapper import ring
 from autotunenet_jax.wrapper.held_snapshots import snapshots_of
 
 MEMORIES = ("keep-winner", "rewind", "drift")
+
+
+def read(tree):
+    """A tree in which what a tuned state remembers is numbers, not their bits."""
+
+    def told(node):
+        if not injection.is_tuned(node):
+            return node
+        contents = ring.read(np.asarray(node.record), node.settings.core.space.dims)
+        return node._replace(record=jax.tree.map(np.asarray, contents))
+
+    return jax.tree.map(told, tree, is_leaf=injection.is_tuned)
 
 
 def assert_same(a, b, rtol=1e-4, atol=1e-6):
@@ -22,7 +36,7 @@ def assert_same(a, b, rtol=1e-4, atol=1e-6):
         else:
             np.testing.assert_array_equal(x, y)
 
-    jax.tree.map(check, a, b)
+    jax.tree.map(check, read(a), read(b))
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -190,7 +204,8 @@ def test_copies_take_no_room_but_their_own():
         temporary[memory] = compiled.memory_analysis().temp_size_in_bytes
     size = sum(leaf.nbytes for leaf in params.values())
     assert temporary["drift"] <= 1.1 * size + 4 * 128**2
-    assert temporary["keep-winner"] <= temporary["drift"] + size
+    # What the numbers of the run take while something is decided does not grow with the parameters.
+    assert temporary["keep-winner"] <= temporary["drift"] + size + 2**14
 
 
 def test_rewind_goes_back_to_where_the_round_began(toy):
@@ -266,7 +281,7 @@ def test_rising_validation_brings_the_best_state_back_at_a_lower_rate(toy):
         homes.append(int(course.home) if int(course.tuner.phase) == 0 else 0)
         rates.append(float(course.tuner.incumbent[0]))
     back = next(i for i, home in enumerate(homes) if home == 2 and i > lowest)
-    # One step past the best metric, which is when a copy can be made; half a decade of four lower.
-    assert_same(past[back], past[lowest], rtol=1e-5, atol=1e-6)
+    # The state that the best metric was measured of; half a decade of four lower.
+    assert_same(past[back], past[lowest - 1], rtol=1e-5, atol=1e-6)
     assert rates[back] == pytest.approx(max(rates[lowest] - 0.125, 0.0), abs=1e-6)
     assert rates[lowest] > 0.0

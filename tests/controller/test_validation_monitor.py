@@ -190,3 +190,15 @@ def test_a_metric_takes_over_from_the_training_loss():
     metrics = np.where(STEPS < TURN, np.inf, np.linspace(1.0, 0.5, TOTAL)).astype(np.float32)
     rows, _ = run(tuned(), told(HIGHER, metrics))
     assert not rows["validation"].has_fallen[-1] and len(went_back(rows)) == 0
+
+
+def test_a_metric_that_is_not_finite_says_something_only_where_one_was_asked_for():
+    """So that one program serves steps with a metric and without."""
+    net = tuned()
+    ts = net.init(jax.random.key(0))
+    ts = ts._replace(phase=jnp.full_like(ts.phase, state.TRAIN), step=jnp.full_like(ts.step, 5 * CHECK + 1))
+    told = net.observe_eval(ts, jnp.nan)
+    jax.tree.map(np.testing.assert_array_equal, told._replace(key=0), ts._replace(key=0))
+    due = ts._replace(step=jnp.full_like(ts.step, 5 * CHECK))
+    assert int(net.observe_eval(due, jnp.nan).validation.worse) == 1
+    assert float(net.observe_eval(ts, 0.5).validation.best) == 0.5

@@ -146,9 +146,9 @@ def test_nothing_waits_for_the_device_between_decisions(monkeypatch):
 
     original, phases = run._step_jit, []
 
-    def step(core, train_step, copies, ts, hyperparams, batch):
+    def step(core, train_step, has_aux, copies, ts, hyperparams, batch):
         phase = phases[-1]
-        *rest, due, wants, log = original(core, train_step, copies, ts, hyperparams, batch)
+        *rest, due, wants, log = original(core, train_step, has_aux, copies, ts, hyperparams, batch)
         return *rest, Watched(due, phase), Watched(wants, phase), log
 
     train_one = run.Run.train_one

@@ -10,6 +10,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pl = pytest.importorskip("lightning.pytorch")
 
+import autotunenet_jax as atn  # noqa: E402
 from autotunenet_torch import AutoTuneNet  # noqa: E402
 from autotunenet_torch.lightning import AutoTuneCallback  # noqa: E402
 
@@ -50,12 +51,13 @@ class Module(pl.LightningModule):
 
 def make(tmp_path, tuner, *, epochs=10, **kwargs):
     callback = AutoTuneCallback(
-        tuner, **{k: kwargs.pop(k) for k in ("validate", "total_steps", "monitor") if k in kwargs}
+        tuner,
+        **{k: kwargs.pop(k) for k in ("validate", "total_steps", "monitor", "callbacks", "loggers") if k in kwargs},
     )
     others = kwargs.pop("others", ())
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[*others, callback], default_root_dir=tmp_path, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, **kwargs,
+        max_epochs=epochs, accelerator="cpu", callbacks=[*others, callback], default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, **{"logger": False, **kwargs},
     )  # fmt: skip
 
 
@@ -166,3 +168,91 @@ def test_a_checkpoint_without_the_tuner_is_refused(tmp_path, loader):
     bare.save_checkpoint(path)
     with pytest.raises(ValueError, match="holds no state of AutoTuneCallback"):
         make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False).fit(Module(), loader, ckpt_path=path)
+
+
+class Naming(Module):
+    """Logs its validation metric under a name."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def validation_step(self, batch, index):
+        self.log("other", 0.5)
+        self.log(self.name, torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+
+def warned(tuner):
+    return {event["kind"]: event["message"] for event in tuner.history.events}
+
+
+@pytest.mark.parametrize("name", ["val/loss", "valid_loss"])
+def test_the_usual_names_are_found(tmp_path, loader, name):
+    tuner = AutoTuneNet(SPACE)
+    make(tmp_path, tuner, enable_checkpointing=False, epochs=4).fit(Naming(name), loader, loader)
+    assert tuner.history.evals and "unknown metric" not in warned(tuner)
+
+
+def test_metrics_none_of_which_is_known_are_named(tmp_path, loader, caplog):
+    tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)})
+    with caplog.at_level(logging.WARNING, "lightning.pytorch.autotunenet"):
+        make(tmp_path, tuner, enable_checkpointing=False, epochs=5).fit(Naming("elbo"), loader, loader)
+    assert not tuner.history.evals
+    assert [m for m in caplog.messages if "elbo, other" in m and "monitor=" in m] == [warned(tuner)["unknown metric"]]
+    assert "dropout stays as it starts" in warned(tuner)["no metric"] and "self.log" in warned(tuner)["no metric"]
+
+
+@pytest.mark.parametrize(("name", "mode", "is_doubted"), [("val_acc", "min", True), ("val_acc", "max", False)])
+def test_a_metric_of_the_other_direction_is_told_of(tmp_path, loader, name, mode, is_doubted):
+    tuner = AutoTuneNet(SPACE, mode=mode)
+    make(tmp_path, tuner, enable_checkpointing=False, epochs=4, monitor=name).fit(Naming(name), loader, loader)
+    assert ("direction" in warned(tuner)) == is_doubted
+
+
+def test_a_training_that_is_stopped_early_ends_in_its_best_state(tmp_path, loader):
+    class Worse(Module):
+        """Loses a fifth of its weights after each batch of the last epochs."""
+
+        def on_train_batch_end(self, *args):
+            if self.current_epoch >= 10:
+                with torch.no_grad():
+                    self.net[3].weight.mul_(0.8)
+
+    held_out = torch.utils.data.DataLoader(loader.dataset, 16)
+    tuner, module, stopping = AutoTuneNet(SPACE), Worse(), pl.callbacks.EarlyStopping("val_loss", patience=2)
+    trainer = make(tmp_path, tuner, others=[stopping], enable_checkpointing=False, epochs=30)
+    trainer.fit(module, loader, held_out)
+    assert trainer.global_step < 180 and "ends in its best state" in tuner.history.events[-1]["message"]
+    with torch.no_grad():
+        end = sum(torch.nn.functional.cross_entropy(module.net(x), y).item() for x, y in held_out) / len(held_out)
+    best = min(row["value"] for row in tuner.history.evals if row["is_settled"])
+    assert end <= best + 1e-6 < tuner.history.evals[-1]["value"]
+
+
+def test_callbacks_loggers_and_the_tuned_values(tmp_path, loader):
+    class Stops(atn.Callback):
+        def on_decision(self, decision):
+            raise atn.StopTraining("enough")
+
+        def on_end(self, history):
+            self.ended = True
+
+    rows = []
+
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append((step, metrics))
+
+    stops, seen = Stops(), []
+    tuner = AutoTuneNet(SPACE)
+    trainer = make(
+        tmp_path, tuner, enable_checkpointing=False, logger=Logger(), callbacks=[stops],
+        loggers=[lambda row, step: seen.append(row)], epochs=30,
+    )  # fmt: skip
+    trainer.fit(Module(), loader, loader)
+    [decision] = tuner.history.rounds
+    assert decision["end"] <= trainer.global_step < 180 and stops.ended
+    assert any("train/loss" in row for row in seen)
+    told = [(step, row["tuner/learning_rate"]) for step, row in rows if "tuner/learning_rate" in row]
+    assert [step for step, _ in told] == [1, decision["end"]]
+    assert told[1][1] == pytest.approx(decision["chosen"]["learning_rate"])

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 
 import pytest
 
@@ -9,8 +10,10 @@ torch = pytest.importorskip("torch")
 
 from torch.optim import lr_scheduler as lrs  # noqa: E402
 
-from autotunenet_torch import AutoTuneNet, TrainingState, lr_schedulers, targets  # noqa: E402
+from autotunenet_torch import AutoTuneNet, TrainingState, lr_schedulers, schedule_end, targets  # noqa: E402
 from autotunenet_torch.warm_up import WarmUp  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Your scheduler does not fall")
 
 MAKE = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: min(1.0, step / 4)),
@@ -250,3 +253,48 @@ def test_a_scheduler_that_is_not_handed_over_is_refused(name):
     del scheduler
     tuner._release()
     tuner.attach(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def chained(optimizer, after):
+    warm = lrs.LinearLR(optimizer, 0.1, total_iters=20)
+    return lrs.SequentialLR(optimizer, [warm, after], [20])
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (lambda opt: lrs.LambdaLR(opt, lambda step: min(1.0, step / 20)), 1.0),
+        (lambda opt: lrs.LambdaLR(opt, lambda step: 1.0 - 0.4 * step / 500), 0.6),
+        (lambda opt: lrs.LinearLR(opt, 0.1, total_iters=20), 1.0),
+        (lambda opt: lrs.StepLR(opt, 400, 0.7), 0.7),
+        (lambda opt: chained(opt, lrs.ConstantLR(opt, 1.0, 1)), 1.0),
+        (lambda opt: lrs.LambdaLR(opt, lambda step: 1.0 - step / 500), None),
+        (lambda opt: lrs.LambdaLR(opt, lambda epoch: 0.5 + 0.5 * math.cos(math.pi * epoch / 10)), None),
+        (lambda opt: lrs.LambdaLR(opt, lambda epoch: [0.1, 1.0, 1.0][epoch]), None),
+        (lambda opt: lrs.CosineAnnealingLR(opt, 500), None),
+        (lambda opt: chained(opt, lrs.ExponentialLR(opt, 0.99)), None),
+        (lambda opt: lrs.ReduceLROnPlateau(opt), None),
+    ],
+)
+def test_a_rate_that_stays_high_to_the_end_is_seen(make, left):
+    """What falls, may fall, or is stepped once an epoch does not count; nothing of the scheduler is touched."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.3)
+    scheduler = make(optimizer)
+    before = str(scheduler.state_dict()), optimizer.param_groups[0]["lr"]
+    share = schedule_end.share_left([scheduler], 500)
+    assert share == (left if left is None else pytest.approx(left))
+    assert (str(scheduler.state_dict()), optimizer.param_groups[0]["lr"]) == before
+
+
+@pytest.mark.parametrize(("space", "decay", "is_told"), [("learning_rate", None, True), ("momentum", None, False),
+                                                        ("learning_rate", "linear", False)])  # fmt: skip
+def test_a_scheduler_that_only_warms_up_is_told_of_once(space, decay, is_told):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.5)
+    scheduler = lrs.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    tuner = AutoTuneNet({space: (0.1, 0.9)}, decay=decay)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        tuner.attach(model, optimizer, scheduler, total_steps=500)
+    told = [str(w.message) for w in seen if "does not fall" in str(w.message)]
+    assert len(told) == is_told and all("warmup_steps=N" in message for message in told)

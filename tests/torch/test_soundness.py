@@ -122,3 +122,38 @@ def test_a_buffer_that_is_always_broken_again_is_the_users_affair():
     model.line.weight.data[0, 0] = math.nan
     assert soundness.damage()[0] == ["line.weight"]
     assert not soundness.may_copy() and not soundness.may_copy()
+
+
+@pytest.mark.parametrize("measures", [True, False])
+@pytest.mark.parametrize("stop_at", [125, 155])
+def test_a_run_that_is_ended_early_is_in_the_best_state_that_was_measured(stop_at, measures):
+    """With a function that measures the last state too, and with metrics that are reported from time to time."""
+    torch.manual_seed(1)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    rng = torch.Generator().manual_seed(4)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 0.3)}, decay="none")
+    tuner.attach(model, optimizer, total_steps=STEPS, validate=(lambda: held_out(model)) if measures else None)
+    moments = {}
+    for step in range(1, stop_at + 1):
+        loss = loss_of(model, torch.randn(24, 6, generator=rng))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step > stop_at - 20:
+            with torch.no_grad():
+                model.line.weight.mul_(0.9)
+        moments[held_out(model)] = [state["exp_avg"].clone() for state in optimizer.state.values()]
+        if not measures and (tuner.wants_validation or step % 10 == 0):
+            tuner.validate(held_out(model))
+        tuner.step(loss)
+    spoilt = held_out(model)
+    tuner.finish()
+    best = min(entry["value"] for entry in tuner.history.evals if entry["is_settled"])
+    # Forks that were kept are measured too.
+    assert held_out(model) <= best < spoilt - 0.01
+    event = tuner.history.events[-1]
+    assert event["kind"] == "retreat" and "ends in its best state" in event["message"]
+    now = [state["exp_avg"] for state in optimizer.state.values()]
+    assert all(map(torch.equal, moments[held_out(model)], now))
+    assert tuner.history.kept()[-1]["step"] == int(event["message"].split("step ")[1].rstrip("."))

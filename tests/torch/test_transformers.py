@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
+import autotunenet_jax as atn  # noqa: E402
 from autotunenet_torch import AutoTuneNet  # noqa: E402
 from autotunenet_torch.transformers import AutoTuneCallback  # noqa: E402
 
@@ -35,17 +36,19 @@ class Rows(torch.utils.data.Dataset):
 
 def make(tmp_path, tuner, *, rows=64, trainer_class=transformers.Trainer, others=(), **kwargs):
     own = {name: kwargs.pop(name) for name in ("compute_loss_func",) if name in kwargs}
-    callback = AutoTuneCallback(tuner, **{name: kwargs.pop(name) for name in ("monitor",) if name in kwargs})
+    callback = AutoTuneCallback(
+        tuner, **{name: kwargs.pop(name) for name in ("monitor", "callbacks", "loggers") if name in kwargs}
+    )
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=8,
     )  # fmt: skip
     args = transformers.TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=8, report_to=[],
-        disable_tqdm=True, use_cpu=True, logging_strategy="no", seed=0,
+        disable_tqdm=True, use_cpu=True, seed=0,
         **{
             "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 50, "max_steps": 160,
-            "learning_rate": 1e-4, **kwargs,
+            "learning_rate": 1e-4, "logging_strategy": "no", **kwargs,
         },
     )  # fmt: skip
     model = transformers.BertForSequenceClassification(config)
@@ -151,3 +154,72 @@ def test_outside_of_a_trainer_it_says_so(tmp_path):
     callback = AutoTuneCallback(AutoTuneNet({"learning_rate": (1e-4, 1.0)}))
     with pytest.raises(RuntimeError, match=r"inside transformers\.Trainer"):
         callback.on_train_begin(None, None, None)
+
+
+class Worse(transformers.TrainerCallback):
+    """Takes a fifth of the last layer's weights after each of the last steps."""
+
+    def on_step_begin(self, args, state, control, *, model, **kwargs):
+        if state.global_step >= 120:
+            with torch.no_grad():
+                model.classifier.weight.mul_(0.8)
+
+
+def test_a_training_that_is_stopped_early_ends_in_its_best_state(tmp_path):
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    stopping = transformers.EarlyStoppingCallback(2)
+    trainer = make(
+        tmp_path, tuner, others=[stopping, Worse()], eval_steps=5, metric_for_best_model="loss", max_steps=400,
+        greater_is_better=False,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step < 400 and "ends in its best state" in tuner.history.events[-1]["message"]
+    best = min(row["value"] for row in tuner.history.evals if row["is_settled"])
+    assert trainer.evaluate()["eval_loss"] <= best + 1e-6 < tuner.history.evals[-1]["value"]
+
+
+def test_callbacks_loggers_and_the_tuned_values(tmp_path):
+    class Stops(atn.Callback):
+        def on_decision(self, decision):
+            raise atn.StopTraining("enough")
+
+        def on_end(self, history):
+            self.ended = True
+
+    stops, seen = Stops(), []
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    trainer = make(
+        tmp_path, tuner, callbacks=[stops], loggers=[lambda row, step: seen.append(row)], logging_strategy="steps",
+        logging_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    [decision] = tuner.history.rounds
+    assert decision["end"] <= trainer.state.global_step < 160 and stops.ended
+    assert any("tuner/round" in row for row in seen)
+    rows = trainer.state.log_history
+    told = [(row["step"], row["tuner/learning_rate"]) for row in rows if "tuner/learning_rate" in row]
+    assert [step for step, _ in told] == [1, decision["end"]]
+    assert told[1][1] == pytest.approx(decision["chosen"]["learning_rate"])
+    # The Trainer's own rows all came as well.
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, trainer.state.global_step + 1))
+
+
+def test_what_is_doubtful_is_told_of(tmp_path):
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    trainer = make(
+        tmp_path, tuner, monitor="eval_accuracy", eval_steps=5, max_steps=40, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=4,
+    )  # fmt: skip
+    trainer.compute_metrics = lambda prediction: {"accuracy": float((prediction[0].argmax(-1) == prediction[1]).mean())}
+    trainer.train()
+    told = {event["kind"]: event["message"] for event in tuner.history.events}
+    assert "mode='max'" in told["direction"] and "does not fall" in told["scheduler"]
+
+
+def test_metrics_none_of_which_is_known_are_named(tmp_path):
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
+    trainer = make(tmp_path, tuner, eval_steps=5, max_steps=40)
+    trainer.eval_dataset = {"one": Rows(), "two": Rows()}
+    trainer.train()
+    [message] = [event["message"] for event in tuner.history.events if event["kind"] == "unknown metric"]
+    assert "eval_one_loss" in message and "monitor=" in message and not tuner.history.evals

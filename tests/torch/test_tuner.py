@@ -173,7 +173,7 @@ def test_validation_by_hand():
 def test_slow_hyperparameters_without_validation_are_explained():
     model, optimizer, tuner = make(BOTH)
     tuner.attach(model, optimizer)
-    with pytest.warns(UserWarning, match=r"dropout stay as they start.*validation metric"):
+    with pytest.warns(UserWarning, match=r"dropout stays as it starts.*validation metric"):
         for _ in range(STEPS):
             train_one(model, optimizer, tuner)
     assert {row["kind"] for row in tuner.history.rounds} == {"fast"}

@@ -1,0 +1,64 @@
+"""Replicas whose losses differ decide alike, and stay the same bit for bit."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import json, sys
+import conftest as toy
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import PartitionSpec as P
+toy.lighten()
+jax.config.update("jax_disable_most_optimizations", True)
+optimizer, count = toy.wrapped(axis_name="data"), jax.device_count()
+
+def step(carry, key):
+    params, opt_state = carry
+    # Each replica has a batch, and so a loss, of its own.
+    loss, grads = jax.value_and_grad(toy.loss_fn)(params, jax.random.fold_in(key, jax.lax.axis_index("data")))
+    updates, opt_state = optimizer.update(jax.lax.pmean(grads, "data"), opt_state, params, value=loss)
+    return (optax.apply_updates(params, updates), opt_state), loss[None]
+
+params = toy.make_params()
+carry = (params, optimizer.init(params))
+if sys.argv[1] == "pmap":
+    run, carry = jax.pmap(step, "data", in_axes=(0, None)), jax.tree.map(lambda leaf: jnp.stack([leaf] * count), carry)
+else:
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P("data")), check_vma=False))
+for key in toy.draws():
+    carry, losses = run(carry, key)
+if sys.argv[1] == "pmap":
+    states = [jax.tree.map(lambda leaf: leaf[number], carry) for number in range(count)]
+else:
+    states = [jax.tree.map(lambda leaf: leaf.addressable_shards[number].data, carry) for number in range(count)]
+
+def bits(tree):
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    leaves = [jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+    return b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
+
+print(json.dumps({
+    "replicas": len({bits(state) for state in states}),
+    "losses": len(set(np.asarray(losses).ravel().tolist())),
+    "rounds": toy.rounds_begun(states[0][1].tuner),
+}))
+"""
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+def test_losses_that_differ_are_averaged(kind):
+    here = pathlib.Path(__file__).parent
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(here), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", RUN, kind]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=here.parent.parent, timeout=110)
+    assert done.returncode == 0, done.stderr[-2000:]
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert (out["replicas"], out["losses"]) == (1, 4)
+    assert out["rounds"] >= 1
