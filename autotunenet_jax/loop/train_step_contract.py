@@ -102,7 +102,7 @@ def check_train_step(
 
     Raises:
       KeyError: It reads what is not there; the message says which hyperparameters are.
-      TypeError: It does not return ``(state, loss)``, in this order, or with ``has_aux`` no dict of metrics beside them.
+      TypeError: It returns no ``(state, loss)``, in this order, or with ``has_aux`` no dict of metrics beside them.
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
     """
