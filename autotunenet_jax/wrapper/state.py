@@ -199,13 +199,12 @@ def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Cours
     given = jnp.asarray(given, jnp.float32)
     metric = -given if settings.is_max else given
     ts = advanced(course.tuner, course.lag)
-    drift = course.drift
-    fed = metric
+    is_told = is_heard(course.tuner, given) & (jnp.isfinite(given) | (course.lag == 0))
+    drift, fed = course.drift, metric
     if drift is not None:
         felt, fed = memory_drift.feed_eval(drift, ts, metric)
-    is_told = is_heard(course.tuner, given) & (jnp.isfinite(given) | (course.lag == 0))
+        drift = select(is_told, felt, drift)
     told = select(is_told, settings.core.observe_eval(ts, fed), ts)
-    drift = None if drift is None else select(is_told, felt, drift)
     # The way back from a metric that rises leads to the kept snapshot.
     if settings.memory == "keep-winner":
         held, keeps = kept_at_once(told)
