@@ -32,7 +32,8 @@ def test_a_framework_is_added_in_a_hundred_lines():
         assert len({by_step[fork["start"] + 1]["data_step"] for fork in held["forks"]}) == 1
 
 
-def test_the_page_on_histories(capsys):
+def test_the_page_on_histories(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile("\n".join(code("history.md")), "docs/history.md", "exec"), names)
     assert "range test" in capsys.readouterr().out

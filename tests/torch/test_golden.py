@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
-from autotunenet_jax.session.measured import kept_at_once  # noqa: E402
+from autotunenet_jax.controller.validation_monitor import kept_at_once  # noqa: E402
 from autotunenet_torch import AutoTuneNet  # noqa: E402
 
 SPACE = {"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}
