@@ -23,7 +23,7 @@ CHOSEN = [
     ("F", "two paths to one dropout", "loop"),
     ("G", "a result that can be looked at", "fit"),
     ("H", "a folder that holds itself", "Snapshots"),
-    ("H", "a lock that is a pipe or a folder", "Snapshots"),
+    ("H", "pipes folders and links in the place of files", "Snapshots"),
 ]
 KINDS = sorted({kind for kind, _, _ in CHOSEN})
 
