@@ -9,6 +9,8 @@ import pytest
 import autotunenet_jax as atn
 from tests import problem
 
+pytestmark = pytest.mark.filterwarnings("ignore:The best learning_rate lies at")
+
 TOTAL = problem.TOTAL_STEPS
 SHAPES = {
     "warm-up and cosine": optax.warmup_cosine_decay_schedule(0.0, 0.02, 16, TOTAL),

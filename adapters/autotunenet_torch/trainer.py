@@ -410,7 +410,7 @@ class Trainer:
             )
         if name not in values:
             raise ValueError(f"monitor={name!r} is none of the metrics; there are {', '.join(values)}.")
-        self._tuner._host.metrics = values
+        self._tuner._host.metrics = {name: distributed.mean(value) for name, value in values.items()}
         return values[name]
 
     # Preparation.
