@@ -20,7 +20,7 @@ demo: $(VENV)/.examples.stamp  ## Install, then watch one run tune itself.
 test: $(VENV)/.test.stamp  ## Install, then run every test.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-soak: $(VENV)/.test.stamp  ## Install, then run the long forms of tests: more faults, more kills.
+soak: $(VENV)/.test.stamp  ## Install, then run the long forms of tests: more faults, more kills, the long pages.
 	$(BIN)/python -m pytest -n $(WORKERS) -m soak --timeout 1200 tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev.stamp  ## Install, then check style, types and the direction of imports.

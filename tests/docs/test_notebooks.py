@@ -8,6 +8,8 @@ import pytest
 
 from tests.docs.pages import ROOT
 
+pytestmark = pytest.mark.soak  # half a minute a page, most of it compilation
+
 BOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 

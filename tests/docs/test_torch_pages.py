@@ -4,6 +4,8 @@ import pytest
 
 from tests.docs.pages import ROOT, run
 
+pytestmark = pytest.mark.soak  # half a minute a page, most of it compilation
+
 NEEDS = {
     "README.md": ["torch"],
     "docs/torch.md": ["torch", "accelerate", "sklearn"],
