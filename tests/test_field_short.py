@@ -5,11 +5,6 @@ import logging
 
 import pytest
 
-for _name in ("torch", "lightning", "transformers"):
-    pytest.importorskip(_name)
-
-from benchmarks.field import registry  # noqa: E402
-
 CHOSEN = [
     ("A", "mode max without a metric", "Trainer"),
     ("A", "12 percent of batches all NaN", "fit"),
@@ -29,7 +24,14 @@ KINDS = sorted({kind for kind, _, _ in CHOSEN})
 
 
 @pytest.fixture(scope="module")
-def cases():
+def registry():
+    for name in ("torch", "lightning", "transformers"):
+        pytest.importorskip(name)
+    return importlib.import_module("benchmarks.field.registry")
+
+
+@pytest.fixture(scope="module")
+def cases(registry):
     for letter in KINDS:
         importlib.import_module(f"benchmarks.field.kind_{letter.lower()}")
     return {(one.kind, one.name, one.way): one for one in registry.CASES}
@@ -40,7 +42,7 @@ def test_every_kind_is_here():
 
 
 @pytest.mark.parametrize("chosen", CHOSEN, ids=" ".join)
-def test_a_case_is_met(cases, chosen):
+def test_a_case_is_met(registry, cases, chosen):
     logging.disable(logging.CRITICAL)
     try:
         expected, got, is_ok, _ = registry.run(cases[chosen])

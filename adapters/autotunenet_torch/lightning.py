@@ -117,7 +117,7 @@ class AutoTuneCallback(pl.Callback):
 
     def _shield(self, trainer: pl.Trainer) -> None:
         """Lets callbacks that monitor a metric see regular validations alone."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if callback is self or getattr(callback, "monitor", None) is None:
                 continue
             for name in _LOOKS:
@@ -130,7 +130,7 @@ class AutoTuneCallback(pl.Callback):
                 setattr(callback, name, seen)
 
     def _unshield(self, trainer: pl.Trainer) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             for name in _LOOKS:
                 if hasattr(vars(callback).get(name), "__wrapped__"):
                     delattr(callback, name)

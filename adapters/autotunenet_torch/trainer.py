@@ -184,9 +184,7 @@ class Trainer:
                 "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
             )
         is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-        # There is nothing to move of a tensor without numbers.
-        move = lambda tensor: tensor if tensor.is_meta else tensor.to(self.device)  # noqa: E731
-        self.model = model._apply(move) if is_meta else model.to(self.device)
+        self.model = model._apply(self._moved) if is_meta else model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
         self._session, self.stop_reason, self.is_interrupted = None, None, False
         self._prepare_lazy(train_loader)
@@ -397,6 +395,10 @@ class Trainer:
                     found = self.model(batch) if is_input else self._forward(self.model, batch)[0]
                 outputs.append(map_tensors(lambda tensor: tensor.cpu(), found))
         return torch.cat(outputs) if outputs and isinstance(outputs[0], torch.Tensor) else outputs
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the trainer's device; of one without numbers there is nothing to move."""
+        return tensor if tensor.is_meta else tensor.to(self.device)
 
     def _measure(self) -> float:
         """Validates; returns the monitored metric."""

@@ -1,5 +1,6 @@
 """Where a run's numbers go while it goes on: files, and the experiment trackers that a user has."""
 
+import abc
 import csv
 import io
 import json
@@ -13,7 +14,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 
-class _FileLogger:
+class _FileLogger(abc.ABC):
     """Rows in a text file, one per step, that a resumed run goes on with."""
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -52,12 +53,13 @@ class _FileLogger:
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(text)
 
+    @abc.abstractmethod
     def _text(self, rows: list[Row]) -> str:
-        raise NotImplementedError
+        """A file of these rows and no others."""
 
+    @abc.abstractmethod
     def read(self) -> list[dict[str, Any]]:
         """The rows of the file; a last one that was cut off while it was written is left out."""
-        raise NotImplementedError
 
 
 class JSONLLogger(_FileLogger):

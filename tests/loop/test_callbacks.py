@@ -167,8 +167,12 @@ def test_a_callback_ends_a_run_in_its_best_state(hook, step):
     assert heard.events[-1] == "end" and result.history.summary["steps"] == ended
 
 
+def stuck(state):
+    """A validation that never improves."""
+    return {"loss": problem.eval_step(state) * 0 + 1.0}
+
+
 def test_an_early_stop_ends_the_run_after_its_patience():
-    stuck = lambda state: {"loss": problem.eval_step(state) * 0 + 1.0}  # noqa: E731
     result = fit(eval_step=stuck, callbacks=[atn.EarlyStopping(patience=4)])
     settled = [row["step"] for row in result.history.evals if row["is_settled"]]
     # The first reading is the best; forks' do not count.
@@ -230,7 +234,6 @@ def test_a_resumed_run_tells_and_logs_what_is_left(tmp_path, told, call):
 
 
 def test_an_early_stop_counts_on_after_an_interruption(tmp_path):
-    stuck = lambda state: {"loss": problem.eval_step(state) * 0 + 1.0}  # noqa: E731
     whole = fit(eval_step=stuck, callbacks=[atn.EarlyStopping(patience=6)])
     ended = int(whole.tuner_state.step)
     calls = 0
