@@ -8,6 +8,7 @@ goes on only as it was packed.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -118,18 +119,30 @@ def row(packed: Packed, layout: Layout, number: int) -> Packed:
     )
 
 
+def row_reader(packed: Packed, layout: Layout, number: Array) -> Callable[..., Array]:
+    """Reads single leaves of a row that is not known until the program runs.
+
+    Returns:
+      A function of a leaf's number and, optionally, an int32 scalar that is zero: where that follows from a leaf read
+      before, a compiler cannot make room for both at once.
+    """
+    begins = _begins(layout, number)
+
+    def read(leaf: int, zero: Array | None = None) -> Array:
+        name, place, shape = layout.places[leaf]
+        row = number if zero is None else number + zero
+        if name is None:
+            return jax.lax.dynamic_index_in_dim(packed.apart[place], row, 0, False)
+        part = jax.lax.dynamic_slice(packed.vectors[name], (row, begins[leaf]), (1, math.prod(shape)))
+        return jax.lax.reshape(part, shape)
+
+    return read
+
+
 def unpack_row(packed: Packed, layout: Layout, number: Array) -> Any:
     """The tree in a row that is not known until the program runs."""
-    apart = iter(packed.apart)
-    leaves = []
-    for (name, _, shape), begin in zip(layout.places, _begins(layout, number), strict=True):
-        if name is None:
-            leaves.append(jax.lax.dynamic_index_in_dim(next(apart), number, 0, False))
-        else:
-            size = (1, math.prod(shape))
-            part = jax.lax.dynamic_slice(packed.vectors[name], (number, begin), size)
-            leaves.append(jax.lax.reshape(part, shape))
-    return jax.tree.unflatten(layout.structure, leaves)
+    read = row_reader(packed, layout, number)
+    return jax.tree.unflatten(layout.structure, [read(leaf) for leaf in range(len(layout.places))])
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -146,6 +159,14 @@ def unpack(packed: Packed, layout: Layout) -> Any:
         part = jax.lax.slice_in_dim(vector, begin, begin + math.prod(shape), axis=-1)
         leaves.append(part.reshape((*vector.shape[:-1], *shape)))
     return jax.tree.unflatten(layout.structure, leaves)
+
+
+def batch_ndim(packed: Packed, layout: Layout) -> int:
+    """How many axes every array has in front of its own: those of a stack of packed trees, as ``jax.vmap`` gives."""
+    if packed.vectors:
+        return next(iter(packed.vectors.values())).ndim - 1
+    shapes = [shape for name, _, shape in layout.places if name is None]
+    return packed.apart[0].ndim - len(shapes[0]) if packed.apart else 0
 
 
 @functools.lru_cache(maxsize=64)

@@ -130,7 +130,7 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     if not any(place.is_held for place in injection.places(state.inner)):
         state = state._replace(snapshots=None, record=None)
     read = _in_force
-    for _ in range(next(iter(state.packed.vectors.values())).ndim - 1):
+    for _ in range(packing.batch_ndim(state.packed, state.settings.layout)):
         read = jax.vmap(read)
     return read(state)
 

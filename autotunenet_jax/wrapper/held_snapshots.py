@@ -38,6 +38,18 @@ class SnapshotTrees(NamedTuple):
             found = optax.tree.where(slot == number, other, found)
         return found
 
+    def reader(self, slot: Int[Array, ""]) -> Callable[..., Array]:
+        """Reads single leaves of what is in such a slot; see `packing.row_reader`."""
+        first, *others = map(jax.tree.leaves, self.slots)
+
+        def read(leaf: int, zero: Array) -> Array:
+            found = first[leaf]
+            for number, other in enumerate(others, 1):
+                found = jnp.where(slot + zero == number, other[leaf], found)
+            return found
+
+        return read
+
     def written(self, flags: Sequence[Array], make: Callable[..., Snapshot], *operands: Any) -> "SnapshotTrees":
         """A new snapshot in the slots that are flagged, made of the operands."""
         new = make(*operands)
@@ -64,6 +76,10 @@ class SnapshotVectors(NamedTuple):
     def read_at(self, slot: Int[Array, ""]) -> Snapshot:
         """What is in a slot that is not known until the program runs."""
         return packing.unpack_row(self.packed, self.layout, slot)
+
+    def reader(self, slot: Int[Array, ""]) -> Callable[..., Array]:
+        """Reads single leaves of what is in such a slot; see `packing.row_reader`."""
+        return packing.row_reader(self.packed, self.layout, slot)
 
     def written(self, flags: Sequence[Array], make: Callable[..., Snapshot], *operands: Any) -> "SnapshotVectors":
         """A new snapshot in the slots that are flagged, made of the operands; it takes no room but where it goes."""

@@ -98,7 +98,8 @@ def _resumed(given: Given, away: Array, on: Carried) -> tuple[Array, Carried]:
     opened, params, snapshots = given.opened, given.params, on.snapshots
     assert snapshots is not None
     inner, snapshots = inner_state.with_left(opened.left, opened.home, params, on.aux, on.inner, snapshots)
-    target = snapshots.read_at(jnp.maximum(opened.home - 1, 0)).params
+    # The parameters are the first leaves of a snapshot.
+    target = snapshots.reader(jnp.maximum(opened.home - 1, 0))
     away |= opened.is_returning & ~trees.has_arrived(params, target)
     is_made = given.is_fit & ~away
     new, inner = when(is_made, given.step, on.new, write_in_force(inner, opened.values))

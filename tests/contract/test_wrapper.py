@@ -185,7 +185,7 @@ def test_memory_is_as_documented(toy):
 
 
 def test_copies_take_no_room_but_their_own():
-    """Beside the two copies a step has room for one more set of parameters: the one that is looked at, or gone to."""
+    """Temporary memory of a step is the same with two copies as with none."""
     params, x = {"a": jnp.eye(128), "b": jnp.eye(128), "bias": jnp.zeros(128)}, jnp.ones((8, 128))
     jax.config.update("jax_disable_most_optimizations", False)
     temporary = {}
@@ -202,10 +202,8 @@ def test_copies_take_no_room_but_their_own():
 
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params)).compile()
         temporary[memory] = compiled.memory_analysis().temp_size_in_bytes
-    size = sum(leaf.nbytes for leaf in params.values())
-    assert temporary["drift"] <= 1.1 * size + 4 * 128**2
-    # What the numbers of the run take while something is decided does not grow with the parameters.
-    assert temporary["keep-winner"] <= temporary["drift"] + size + 2**14
+    # One matrix at a time, and the numbers of the run, which do not grow with the parameters.
+    assert temporary["keep-winner"] <= temporary["drift"] + 4 * 128**2 + 2**14
 
 
 def test_rewind_goes_back_to_where_the_round_began(toy):

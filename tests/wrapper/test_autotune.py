@@ -184,8 +184,8 @@ def test_the_way_back(dtype):
     assert abs(float(first["w"][0]) - 0.5) <= 1e4 * eps
     second = trees.moved(first, trees.way(first, near, first))
     np.testing.assert_allclose(second["w"].astype(jnp.float32), near["w"].astype(jnp.float32), rtol=2 * eps)
-    assert not bool(trees.has_arrived(far, near))
-    assert bool(trees.has_arrived(second, near))
+    for start, is_there in ((far, False), (second, True)):
+        assert bool(trees.has_arrived(start, lambda leaf, zero: near["w"] + zero.astype(dtype))) == is_there
 
 
 @pytest.mark.parametrize(("bad", "usable"), [(jnp.nan, False), (jnp.inf, False), (1e30, False), (1e10, True)])
