@@ -188,10 +188,24 @@ class AutoTuneNet:
         differs = np.asarray(ts.fingerprint) != self._fingerprint()
         if differs.any():
             parts = " and ".join(part for part, other in zip(PARTS, differs, strict=True) if other)
+            held, total = int(ts.plan.total) or None, self.total_steps
+            budgets = "" if held == total else f": total_steps was {held}, and is {total} here"
             raise ValueError(
-                f"the tuner's state was made with another {parts}. "
-                "Make the AutoTuneNet as it was when the state was saved."
+                f"the tuner's state was made with another {parts}{budgets}. Make the AutoTuneNet as it was when the "
+                'state was saved; with another total_steps only `extend` goes on, or resume="extend" of a loop.'
             )
+
+    def taken_over(self, ts: TunerState, *, extend: bool = False) -> TunerState:
+        """A state that was saved, to go on from: one of this tuner's or, to extend, one with another budget. Host only.
+
+        Raises:
+          ValueError: It is neither; see `check` and `extend`.
+        """
+        held = int(ts.plan.total) or None
+        if extend and held != self.total_steps and int(ts.format) == FORMAT:
+            ts = self.with_total_steps(held).extend(ts, total_steps=self.total_steps)  # type: ignore[arg-type]
+        self.check(ts)
+        return ts
 
     def with_total_steps(self, total_steps: int | None) -> "AutoTuneNet":
         """The same tuner for another budget; a schedule over steps is the same function of the step."""
