@@ -188,11 +188,13 @@ class AutoTuneNet:
         differs = np.asarray(ts.fingerprint) != self._fingerprint()
         if differs.any():
             parts = " and ".join(part for part, other in zip(PARTS, differs, strict=True) if other)
-            held, total = int(ts.plan.total) or None, self.total_steps
-            budgets = "" if held == total else f": total_steps was {held}, and is {total} here"
+            held, told, way = int(ts.plan.total) or None, "", ""
+            if held != self.total_steps:
+                told = f": total_steps was {held}, and is {self.total_steps} here"
+                way = ' Another budget is gone on to by `AutoTuneNet.extend`, or a loop\'s resume="extend".'
             raise ValueError(
-                f"the tuner's state was made with another {parts}{budgets}. Make the AutoTuneNet as it was when the "
-                'state was saved; with another total_steps only `extend` goes on, or resume="extend" of a loop.'
+                f"the tuner's state was made with another {parts}{told}. "
+                f"Make the AutoTuneNet as it was when the state was saved.{way}"
             )
 
     def taken_over(self, ts: TunerState, *, extend: bool = False) -> TunerState:
