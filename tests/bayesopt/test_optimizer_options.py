@@ -15,7 +15,7 @@ def told(optimizer, x, y, **options):
     return jax.jit(optimizer.observe)(state, {"x": jnp.asarray(x, jnp.float32)}, jnp.asarray(y, jnp.float32), **options)
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(2000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.soak)])
 def test_unpleasant_histories_lead_to_finite_suggestions_inside_the_bounds(count):
     counts = _engine_sweep.run(count, capacity=8)
     assert counts.pop("histories") == count
