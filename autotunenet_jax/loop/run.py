@@ -239,13 +239,13 @@ class Run:
             self.session.write()
         return is_decided
 
-    def train_stretch(self, steps: int, stop: Stop, *, on_step: Callable[[], None]) -> None:
+    def train_stretch(self, steps: int, is_stopped: Callable[[], bool], *, on_step: Callable[[], None]) -> None:
         """Trains until ``steps`` steps are done, a decision has been taken, or somebody asks to stop."""
         for _ in range(steps):
             self.train_one()
             is_decided = self.complete()
             on_step()
-            if is_decided or stop.is_requested:
+            if is_decided or is_stopped():
                 return
 
     def deliver(self) -> None:
