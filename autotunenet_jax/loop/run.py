@@ -22,6 +22,7 @@ from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
 from .outputs import parts_of
+from .placement import beside
 from .sound_steps import count_non_finite, sound_step
 
 
@@ -80,7 +81,8 @@ class JaxHost(Host):
         self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None, monitor: str | None, stop: Stop
     ):
         # Leaves become JAX arrays, and nothing is shared with the caller's.
-        self.state = copy_tree(jax.tree.map(jnp.asarray, state))
+        state = jax.tree.map(jnp.asarray, state)
+        self.state = copy_tree(beside(state, state))
         self.source, self.eval_step, self._monitor, self._stop = source, eval_step, monitor, stop
         self.hyperparams: Mapping[str, Any] = {}
 
@@ -169,6 +171,8 @@ class Run:
         self.has_aux, self._stop = has_aux, stop
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
+        # Where steps leave it, so that the second one finds what the first one was compiled for.
+        self.controller.state = beside(self.controller.state, self.host.state)
         self.session = Session(self.host, self.controller, recorder)
         self.notices, self._noticed = Notices(recorder), (0, 0)
         # The last batch and its loss, where there is no metric.
