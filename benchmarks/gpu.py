@@ -212,7 +212,9 @@ def table(scale, minutes):
 
 def markdown(rows, seconds):
     device = jax.devices()[0]
-    head = f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}, {platform.machine()}"
+    head = (
+        f"{jax.device_count()} x {device.device_kind} ({device.platform}), jax {jax.__version__}, {platform.machine()}"
+    )
     lines = [f"`python -m benchmarks.gpu` on {head}; {seconds:.0f} s.", "", "| what | measured |", "|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {value} |" for what, value in rows)]) + "\n"
 

@@ -229,7 +229,10 @@ def fit(
                 _train(run, total, interval, stop, bar, store, processes)
                 is_agreed = True
             except EndOfDataError:
-                ending, is_agreed = _Ending("The batches ran out before the budget did.", "data", is_cut_short=True), True
+                ending, is_agreed = (
+                    _Ending("The batches ran out before the budget did.", "data", is_cut_short=True),
+                    True,
+                )
             except StopTraining as asked:
                 ending = _Ending(str(asked) or "a callback asked for it", "stop", is_cut_short=False)
                 is_agreed = True

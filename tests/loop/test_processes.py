@@ -60,4 +60,6 @@ def _gone_on_alone(folder, monkeypatch):
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
     worker.toy.lighten(monkeypatch.setattr)
-    return worker.told(worker.fit(worker.new_state(), lambda step, hp: worker.rows(step), snapshots=folder, resume=True))
+    return worker.told(
+        worker.fit(worker.new_state(), lambda step, hp: worker.rows(step), snapshots=folder, resume=True)
+    )
