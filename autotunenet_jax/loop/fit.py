@@ -6,13 +6,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet, hyperparams_jit
+from ..controller.roles import roles_of
 from ..controller.state import TRAIN, TunerState
 from ..history.history import History, price
 from ..session.batches import BatchSource, EndOfDataError
@@ -21,6 +22,7 @@ from ..session.notices import NO_METRIC, Notice, announce_compilation
 from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
 from .durable import Durable, durable
+from .lanes import check_parallel_forks
 from .processes import Processes
 from .progress import Progress
 from .run import Run
@@ -105,6 +107,24 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None) -> i
     return total
 
 
+def _check_lanes(at_once: int | str, tuner: AutoTuneNet, read: set[str], processes: Processes) -> None:
+    """Whether forks can share their batches, and a process."""
+    if at_once == 1:
+        return
+    batch_size = roles_of(tuner.space).batch_size
+    if read or batch_size is not None:
+        names = sorted(read) or [batch_size and batch_size[0]]
+        raise ValueError(
+            f"forks that run together are given the same batches, and here those depend on {', '.join(map(str, names))}. "
+            "Leave parallel_forks out, or take what batches depend on out of the search space."
+        )
+    if processes.is_several:
+        raise ValueError(
+            f"parallel_forks={at_once!r} is for one process, and this run spans several. Leave it out: there forks "
+            "have all devices, one after the other."
+        )
+
+
 def fit(
     train_step: Callable[[Any, Any, dict[str, Array]], tuple[Any, ...]],
     state: Any,
@@ -123,6 +143,7 @@ def fit(
     callbacks: Sequence[Callback | Callable[[dict[str, Any]], None]] = (),
     loggers: Sequence[Any] = (),
     log_every: int = 50,
+    parallel_forks: int | Literal["auto"] | None = None,
 ) -> FitResult:
     """Trains once, tuning as it goes.
 
@@ -171,6 +192,10 @@ def fit(
       loggers: Where the numbers go while the run goes on: `CSVLogger`, `JSONLLogger`, TensorBoard's ``SummaryWriter``,
         a W&B run, ``mlflow``, anything else with ``log(row, step)``, or a function ``(row, step)``.
       log_every: Steps between two rows of the loggers, which hold means over the kept steps since the last one.
+      parallel_forks: How many forks of a round run together, 1 to 8: beside the one that is asked for its neighbours
+        on both sides, one of which is likely to be next. ``"auto"`` takes three, or what devices and memory allow.
+        None, as 1, runs one after the other. Decisions are those of forks that run one after the other, up to rounding;
+        what was trained and never asked for is not part of the budget: ``summary["unused_steps"]`` of the history.
 
     Returns:
       A `FitResult`. After a first Ctrl-C or SIGTERM too, with what was reached by then, and where a callback raised
@@ -192,6 +217,7 @@ def fit(
     total = _check_arguments(tuner, steps, eval_every)
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
+    at_once = check_parallel_forks(parallel_forks)
     first_hp = hyperparams_jit(tuner.core, tuner.init(key))
     reads = _Reads(first_hp)
     first_batch = source.get(0, reads)
@@ -199,6 +225,7 @@ def fit(
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
     processes = Processes.of(state, first_batch)
+    _check_lanes(at_once, tuner, reads.names, processes)
     bar, stop = Progress(total, is_on=progress and processes.is_first), Stop()
     recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
 
@@ -219,6 +246,7 @@ def fit(
                 key=key,
                 recorder=recorder,
                 stop=stop,
+                parallel_forks=at_once,
             )
             if resume:
                 store.resume(run)
@@ -275,6 +303,9 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Durable, pr
     run.end(is_whole=not ending.is_cut_short)
     ts = run.controller.state
     run.recorder.finish(step, int(ts.rollbacks), total=int(ts.plan.total))
+    if run.lanes.is_on:
+        run.lanes.release()
+        run.recorder.history.summary["unused_steps"] = run.lanes.unused_steps
     store.write_history(run)
     run.recorder.end()
     return _result(run, is_interrupted=ending.is_cut_short, reason=ending.reason if is_told else None)

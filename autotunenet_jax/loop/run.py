@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
 from ..controller import AutoTuneNet
 from ..controller.core import Core
-from ..controller.state import TRAIN, TunerState
+from ..controller.state import FORK, TRAIN, Directive, TunerState
 from ..session.batches import BatchSource
 from ..session.host import Host
 from ..session.notices import Notices, notices
@@ -21,6 +21,7 @@ from ..session.session import Session
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
+from .lanes import Lane, Lanes
 from .outputs import parts_of
 from .placement import beside
 from .sound_steps import count_non_finite, sound_step
@@ -47,7 +48,21 @@ def _step_jit(
     ts, directive, due = core.tick(ts, told)
     copies = carry_out(directive, Copies(state, copies.saved, copies.kept))
     copies = copies._replace(state=refresh_keys(directive, copies.state, ts.rollbacks))
-    log = {
+    rewound = jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1))
+    log = _entry(ts, directive, loss, rewound, metrics)
+    return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hear_jit(core: Core, ts: TunerState, told: Array, loss: Array, metrics: dict[str, Array]) -> Any:
+    """What `_step_jit` does besides training, for a step of a fork that has been trained already."""
+    ts, directive, due = core.tick(ts, told)
+    return ts, core.hyperparams(ts), due, directive.evaluate, _entry(ts, directive, loss, jnp.int32(-1), metrics)
+
+
+def _entry(ts: TunerState, directive: Directive, loss: Array, rewound: Array, metrics: dict[str, Array]) -> Any:
+    """What the history hears of a step."""
+    return {
         "step": ts.step,
         "data_step": ts.data_step,
         "loss": jnp.asarray(loss, jnp.float32),
@@ -55,10 +70,9 @@ def _step_jit(
         "outcome": directive.outcome,
         "has_fallen": ts.validation.has_fallen,
         # Budget step of the snapshot a rollback went back to.
-        "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
+        "rewound": rewound,
         "metrics": {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()},
     }
-    return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,6 +165,7 @@ class Run:
       key: Of the tuner's random choices.
       recorder: Writes the history.
       stop: Of signals.
+      parallel_forks: How many forks run together at most, or ``"auto"``.
     """
 
     def __init__(
@@ -166,17 +181,21 @@ class Run:
         key: PRNGKeyArray,
         recorder: Recorder,
         stop: Stop,
+        parallel_forks: int | Literal["auto"] = 1,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
         self.has_aux, self._stop = has_aux, stop
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
+        self.lanes = Lanes(train_step, tuner.core, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
+        self.host.state, self.controller.state = self.lanes.placed((self.host.state, self.controller.state))
         # Where steps leave it, so that the second one finds what the first one was compiled for.
         self.controller.state = beside(self.controller.state, self.host.state)
         self.session = Session(self.host, self.controller, recorder)
         self.notices, self._noticed = Notices(recorder), (0, 0)
         # The last batch and its loss, where there is no metric.
         self._last: Any = None
+        self._begins_fork = False
 
     @property
     def copies(self) -> Copies:
@@ -218,18 +237,49 @@ class Run:
 
     # Training.
 
+    def advance(self) -> None:
+        """Trains one step, or hears all but the last one of a fork that has run beside another."""
+        begins_fork, self._begins_fork = self._begins_fork, False
+        lane = None
+        if begins_fork:
+            lane = self.lanes.find(self.controller.state, self.host)
+        if lane is None:
+            self.train_one()
+        else:
+            self._hear(lane)
+
+    def _hear(self, lane: Lane) -> None:
+        """Tells the controller of a fork that has run, up to where it has something to ask for."""
+        host, controller = self.host, self.controller
+        for pos in range(len(lane.told)):
+            in_force, metrics = host.hyperparams, {name: rows[pos] for name, rows in lane.metrics.items()}
+            controller.state, host.hyperparams, due, wants_eval, log = _hear_jit(
+                controller.tuner.core, controller.state, lane.told[pos], lane.losses[pos], metrics
+            )
+            self._count(due, wants_eval, log, in_force)
+            if self.session.is_due:
+                # It fails, and its state is of no use.
+                self.lanes.unused_steps += len(lane.told) - pos - 1
+                return
+        host.state = lane.state
+
     def train_one(self) -> None:
         """Dispatches one step; waits for nothing but, where the tuner may decide, for what it asks for."""
-        host, controller, session = self.host, self.controller, self.session
+        host, controller = self.host, self.controller
         batch, in_force = host.batch(controller.data_step), host.hyperparams
         self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
             controller.tuner.core, self.train_step, self.has_aux, self.copies, controller.state, in_force, batch
         )
+        if host.eval_step is None:
+            self._last = batch, log["loss"]
+        self._count(due, wants_eval, log, in_force)
+
+    def _count(self, due: Array, wants_eval: Array, log: Any, in_force: Mapping[str, Any]) -> None:
+        """Notes a step, and what it asks for."""
+        controller, session = self.controller, self.session
         controller.step += 1
         controller.data_step += 1
         controller.segment_left -= 1
-        if host.eval_step is None:
-            self._last = batch, log["loss"]
         self.recorder.log({**log, "hyperparams": in_force}, controller.phase)
         if controller.segment_left <= 1 or controller.phase != TRAIN:
             session.wants_eval, session.is_due = bool(wants_eval), bool(due)
@@ -241,12 +291,15 @@ class Run:
         is_decided = self.session.complete() is not None
         if is_decided:
             self.session.write()
+            self._begins_fork = self.lanes.is_on and self.controller.phase == FORK
+            if self.controller.phase == TRAIN:
+                self.lanes.release()
         return is_decided
 
     def train_stretch(self, steps: int, is_stopped: Callable[[], bool], *, on_step: Callable[[], None]) -> None:
         """Trains until ``steps`` steps are done, a decision has been taken, or somebody asks to stop."""
         for _ in range(steps):
-            self.train_one()
+            self.advance()
             is_decided = self.complete()
             on_step()
             if is_decided or is_stopped():
