@@ -50,7 +50,9 @@ def train_step(state, batch, hp):
 
 def new_run(width, devices):
     """State and batch: parameters and moments are spread over the devices by rows, as is the batch."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
 
     def place(array):
         names = ("data",) if array.ndim else ()
@@ -71,7 +73,9 @@ def on_device(arrays):
 
 def live():
     """Bytes of all arrays there are, typed keys aside."""
-    return on_device(a for a in jax.live_arrays() if not a.is_deleted() and not jnp.issubdtype(a.dtype, jax.dtypes.prng_key))
+    return on_device(
+        a for a in jax.live_arrays() if not a.is_deleted() and not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    )
 
 
 def median_s(function, repeats):
