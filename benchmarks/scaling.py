@@ -78,6 +78,13 @@ def live():
     )
 
 
+def whole(result):
+    """The result of a run that nobody has cut short: a part of one says nothing of its time."""
+    if result.is_interrupted:
+        raise SystemExit(f"Not measured: {result.stop_reason}")
+    return result
+
+
 def median_s(function, repeats):
     times = []
     for _ in range(repeats):
@@ -135,9 +142,9 @@ def row(width, devices, steps, tick_s):
     before = live()
 
     def run(callbacks=()):
-        return atn.fit(
-            train_step, state, lambda step, hp: batch, tuner=tuner, progress=False, callbacks=callbacks
-        )  # fmt: skip
+        return whole(
+            atn.fit(train_step, state, lambda step, hp: batch, tuner=tuner, progress=False, callbacks=callbacks)
+        )
 
     run([lambda _: held.append(live() - before)])
     start = time.perf_counter()
@@ -170,7 +177,7 @@ def tick_seconds(steps):
         return state - 0.01 * state * (1.0 + hp["learning_rate"]), jnp.sum(state)
 
     def run():
-        atn.fit(nothing, jnp.ones(1), lambda step, hp: 0.0, tuner=tuner, progress=False)
+        whole(atn.fit(nothing, jnp.ones(1), lambda step, hp: 0.0, tuner=tuner, progress=False))
 
     run()
     start = time.perf_counter()

@@ -115,8 +115,9 @@ def _check_lanes(at_once: int | str, tuner: AutoTuneNet, read: set[str], process
     if read or batch_size is not None:
         names = sorted(read) or [batch_size and batch_size[0]]
         raise ValueError(
-            f"forks that run together are given the same batches, and here those depend on {', '.join(map(str, names))}. "
-            "Leave parallel_forks out, or take what batches depend on out of the search space."
+            "forks that run together are given the same batches, and here those depend on "
+            f"{', '.join(map(str, names))}. Leave parallel_forks out, or take what batches depend on out of the "
+            "search space."
         )
     if processes.is_several:
         raise ValueError(

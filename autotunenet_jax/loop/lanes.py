@@ -1,4 +1,4 @@
-"""Forks of a round that run together: those that the line search may ask for next are trained beside the one it asks for.
+"""Forks of a round that run together: beside the one that the line search asks for, those that it may ask for next.
 
 The controller asks for one fork after the other, and stays as it is. Where it asks for one that has run already, its
 losses are told instead of trained for. Its last step is trained as any other, after the state before it was measured.
@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from ..controller import AutoTuneNet
 from ..controller.core import Core
 from ..controller.fork_round import foreseen
-from ..controller.plan import MAX_FORKS
+from ..controller.plan import FAST, MAX_FORKS
 from ..controller.state import TunerState
 from .outputs import parts_of
 from .sound_steps import sound_step
@@ -33,23 +34,35 @@ _STATES_PER_LANE, _SHARE_OF_FREE = 4.0, 0.8
 _ROUNDING = 1e-5
 
 
+class Heard(NamedTuple):
+    """What is to be heard of the steps of a fork, filled up to the longest fork.
+
+    Attributes:
+      told: What the controller hears.
+      loss: What the history hears.
+      metrics: Beside the loss.
+    """
+
+    told: np.ndarray
+    loss: np.ndarray
+    metrics: dict[str, np.ndarray]
+
+
 class Lane(NamedTuple):
     """A fork that has been trained up to its last step.
 
     Attributes:
       x: Hyperparameters, unit cube.
       first: Those in force at its first step, by name.
-      told: What the controller is to hear, step by step.
-      losses: What the history is to hear.
-      metrics: Beside the loss.
+      steps: How many it has been trained for.
+      heard: What is to be heard of them.
       state: The training state before the last step.
     """
 
     x: np.ndarray
     first: dict[str, np.ndarray]
-    told: np.ndarray
-    losses: np.ndarray
-    metrics: dict[str, np.ndarray]
+    steps: int
+    heard: Heard
     state: Any
 
 
@@ -58,29 +71,37 @@ def _foreseen_jit(core: Core, count: int, ts: TunerState) -> Any:
     return foreseen(core.space, ts, count)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _in_force_jit(core: Core, ts: TunerState, x: Float[Array, "k d"], pos: Array, lag: Array) -> dict[str, Array]:
-    """Values in force in forks at some points, ``pos`` steps after their start, ``lag`` steps of budget from here."""
-    health = ts.health._replace(since_rollback=ts.health.since_rollback + lag + pos)
-    ts = ts._replace(
-        step=ts.step + lag + pos,
-        data_step=ts.data_step + pos,
-        segment_left=ts.segment_left - pos,
-        health=health,
-    )
-    return jax.vmap(lambda point: core.hyperparams(ts._replace(trial=point)))(x)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _in_force_jit(core: Core, steps: int, ts: TunerState, x: Float[Array, "k d"], lag: Array) -> dict[str, Array]:
+    """Values in force at the steps of forks at some points, ``lag`` steps of budget from here: steps, then points."""
+
+    def at(pos: Array, point: Array) -> dict[str, Array]:
+        health = ts.health._replace(since_rollback=ts.health.since_rollback + lag + pos)
+        return core.hyperparams(
+            ts._replace(
+                step=ts.step + lag + pos,
+                data_step=ts.data_step + pos,
+                segment_left=ts.segment_left - pos,
+                trial=point,
+                health=health,
+            )
+        )
+
+    return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(jnp.arange(steps), x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _lanes_jit(train_step: Callable[..., Any], has_aux: bool, states: Any, hyperparams: Any, batch: Any) -> Any:
+def _lanes_jit(
+    train_step: Callable[..., Any], has_aux: bool, states: Any, hyperparams: dict[str, Array], pos: Array, batch: Any
+) -> Any:
     """One step of every lane, on one batch; a step that breaks a lane's state does not happen."""
 
     def one(state: Any, values: Any) -> Any:
         new, loss, metrics = parts_of(train_step(state, batch, values), has_aux=has_aux)
         new, told = sound_step(new, state, loss)
-        return new, told, loss, metrics
+        return new, Heard(*(jnp.asarray(value, jnp.float32) for value in (told, loss)), metrics)
 
-    return jax.vmap(one)(states, hyperparams)
+    return jax.vmap(one)(states, {name: rows[pos] for name, rows in hyperparams.items()})
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -114,7 +135,7 @@ class Lanes:
 
     Args:
       train_step: The user's.
-      core: Of the controller.
+      tuner: Asks for forks.
       has_aux: Whether ``train_step`` returns metrics too.
       wanted: How many forks run together at most; ``"auto"`` takes what devices and memory allow.
       state: A training state, for its size and place.
@@ -127,13 +148,15 @@ class Lanes:
     def __init__(
         self,
         train_step: Callable[..., Any],
-        core: Core,
+        tuner: AutoTuneNet,
         *,
         has_aux: bool,
         wanted: int | Literal["auto"],
         state: Any,
     ):
-        self._train_step, self._core, self._has_aux = train_step, core, has_aux
+        self._train_step, self._core, self._has_aux = train_step, tuner.core, has_aux
+        # Of the longest fork that can be foreseen.
+        self._most_steps = int(np.max(tuner.plan.length, where=tuner.plan.kind == FAST, initial=1))
         self._round: tuple[int, int] = (-1, -1)
         self._lanes: list[Lane] = []
         self.unused_steps = 0
@@ -172,19 +195,19 @@ class Lanes:
                 lane = self._pop(ts)
         if lane is not None and not _is_close(lane.first, jax.device_get(dict(host.hyperparams))):
             # It was trained with other values than those that are asked for.
-            self.unused_steps += len(lane.told)
+            self.unused_steps += lane.steps
             return None
         return lane
 
     def release(self) -> None:
         """Forgets all forks: the round is over. Their steps are counted."""
-        self.unused_steps += sum(len(lane.told) for lane in self._lanes)
+        self.unused_steps += sum(lane.steps for lane in self._lanes)
         self._lanes = []
 
     def _pop(self, ts: TunerState) -> Lane | None:
         trial, length = np.asarray(ts.trial), int(ts.segment_length)
         for number, lane in enumerate(self._lanes):
-            if np.allclose(lane.x, trial, atol=_ROUNDING) and len(lane.told) == length - 1:
+            if np.allclose(lane.x, trial, atol=_ROUNDING) and lane.steps == length - 1:
                 return self._lanes.pop(number)
         return None
 
@@ -204,37 +227,43 @@ class Lanes:
         steps, start, count = int(ts.segment_length) - 1, int(ts.data_step), len(points)
         # Filled up, so that one program does for all.
         x = jnp.asarray(np.concatenate([points, np.repeat(points[:1], self.count - count, axis=0)]))
-        values = [_in_force_jit(self._core, ts, x, np.int32(pos), np.int32(0)) for pos in range(steps)]
-        later = _in_force_jit(self._core, ts, x, np.int32(0), np.int32(MAX_FORKS * (steps + 1)))
-        first = jax.device_get(values[0])
-        if not _is_close(first, jax.device_get(later)):
+        in_force = functools.partial(_in_force_jit, self._core, self._most_steps, ts, x)
+        values, later = in_force(np.int32(0)), in_force(np.int32(MAX_FORKS * (steps + 1)))
+        first, later = jax.device_get([{name: rows[0] for name, rows in tree.items()} for tree in (values, later)])
+        if not _is_close(first, later):
             # The rates depend on how much of the budget is spent, and so on the order of the forks.
             return []
-        states, told, losses, metrics = self._spread(_repeated(state, self.count)), [], [], []
-        for pos in range(steps):
-            shared = batch(start + pos)
-            if self._over is not None:
-                shared = jax.device_put(shared, NamedSharding(self._over.mesh, PartitionSpec()))
-            states, *heard = _lanes_jit(self._train_step, self._has_aux, states, self._spread(values[pos]), shared)
-            for into, value in zip((told, losses, metrics), heard, strict=True):
-                into.append(value)
-        heard = jax.device_get((told, losses, metrics))
-        told, losses = (np.stack(rows).astype(np.float32) for rows in heard[:2])
-        named = {name: np.stack([row[name] for row in heard[2]]) for name in heard[2][0]}
-        places = jax.tree.map(lambda leaf: leaf.sharding, state)
-        lanes = []
         self.unused_steps += steps * (self.count - count)
+        states, rows, values = self._spread(_repeated(state, self.count)), [], self._everywhere(values)
+        for pos in range(steps):
+            shared = self._everywhere(batch(start + pos))
+            states, heard = _lanes_jit(self._train_step, self._has_aux, states, values, np.int32(pos), shared)
+            rows.append(heard)
+        heard = jax.tree.map(lambda *row: np.stack(row, axis=1), *jax.device_get(rows))
+        lanes = []
         for number in range(count):
-            values_first = {name: value[number] for name, value in first.items()}
-            if np.isfinite(told[:, number]).all():
-                taken = _taken(states, np.int32(number))
-                if self._over is not None:
-                    taken = jax.tree.map(jax.device_put, taken, places)
-                rows = {name: value[:, number] for name, value in named.items()}
-                lanes.append(Lane(points[number], values_first, told[:, number], losses[:, number], rows, taken))
+            mine = jax.tree.map(lambda row, number=number: self._filled(row[number]), heard)
+            if np.isfinite(mine.told).all():
+                at_first = {name: value[number] for name, value in first.items()}
+                lanes.append(Lane(points[number], at_first, steps, mine, self._taken(states, number, like=state)))
             else:
                 self.unused_steps += steps
         return lanes
+
+    def _filled(self, row: np.ndarray) -> np.ndarray:
+        """A row with a value for each step of the longest fork."""
+        return np.concatenate([row, np.zeros(self._most_steps - len(row), row.dtype)])
+
+    def _taken(self, states: Any, number: int, *, like: Any) -> Any:
+        """The state of one lane, where the training state lies."""
+        taken = _taken(states, np.int32(number))
+        if self._over is None:
+            return taken
+        return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), taken, like)
+
+    def _everywhere(self, tree: Any) -> Any:
+        """A tree on all devices that lanes run on."""
+        return tree if self._over is None else jax.device_put(tree, NamedSharding(self._over.mesh, PartitionSpec()))
 
     def _spread(self, tree: Any) -> Any:
         return tree if self._over is None else jax.device_put(tree, self._over)

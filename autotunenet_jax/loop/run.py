@@ -3,10 +3,11 @@
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
@@ -21,7 +22,7 @@ from ..session.session import Session
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
-from .lanes import Lane, Lanes
+from .lanes import Heard, Lane, Lanes
 from .outputs import parts_of
 from .placement import beside
 from .sound_steps import count_non_finite, sound_step
@@ -53,11 +54,40 @@ def _step_jit(
     return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
 
 
+class _Heard(NamedTuple):
+    """What came of steps that were heard: how many, the last one's result, and a row for each in ``log``."""
+
+    count: Array
+    ts: TunerState
+    hyperparams: dict[str, Array]
+    due: Array
+    wants_eval: Array
+    log: Any
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _hear_jit(core: Core, ts: TunerState, told: Array, loss: Array, metrics: dict[str, Array]) -> Any:
-    """What `_step_jit` does besides training, for a step of a fork that has been trained already."""
-    ts, directive, due = core.tick(ts, told)
-    return ts, core.hyperparams(ts), due, directive.evaluate, _entry(ts, directive, loss, jnp.int32(-1), metrics)
+def _hear_jit(core: Core, ts: TunerState, hyperparams: dict[str, Array], lane: Heard, count: Array) -> _Heard:
+    """What `_step_jit` does besides training, for steps of a fork that have been trained already.
+
+    It ends where a decision is due, or after ``count`` steps: lanes are filled up, so that one program does for all.
+    """
+
+    def one(ts: TunerState, in_force: dict[str, Array], heard: Heard) -> Any:
+        ts, directive, due = core.tick(ts, heard.told)
+        log = _entry(ts, directive, heard.loss, jnp.int32(-1), heard.metrics)
+        return ts, core.hyperparams(ts), due, directive.evaluate, {**log, "hyperparams": in_force}
+
+    def turn(so_far: _Heard) -> _Heard:
+        heard = jax.tree.map(lambda rows: rows[so_far.count], lane)
+        *result, row = one(so_far.ts, so_far.hyperparams, heard)
+        log = jax.tree.map(lambda rows, value: rows.at[so_far.count].set(value), so_far.log, row)
+        return _Heard(so_far.count + 1, *result, log)
+
+    row = jax.eval_shape(one, ts, hyperparams, jax.tree.map(lambda rows: rows[0], lane))[-1]
+    log = jax.tree.map(lambda like: jnp.zeros((*lane.told.shape, *like.shape), like.dtype), row)
+    no = jnp.zeros((), bool)
+    start = _Heard(jnp.int32(0), ts, hyperparams, no, no, log)
+    return jax.lax.while_loop(lambda so_far: (so_far.count < count) & ~so_far.due, turn, start)
 
 
 def _entry(ts: TunerState, directive: Directive, loss: Array, rewound: Array, metrics: dict[str, Array]) -> Any:
@@ -187,7 +217,7 @@ class Run:
         self.has_aux, self._stop = has_aux, stop
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
-        self.lanes = Lanes(train_step, tuner.core, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
+        self.lanes = Lanes(train_step, tuner, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
         self.host.state, self.controller.state = self.lanes.placed((self.host.state, self.controller.state))
         # Where steps leave it, so that the second one finds what the first one was compiled for.
         self.controller.state = beside(self.controller.state, self.host.state)
@@ -251,17 +281,17 @@ class Run:
     def _hear(self, lane: Lane) -> None:
         """Tells the controller of a fork that has run, up to where it has something to ask for."""
         host, controller = self.host, self.controller
-        for pos in range(len(lane.told)):
-            in_force, metrics = host.hyperparams, {name: rows[pos] for name, rows in lane.metrics.items()}
-            controller.state, host.hyperparams, due, wants_eval, log = _hear_jit(
-                controller.tuner.core, controller.state, lane.told[pos], lane.losses[pos], metrics
-            )
-            self._count(due, wants_eval, log, in_force)
-            if self.session.is_due:
-                # It fails, and its state is of no use.
-                self.lanes.unused_steps += len(lane.told) - pos - 1
-                return
-        host.state = lane.state
+        core, in_force = controller.tuner.core, dict(host.hyperparams)
+        heard = _hear_jit(core, controller.state, in_force, lane.heard, np.int32(lane.steps))
+        controller.state, host.hyperparams = heard.ts, heard.hyperparams
+        count, due, wants_eval, log = jax.device_get((heard.count, heard.due, heard.wants_eval, heard.log))
+        for pos in range(int(count)):
+            self._count(due, wants_eval, jax.tree.map(lambda rows, pos=pos: rows[pos], log))
+        if not due:
+            host.state = lane.state
+        else:
+            # It failed, and its state is of no use.
+            self.lanes.unused_steps += lane.steps - int(count)
 
     def train_one(self) -> None:
         """Dispatches one step; waits for nothing but, where the tuner may decide, for what it asks for."""
@@ -272,15 +302,15 @@ class Run:
         )
         if host.eval_step is None:
             self._last = batch, log["loss"]
-        self._count(due, wants_eval, log, in_force)
+        self._count(due, wants_eval, {**log, "hyperparams": in_force})
 
-    def _count(self, due: Array, wants_eval: Array, log: Any, in_force: Mapping[str, Any]) -> None:
+    def _count(self, due: Array, wants_eval: Array, log: dict[str, Any]) -> None:
         """Notes a step, and what it asks for."""
         controller, session = self.controller, self.session
         controller.step += 1
         controller.data_step += 1
         controller.segment_left -= 1
-        self.recorder.log({**log, "hyperparams": in_force}, controller.phase)
+        self.recorder.log(log, controller.phase)
         if controller.segment_left <= 1 or controller.phase != TRAIN:
             session.wants_eval, session.is_due = bool(wants_eval), bool(due)
             # A rollback, or the end of all rounds, has moved the next decision.

@@ -44,7 +44,7 @@ def heard(monkeypatch):
     counts, hear = [], run.Run._hear
 
     def counted(self, lane):
-        counts.append(len(lane.told))
+        counts.append(lane.steps)
         return hear(self, lane)
 
     monkeypatch.setattr(run.Run, "_hear", counted)
@@ -55,7 +55,7 @@ def fit(
     parallel_forks, *, batches=problem.batches, eval_step=problem.eval_step, train_step=problem.train_step, **options
 ):
     return atn.fit(
-        train_step, problem.new_state(), batches, tuner=problem.tuner(total_steps=TOTAL, **options),
+        problem.train_step, problem.new_state(), batches, tuner=problem.tuner(total_steps=TOTAL, **options),
         eval_step=eval_step, progress=False, parallel_forks=parallel_forks,
     )  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_rates_that_depend_on_the_order_of_forks_are_not_foreseen():
     steps = jnp.int32(20)
     ts = tuner.init(jax.random.key(0))._replace(phase=jnp.int32(FORK), segment_left=steps, segment_length=steps)
     state = jax.device_put(problem.new_state(), jax.devices()[0])
-    made = lanes.Lanes(problem.train_step, tuner.core, has_aux=False, wanted=3, state=state)
+    made = lanes.Lanes(problem.train_step, tuner, has_aux=False, wanted=3, state=state)
     # There is no host that could give a batch.
     assert made.find(ts, types.SimpleNamespace(state=state, batch=None)) is None
     assert made.unused_steps == 0
@@ -148,10 +148,10 @@ def test_as_many_as_fit_into_memory_run_together(monkeypatch, caplog):
     for free, count in ((2**20 * 100, 3), (2**20 * 11, 2), (2**20, 1), (None, 3)):
         monkeypatch.setattr(lanes, "_free_bytes", lambda device, free=free: free)
         with caplog.at_level(logging.INFO, logger="autotunenet"):
-            made = lanes.Lanes(None, None, has_aux=False, wanted="auto", state=state)
+            made = lanes.Lanes(None, problem.tuner(), has_aux=False, wanted="auto", state=state)
         assert made.count == count and made.is_on == (count > 1)
         assert f"up to {count} forks of a round run together" in caplog.records[-1].message
-    assert lanes.Lanes(None, None, has_aux=False, wanted=5, state=state).count == 5
+    assert lanes.Lanes(None, problem.tuner(), has_aux=False, wanted=5, state=state).count == 5
 
 
 SPREAD = """
