@@ -30,7 +30,7 @@ from autotunenet_jax.loop.run import _step_jit  # noqa: E402
 
 BATCH = 256
 OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-_COLLECTIVE = re.compile(r"= (\S+) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _SHAPE = re.compile(r"(f32|s32|u32|pred)\[([\d,]*)\]")
 
 

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 
 def spans_processes(leaf: Any) -> bool:
@@ -58,7 +57,7 @@ def gathered(tree: Any) -> Any:
 
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             words = process_allgather(jax.random.key_data(leaf), tiled=True)
-            return jax.random.wrap_key_data(np.asarray(words), impl=jax.random.key_impl(leaf))
+            return jax.random.wrap_key_data(jax.numpy.asarray(words), impl=jax.random.key_impl(leaf))
         return process_allgather(leaf, tiled=True)
 
     return jax.tree.map(whole, tree)

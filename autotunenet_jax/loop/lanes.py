@@ -7,7 +7,7 @@ losses are told instead of trained for. Its last step is trained as any other, a
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,9 +43,9 @@ class Heard(NamedTuple):
       metrics: Beside the loss.
     """
 
-    told: np.ndarray
-    loss: np.ndarray
-    metrics: dict[str, np.ndarray]
+    told: Any
+    loss: Any
+    metrics: Mapping[str, Any]
 
 
 class Lane(NamedTuple):
@@ -99,7 +99,7 @@ def _lanes_jit(
     def one(state: Any, values: Any) -> Any:
         new, loss, metrics = parts_of(train_step(state, batch, values), has_aux=has_aux)
         new, told = sound_step(new, state, loss)
-        return new, Heard(*(jnp.asarray(value, jnp.float32) for value in (told, loss)), metrics)
+        return new, Heard(jnp.asarray(told, jnp.float32), jnp.asarray(loss, jnp.float32), metrics)
 
     return jax.vmap(one)(states, {name: rows[pos] for name, rows in hyperparams.items()})
 
@@ -161,6 +161,7 @@ class Lanes:
         self._lanes: list[Lane] = []
         self.unused_steps = 0
         self.count, devices, why = _room(wanted, state)
+        self._own = devices[0] if devices else None
         self._over = None
         if devices:
             self._over = NamedSharding(Mesh(np.array(devices), ("forks",)), PartitionSpec("forks"))
@@ -172,9 +173,14 @@ class Lanes:
         """Whether forks run together at all."""
         return self.count > 1
 
+    @property
+    def waiting_steps(self) -> int:
+        """Training steps of forks that have run and may still be asked for."""
+        return sum(lane.steps for lane in self._lanes)
+
     def placed(self, tree: Any) -> Any:
         """The tree on the device where forks come back to, if they run on others too: one place compiles once."""
-        return tree if self._over is None else jax.device_put(tree, self._over.mesh.devices.flat[0])
+        return tree if self._over is None else jax.device_put(tree, self._own)
 
     def find(self, ts: TunerState, host: Any) -> Lane | None:
         """The fork that begins, where it has run or can be run beside others; else None, and it is trained as usual.
@@ -201,7 +207,7 @@ class Lanes:
 
     def release(self) -> None:
         """Forgets all forks: the round is over. Their steps are counted."""
-        self.unused_steps += sum(lane.steps for lane in self._lanes)
+        self.unused_steps += self.waiting_steps
         self._lanes = []
 
     def _pop(self, ts: TunerState) -> Lane | None:

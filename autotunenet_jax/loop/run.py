@@ -59,7 +59,7 @@ class _Heard(NamedTuple):
 
     count: Array
     ts: TunerState
-    hyperparams: dict[str, Array]
+    hyperparams: Any
     due: Array
     wants_eval: Array
     log: Any
@@ -79,9 +79,9 @@ def _hear_jit(core: Core, ts: TunerState, hyperparams: dict[str, Array], lane: H
 
     def turn(so_far: _Heard) -> _Heard:
         heard = jax.tree.map(lambda rows: rows[so_far.count], lane)
-        *result, row = one(so_far.ts, so_far.hyperparams, heard)
+        ts, in_force, due, wants_eval, row = one(so_far.ts, so_far.hyperparams, heard)
         log = jax.tree.map(lambda rows, value: rows.at[so_far.count].set(value), so_far.log, row)
-        return _Heard(so_far.count + 1, *result, log)
+        return _Heard(so_far.count + 1, ts, in_force, due, wants_eval, log)
 
     row = jax.eval_shape(one, ts, hyperparams, jax.tree.map(lambda rows: rows[0], lane))[-1]
     log = jax.tree.map(lambda like: jnp.zeros((*lane.told.shape, *like.shape), like.dtype), row)
@@ -90,7 +90,7 @@ def _hear_jit(core: Core, ts: TunerState, hyperparams: dict[str, Array], lane: H
     return jax.lax.while_loop(lambda so_far: (so_far.count < count) & ~so_far.due, turn, start)
 
 
-def _entry(ts: TunerState, directive: Directive, loss: Array, rewound: Array, metrics: dict[str, Array]) -> Any:
+def _entry(ts: TunerState, directive: Directive, loss: Any, rewound: Array, metrics: Mapping[str, Any]) -> Any:
     """What the history hears of a step."""
     return {
         "step": ts.step,
@@ -244,15 +244,20 @@ class Run:
         if self.host.eval_step is not None:
             # The tree must not change its structure with the first finite metric.
             best = self.host.state if session.best is None else session.best.to_device()
-        books = json.dumps(session.books())
-        return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": books}
+        books: dict[str, Any] = session.books()
+        if self.lanes.is_on:
+            # Those that wait to be asked for are lost with this process.
+            books["unused_steps"] = self.lanes.unused_steps + self.lanes.waiting_steps
+        return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": json.dumps(books)}
 
     def resume(self, tree: dict[str, Any]) -> None:
         """Goes on from what `snapshot` gave."""
         controller, session = self.controller, self.session
         controller.replace(tree["tuner"])
         self.copies = tree["copies"]
-        session.load(json.loads(str(tree["host"])))
+        books = json.loads(str(tree["host"]))
+        session.load(books)
+        self.lanes.unused_steps = books.get("unused_steps", 0)
         session.best = None if session.best_eval is None else copy_tree_to_host(tree["best"])
         session.write()
         if controller.phase == TRAIN:

@@ -443,7 +443,7 @@ class Recorder:
 
 def _is_ready(loss: Any) -> bool:
     """Whether a loss is known without waiting; one that was heard rather than trained for is on the host."""
-    return not isinstance(loss, jax.Array) or loss.is_ready()
+    return isinstance(loss, np.generic | np.ndarray) or loss.is_ready()
 
 
 def _plain(value: Any) -> Any:
