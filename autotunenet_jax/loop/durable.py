@@ -74,8 +74,12 @@ class Durable:
         if self._store is not None and self._processes.is_first:
             run.recorder.write(self._store.folder)
 
-    def resume(self, run: Run) -> None:
+    def resume(self, run: Run, *, extend: bool) -> None:
         """Goes on from the latest good snapshot, if there is one.
+
+        Args:
+          run: The run.
+          extend: Whether it may go on to another budget.
 
         Raises:
           SnapshotMismatchError: It is of another model, or of a run with another idea of validation.
@@ -94,7 +98,7 @@ class Durable:
         if tree is None:
             step, tree = _restored(run, self._store)
         self._seen(step)
-        run.resume(tree)
+        run.resume(tree, extend=extend)
 
     def _seen(self, step: int | None) -> int | None:
         """The step, where all processes see the same one."""

@@ -30,6 +30,8 @@ _log = logging.getLogger("autotunenet")
 MOST_AT_ONCE = 3
 # A lane holds its state, the next one and what lies between; and so much of what is free is left to others.
 _STATES_PER_LANE, _SHARE_OF_FREE = 4.0, 0.8
+# Longer forks run alone.
+_MOST_STEPS = 2**14
 # Rates that a lane was trained with are those that the controller asks for, up to rounding.
 _ROUNDING = 1e-5
 
@@ -155,8 +157,9 @@ class Lanes:
         state: Any,
     ):
         self._train_step, self._core, self._has_aux = train_step, tuner.core, has_aux
-        # Of the longest fork that can be foreseen.
-        self._most_steps = int(np.max(tuner.plan.length, where=tuner.plan.kind == FAST, initial=1))
+        # Of the longest fork that can be foreseen; an open-ended plan has forks that are longer than any run.
+        longest = int(np.max(tuner.plan.length, where=tuner.plan.kind == FAST, initial=1))
+        self._most_steps = min(longest, _MOST_STEPS)
         self._round: tuple[int, int] = (-1, -1)
         self._lanes: list[Lane] = []
         self.unused_steps = 0
@@ -194,7 +197,8 @@ class Lanes:
             self.release()
             self._round = held
         lane = self._pop(ts)
-        if lane is None:
+        # A run that goes on to another budget may hold longer forks than its tuner's plan has.
+        if lane is None and int(ts.segment_length) <= self._most_steps:
             points = self._points(ts)
             if len(points) > 1:
                 self._lanes += self._run(ts, host.state, points, host.batch)

@@ -250,10 +250,10 @@ class Run:
             books["unused_steps"] = self.lanes.unused_steps + self.lanes.waiting_steps
         return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": json.dumps(books)}
 
-    def resume(self, tree: dict[str, Any]) -> None:
-        """Goes on from what `snapshot` gave."""
+    def resume(self, tree: dict[str, Any], *, extend: bool = False) -> None:
+        """Goes on from what `snapshot` gave, on request with another budget."""
         controller, session = self.controller, self.session
-        controller.replace(tree["tuner"])
+        controller.replace(tree["tuner"], extend=extend)
         self.copies = tree["copies"]
         books = json.loads(str(tree["host"]))
         session.load(books)
