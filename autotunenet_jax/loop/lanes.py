@@ -285,12 +285,14 @@ def _is_close(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def _room(wanted: int | Literal["auto"], state: Any) -> tuple[int, list[Any], str]:
     """How many forks run together, on which devices, and why; no devices where they run where the state is."""
+    if wanted == 1:
+        return 1, [], "nothing else is asked for"
     limit = MOST_AT_ONCE if wanted == "auto" else wanted
     leaves = jax.tree.leaves(state)
     places = {device for leaf in leaves for device in leaf.sharding.device_set}
     local = jax.local_devices()
     size = sum(leaf.nbytes for leaf in leaves) / max(len(places), 1)
-    if len(places) == 1 and len(local) > 1 and limit > 1:
+    if len(places) == 1 and len(local) > 1:
         # Those that do nothing otherwise; the state's own among them.
         own = next(iter(places))
         others = [device for device in local if device != own]

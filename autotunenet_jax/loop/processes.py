@@ -64,7 +64,10 @@ class Processes:
                 f"arrays of state and batches span {len(taking_part)} of {jax.process_count()} processes. "
                 "Spread them over devices of all processes, or keep them in each."
             )
-        return cls(jax.process_count(), jax.process_index())
+        found = cls(jax.process_count(), jax.process_index())
+        # They meet before any of them compiles: gloo gives up who comes to the first exchange half a minute late.
+        found.gather(0.0)
+        return found
 
     def gather(self, *values: float) -> np.ndarray:
         """What each process has to say, one row for each."""

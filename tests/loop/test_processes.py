@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,8 +29,11 @@ def test_two_processes_decide_alike_stop_together_and_go_on_as_one(tmp_path, mon
         for rank in (0, 1)
     ]  # fmt: skip
     try:
-        for process in processes:
-            said, _ = process.communicate(timeout=110)
+        # One that fails leaves the others waiting: whoever ends first is heard first.
+        while all(process.poll() is None for process in processes):
+            time.sleep(0.1)
+        for process in sorted(processes, key=lambda process: process.poll() is None):
+            said, _ = process.communicate(timeout=60)
             assert process.returncode == 0, said[-3000:]
     finally:
         for process in processes:
