@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 
-import conftest as toy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import autotunenet_jax as atn
+from tests.contract import conftest as toy
 
 OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 TRUTH = np.random.default_rng(0).normal(size=8).astype(np.float32)

@@ -1,6 +1,5 @@
 """Two real processes that train one state: the same decisions, one stop for both, and snapshots for any number."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -12,19 +11,21 @@ import time
 import numpy as np
 import pytest
 
+from tests.loop import process_worker as worker
+
 HERE = pathlib.Path(__file__).parent
-PATHS = (HERE.parent / "contract", HERE)
+ROOT = HERE.parent.parent
 
 
 def test_two_processes_decide_alike_stop_together_and_go_on_as_one(tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, PATHS), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / "process_worker.py"), str(rank), "2", port, str(tmp_path)],
-            env=environment, cwd=HERE.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -57,12 +58,6 @@ def test_two_processes_decide_alike_stop_together_and_go_on_as_one(tmp_path, mon
 
 def _gone_on_alone(folder, monkeypatch):
     """This process goes on from what the two have saved."""
-    for path in PATHS:
-        monkeypatch.syspath_prepend(path)
-    monkeypatch.delitem(sys.modules, "conftest", raising=False)
-    spec = importlib.util.spec_from_file_location("process_worker", HERE / "process_worker.py")
-    worker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(worker)
     worker.toy.lighten(monkeypatch.setattr)
     return worker.told(
         worker.fit(worker.new_state(), lambda step, hp: worker.rows(step), snapshots=folder, resume=True)
