@@ -1,9 +1,7 @@
 """`autotune` among other transformations, libraries and kinds of parameters."""
 
 import functools
-import json
-import subprocess
-import sys
+import pathlib
 import types
 import warnings
 
@@ -16,6 +14,7 @@ import pytest
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import packing
 from autotunenet_jax.wrapper import inner_state
+from tests import devices
 
 
 def assert_finite(tree):
@@ -420,8 +419,7 @@ def counted(carry, key):
 step = jax.jit(counted, donate_argnums=0)
 carry = (params, opt_state, jnp.int32(0))
 for key in toy.draws(100):
-    # One step at a time: reductions of several in flight wait for each other on few cores.
-    carry, loss = jax.block_until_ready(step(carry, key))
+    carry, loss = step(carry, key)
 print(json.dumps({
     "devices": len(jax.devices()),
     "traces": len(traces),
@@ -434,15 +432,7 @@ print(json.dumps({
 
 
 def test_a_mesh_of_eight_devices(toy):
-    import os
-    import pathlib
-
-    here = pathlib.Path(__file__).parent
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(here), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, env=env, cwd=here.parent.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = types.SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
+    out = types.SimpleNamespace(**devices.run(MESH, count=8, folders=[pathlib.Path(__file__).parent]))
     assert (out.devices, out.sharded, out.saved) == (8, True, True)
     assert out.traces <= 2  # the first step's output may be laid out otherwise than the arrays it began with
     assert out.rounds >= 1

@@ -1,12 +1,10 @@
 """Replicas whose losses differ decide alike, and stay the same bit for bit."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+
+from tests import devices
 
 RUN = """
 import json, sys
@@ -53,12 +51,6 @@ print(json.dumps({
 
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 def test_losses_that_differ_are_averaged(kind):
-    here = pathlib.Path(__file__).parent
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(here), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", RUN, kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=here.parent.parent, timeout=110)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = devices.run(RUN, kind, count=4, folders=[pathlib.Path(__file__).parent])
     assert (out["replicas"], out["losses"]) == (1, 4)
     assert out["rounds"] >= 1
