@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
+from ..compiler.cpu_queue import Pace
 from ..controller import AutoTuneNet
 from ..controller.core import Core
 from ..controller.state import TRAIN, TunerState
@@ -166,7 +167,7 @@ class Run:
         stop: Stop,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
-        self.has_aux, self._stop = has_aux, stop
+        self.has_aux, self._stop, self._pace = has_aux, stop, Pace()
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
         self.session = Session(self.host, self.controller, recorder)
@@ -221,6 +222,7 @@ class Run:
         self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
             controller.tuner.core, self.train_step, self.has_aux, self.copies, controller.state, in_force, batch
         )
+        self._pace.queued(log["loss"])
         controller.step += 1
         controller.data_step += 1
         controller.segment_left -= 1
