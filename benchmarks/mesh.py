@@ -4,7 +4,7 @@ Every kind of program runs again and again in one process; XLA ends a process wh
 ten seconds, and the rest of the runs goes to another one. Prints how many runs finished and how many hung, with the
 threads that XLA takes by itself and with two for each device, and in how many the replicas ended with other bits.
 
-    python benchmarks/mesh.py [--runs 20] [--devices 8] [--steps 100] [--kinds pmap shard_map sharding fit]
+    python benchmarks/mesh.py [--runs 20] [--devices 8] [--steps 200] [--kinds pmap shard_map sharding fit]
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 import warnings
 
 KINDS = ("pmap", "shard_map", "sharding", "fit")
-ROWS, INPUTS, WIDTH = 64, 16, 256
+ROWS, INPUTS, WIDTH = 256, 16, 256
 LIMIT_SECONDS = 900
 HUNG = "Termination timeout"
 
@@ -158,7 +158,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--ways", nargs="*", default=("plain", "tuned"))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)

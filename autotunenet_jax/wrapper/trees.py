@@ -52,8 +52,9 @@ def squared_norm(tree: Any) -> Float[Array, ""]:
         if not (_is_inexact(leaf) and leaf.size):
             continue
         for part in (jnp.real(leaf), jnp.imag(leaf)) if jnp.iscomplexobj(leaf) else (leaf,):
-            flat = part.astype(jnp.float32).reshape(-1)
-            total += jnp.vdot(flat, flat)
+            wide, axes = part.astype(jnp.float32), tuple(range(part.ndim))
+            # All axes at once: made a vector, an array that is spread over its last axis would be gathered whole.
+            total += jax.lax.dot_general(wide, wide, ((axes, axes), ((), ())))
     return total
 
 

@@ -2,7 +2,10 @@
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from tests import devices
 
@@ -54,3 +57,22 @@ def test_losses_that_differ_are_averaged(kind):
     out = devices.run(RUN, kind, count=4, folders=[pathlib.Path(__file__).parent])
     assert (out["replicas"], out["losses"]) == (1, 4)
     assert out["rounds"] >= 1
+
+
+@pytest.mark.parametrize("axis_name", [None, "data", ("data",)])
+def test_a_loss_known_to_differ_is_refused_unless_it_is_averaged(toy, axis_name):
+    optimizer, params = toy.wrapped(axis_name=axis_name), toy.make_params()
+    whole, part = PartitionSpec(), PartitionSpec("data")
+
+    def step(params, opt_state, losses):
+        return optimizer.update(params, opt_state, params, value=losses[0])
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, part), out_specs=whole)
+    arguments = params, optimizer.init(params), jnp.ones(1)
+    if axis_name is None:
+        with pytest.raises(ValueError, match=r"along 'data'.*axis_name='data'"):
+            jax.eval_shape(mapped, *arguments)
+    else:
+        updates, _ = jax.eval_shape(mapped, *arguments)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
