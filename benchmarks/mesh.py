@@ -4,7 +4,7 @@ Every kind of program runs again and again in one process; XLA ends a process wh
 ten seconds, and the rest of the runs goes to another one. Prints how many runs finished and how many hung, with the
 threads that XLA takes by itself and with two for each device, and in how many the replicas ended with other bits.
 
-    python benchmarks/mesh.py [--runs 20] [--devices 8] [--steps 200] [--kinds pmap shard_map sharding fit]
+    python benchmarks/mesh.py [--runs 20] [--devices 8] [--steps 200] [--threads 0 16] [--kinds pmap fit]
 """
 
 import argparse
@@ -161,6 +161,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--ways", nargs="*", default=("plain", "tuned"))
+    parser.add_argument("--threads", nargs="*", type=int, help="0: as many as XLA takes; by default 0 and 2 a device")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -173,10 +174,10 @@ def main():
     flags += " --xla_cpu_collective_call_terminate_timeout_seconds=10"
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
     with tempfile.TemporaryDirectory() as cache:
-        for threads in (None, 2 * arguments.devices):
+        for threads in arguments.threads or (0, 2 * arguments.devices):
             env = {**os.environ, **own, "JAX_COMPILATION_CACHE_DIR": cache}
             env.pop("PJRT_NPROC", None)
-            env |= {} if threads is None else {"PJRT_NPROC": str(threads)}
+            env |= {"PJRT_NPROC": str(threads)} if threads else {}
             for kind in arguments.kinds:
                 for way in arguments.ways:
                     command = [sys.executable, __file__, "--steps", str(arguments.steps), "--child", kind, way]
