@@ -9,6 +9,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from tests import devices
 
+pytestmark = pytest.mark.timeout(300)
+
 RUN = """
 import json, sys
 import conftest as toy
@@ -53,7 +55,7 @@ print(json.dumps({
 
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 def test_losses_that_differ_are_averaged(kind):
-    out = devices.run(RUN, kind, count=4, folders=[pathlib.Path(__file__).parent])
+    out = devices.run(RUN, kind, count=4, folders=[pathlib.Path(__file__).parent], timeout=280)
     assert (out["replicas"], out["losses"]) == (1, 4)
     assert out["rounds"] >= 1
 
