@@ -254,7 +254,7 @@ class Recorder:
 
     def show(self, step: int) -> None:
         """Refreshes the progress line with the newest step the device has finished."""
-        ready = [entry for entry, *_ in self._pending if "loss" in entry and entry["loss"].is_ready()]
+        ready = [entry for entry, *_ in self._pending if "loss" in entry and _is_ready(entry["loss"])]
         if ready:
             newest = jax.device_get({"loss": ready[-1]["loss"], "hp": ready[-1]["hyperparams"]})
             loss = float(newest["loss"])
@@ -444,6 +444,11 @@ class Recorder:
         """The run is over, and its history is complete."""
         if self._feed.is_open:
             self._feed.finish(self.history)
+
+
+def _is_ready(loss: Any) -> bool:
+    """Whether a loss is known without waiting; one that was heard rather than trained for is on the host."""
+    return isinstance(loss, np.generic | np.ndarray) or loss.is_ready()
 
 
 def _plain(value: Any) -> Any:
