@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
+from ..compiler.cpu_queue import Pace
 from ..controller import AutoTuneNet
 from ..controller.core import Core
 from ..controller.state import FORK, TRAIN, Directive, TunerState
@@ -214,7 +215,7 @@ class Run:
         parallel_forks: int | Literal["auto"] = 1,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
-        self.has_aux, self._stop = has_aux, stop
+        self.has_aux, self._stop, self._pace = has_aux, stop, Pace()
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
         self.lanes = Lanes(train_step, tuner, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
@@ -305,6 +306,7 @@ class Run:
         self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
             controller.tuner.core, self.train_step, self.has_aux, self.copies, controller.state, in_force, batch
         )
+        self._pace.queued(log["loss"])
         if host.eval_step is None:
             self._last = batch, log["loss"]
         self._count(due, wants_eval, {**log, "hyperparams": in_force})

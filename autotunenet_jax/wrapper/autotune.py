@@ -184,8 +184,8 @@ def _init(
         record=_begun(ts) if options["is_on"] else None,
         settings=Settings(**options, layout=packing.layout(course)),
     )
-    state = trees.copied(state)
+    state = trees.on_mesh_of(params, trees.copied(state))
     if not state.settings.slots:
         return state
-    one = Snapshot(params, inner_state.without_values(inner), aux)
-    return state._replace(snapshots=snapshots_of([one] * state.settings.slots))
+    one = Snapshot(params, inner_state.without_values(state.inner), aux)
+    return state._replace(snapshots=trees.on_mesh_of(params, snapshots_of([one] * state.settings.slots)))

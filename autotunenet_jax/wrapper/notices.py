@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..compiler import packing
+from ..compiler import cpu_queue, packing
 from ..controller.state import TRAIN
 from .state import AutotuneState
 
@@ -44,6 +44,13 @@ def warn(state: AutotuneState, *, stacklevel: int) -> None:
         return
     for text in _texts(state):
         warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+
+
+def warn_of_queue(updates: Any, *, stacklevel: int) -> None:
+    """Says that steps on several devices may hang, where they may, to the caller ``stacklevel`` calls above."""
+    text = cpu_queue.hazard(updates)
+    if text is not None:
+        warnings.warn(f"autotune: {text}", UserWarning, stacklevel=stacklevel + 1)
 
 
 def _texts(state: AutotuneState) -> Iterator[str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from .held_snapshots import strong
@@ -23,6 +25,23 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(strong, tree)
 
 
+def on_mesh_of(params: Any, tree: Any) -> Any:
+    """A tree with what lies on one device copied to all of the mesh that the parameters are on, if they are on one.
+
+    The first step would return it so anyway, and the second be compiled anew for it.
+    """
+
+    def mesh_of(leaf: Any) -> Any:
+        is_placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        return leaf.sharding.mesh if is_placed and isinstance(leaf.sharding, NamedSharding) else None
+
+    meshes = [mesh for mesh in map(mesh_of, jax.tree.leaves(params)) if mesh is not None and mesh.size > 1]
+    if not meshes:
+        return tree
+    everywhere = NamedSharding(meshes[0], PartitionSpec())
+    return jax.tree.map(lambda leaf: leaf if mesh_of(leaf) == meshes[0] else jax.device_put(leaf, everywhere), tree)
+
+
 def squared_norm(tree: Any) -> Float[Array, ""]:
     """Sum of the squares of all real and complex numbers; not finite where one of them, or the square of one, is not.
 
@@ -33,8 +52,9 @@ def squared_norm(tree: Any) -> Float[Array, ""]:
         if not (_is_inexact(leaf) and leaf.size):
             continue
         for part in (jnp.real(leaf), jnp.imag(leaf)) if jnp.iscomplexobj(leaf) else (leaf,):
-            flat = part.astype(jnp.float32).reshape(-1)
-            total += jnp.vdot(flat, flat)
+            wide, axes = part.astype(jnp.float32), tuple(range(part.ndim))
+            # All axes at once: made a vector, an array that is spread over its last axis would be gathered whole.
+            total += jax.lax.dot_general(wide, wide, ((axes, axes), ((), ())))
     return total
 
 

@@ -35,7 +35,8 @@ def update(
       ValueError: No parameters, a loss that is no scalar, or ``aux`` of another structure than before.
     """
     budget.check(state)
-    _check(state, params, value)
+    _check(state, params, value, axis_name)
+    notices.warn_of_queue(updates, stacklevel=2)
     if value is None:
         notices.warn(state, stacklevel=2)
     settings = state.settings
@@ -114,7 +115,7 @@ def _usual(given: Given, room: Any, state: AutotuneState) -> tuple[Array, Any, A
     return is_made & jnp.isfinite(trees.squared_norm(new)), new, inner
 
 
-def _check(state: AutotuneState, params: Any, value: Any) -> None:
+def _check(state: AutotuneState, params: Any, value: Any, axis_name: Any) -> None:
     if params is None and state.held is not None:
         raise ValueError(
             "autotune needs the parameters to bring them back: call update(grads, state, params, value=loss). "
@@ -127,6 +128,15 @@ def _check(state: AutotuneState, params: Any, value: Any) -> None:
         raise ValueError(
             f"value must be the loss, a real scalar; got shape {value.shape} of {value.dtype}. "
             "Average it over the batch first."
+        )
+    # Known where jax.shard_map checks it; where not, a mean and a loss of one replica look the same.
+    kind = getattr(jax.typeof(value), "mat", None)
+    differs = getattr(kind, "varying", frozenset()) - set(axis_name if isinstance(axis_name, tuple) else (axis_name,))
+    if differs:
+        names = ", ".join(map(repr, sorted(differs)))
+        raise ValueError(
+            f"value, the loss, is another on each replica along {names}, which would decide each for itself. "
+            f"Name the axis, as in autotune(..., axis_name={names}), or give the mean, jax.lax.pmean(value, {names})."
         )
 
 

@@ -1,6 +1,5 @@
 """Snapshots across processes and devices: at the end of a program, on several devices, by one of several processes."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import autotunenet_jax as atn
+from tests import devices
 
 
 def test_a_program_that_ends_at_once_has_saved_and_shapes_are_enough_to_restore(tmp_path):
@@ -43,8 +43,7 @@ def test_sharded_state_returns_to_its_devices(tmp_path):
         "    other = {'w': jax.device_put(jnp.zeros(8), all_), 'k': tree['k']}\n"
         "    assert store.restore(other)[1]['w'].sharding == all_\n"
     )
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60, env=environment)
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60, env=devices.environment(4))
 
 
 def test_one_of_several_processes_saves_and_all_restore(tmp_path):

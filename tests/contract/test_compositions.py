@@ -1,10 +1,6 @@
 """`autotune` among other transformations, libraries and kinds of parameters."""
 
 import functools
-import json
-import subprocess
-import sys
-import types
 import warnings
 
 import jax
@@ -402,51 +398,3 @@ def test_own_snapshots_hold_it_too(toy, tmp_path):
     assert at == 20
     jax.tree.map(np.testing.assert_array_equal, carry[1].saved.params, restored[1].saved.params)
     step(restored, toy.draws(1)[0])
-
-
-MESH = """
-import json, sys
-import conftest as toy
-import jax, jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-toy.lighten()
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-optimizer = toy.wrapped()
-params = jax.device_put(toy.make_params(), NamedSharding(mesh, P()))
-params["hidden"] = jax.device_put(params["hidden"], NamedSharding(mesh, P(None, "data")))
-opt_state = jax.jit(optimizer.init)(params)
-opt_state = optimizer.init(params)
-traces = []
-def counted(carry, key):
-    traces.append(None)
-    return toy.make_step(optimizer)(carry, key)
-step = jax.jit(counted, donate_argnums=0)
-carry = (params, opt_state, jnp.int32(0))
-for key in toy.draws(100):
-    # One step at a time: reductions of several in flight wait for each other on few cores.
-    carry, loss = jax.block_until_ready(step(carry, key))
-print(json.dumps({
-    "devices": len(jax.devices()),
-    "traces": len(traces),
-    "sharded": "data" in str(carry[0]["hidden"].sharding.spec),
-    "saved": "data" in str(carry[1].saved.params["hidden"].sharding.spec),
-    "rounds": toy.rounds_begun(carry[1].tuner),
-    "quality": toy.quality(carry[0]),
-}))
-"""
-
-
-def test_a_mesh_of_eight_devices(toy):
-    import os
-    import pathlib
-
-    here = pathlib.Path(__file__).parent
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(here), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", MESH], capture_output=True, text=True, env=env, cwd=here.parent.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = types.SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
-    assert (out.devices, out.sharded, out.saved) == (8, True, True)
-    assert out.traces <= 2  # the first step's output may be laid out otherwise than the arrays it began with
-    assert out.rounds >= 1
-    assert out.quality < 0.5 * toy.quality(toy.make_params())

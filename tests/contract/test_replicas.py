@@ -1,12 +1,15 @@
 """Replicas whose losses differ decide alike, and stay the same bit for bit."""
 
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from tests import devices
+
+pytestmark = pytest.mark.timeout(300)
 
 RUN = """
 import json, sys
@@ -52,12 +55,25 @@ print(json.dumps({
 
 @pytest.mark.parametrize("kind", ["pmap", "shard_map"])
 def test_losses_that_differ_are_averaged(kind):
-    here = pathlib.Path(__file__).parent
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(here), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", RUN, kind]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=here.parent.parent, timeout=110)
-    assert done.returncode == 0, done.stderr[-2000:]
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = devices.run(RUN, kind, count=4, folders=[pathlib.Path(__file__).parent], timeout=280)
     assert (out["replicas"], out["losses"]) == (1, 4)
     assert out["rounds"] >= 1
+
+
+@pytest.mark.parametrize("axis_name", [None, "data", ("data",)])
+def test_a_loss_known_to_differ_is_refused_unless_it_is_averaged(toy, axis_name):
+    optimizer, params = toy.wrapped(axis_name=axis_name), toy.make_params()
+    whole, part = PartitionSpec(), PartitionSpec("data")
+
+    def step(params, opt_state, losses):
+        return optimizer.update(params, opt_state, params, value=losses[0])
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, part), out_specs=whole)
+    arguments = params, optimizer.init(params), jnp.ones(1)
+    if axis_name is None:
+        with pytest.raises(ValueError, match=r"along 'data'.*axis_name='data'"):
+            jax.eval_shape(mapped, *arguments)
+    else:
+        updates, _ = jax.eval_shape(mapped, *arguments)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
