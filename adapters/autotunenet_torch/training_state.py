@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-import autotunenet_jax as atn
-
-from . import optimizer_state, random_state
+from . import engine, optimizer_state, random_state
 from .copying import clone, takes, write_back
 
 
@@ -174,4 +172,4 @@ class TrainingState:
         wrong += [f"{path} is not in this model" for path in there if path not in here]
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise atn.SnapshotMismatchError(f"The snapshot is of another model: {'; '.join(wrong[:5])}{more}.")
+            raise engine.atn.SnapshotMismatchError(f"The snapshot is of another model: {'; '.join(wrong[:5])}{more}.")
