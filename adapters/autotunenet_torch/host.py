@@ -14,6 +14,9 @@ from .targets import GroupTarget, RateTarget, Target
 from .training_state import TrainingState
 from .warm_up import WarmUp
 
+# They take in groups that are added later.
+_GROWING = (GroupTarget, RateTarget)
+
 
 class TorchHost(Host):
     """A training with what is tuned on it.
@@ -74,7 +77,7 @@ class TorchHost(Host):
         if not self.warm_up.in_round:
             self._catch_up()
         for target in self.targets.values():
-            if isinstance(target, GroupTarget | RateTarget):
+            if isinstance(target, _GROWING):
                 target.join()
         for name, value in hyperparams.items():
             if value != self.values.get(name):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .finite import are_finite
+from .finite import are_finite, gradients_are_finite
 from .optimizer_state import parameters
 
 
@@ -74,21 +74,21 @@ class StepGuard:
         return checked
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        found = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
-        if self._is_bad([grad for _, grad in found]):
+        if self._is_bad([grad for p in parameters(optimizer) if (grad := p.grad) is not None]):
             self._skipped += 1
-            self._hidden = found
-            for parameter, _ in found:
+            self._hidden = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
+            for parameter, _ in self._hidden:
                 parameter.grad = None
         else:
             self._taken += 1
 
     def _is_bad(self, grads: list[torch.Tensor]) -> bool:
-        if isinstance(self.loss, torch.Tensor):
-            return not are_finite([self.loss, *grads])
-        if self.loss is not None and not math.isfinite(self.loss):
+        loss = self.loss
+        if isinstance(loss, torch.Tensor) and not loss.is_cpu:
+            return not are_finite([loss, *grads])
+        if loss is not None and not math.isfinite(loss):
             return True
-        return not are_finite(grads)
+        return not gradients_are_finite(grads)
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._outer is optimizer:

@@ -143,7 +143,7 @@ class Recorder:
     def flush(self) -> None:
         """Reads everything logged so far."""
         pending, self._pending = self._pending, []
-        rows = jax.device_get([entry for entry, *_ in pending])
+        rows = _on_host([entry for entry, *_ in pending])
         for row, (_, is_recorded, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
             values = {name: _plain(value) for name, value in row.get("hyperparams", {}).items()}
@@ -439,6 +439,11 @@ class Recorder:
         """The run is over, and its history is complete."""
         if self._feed.is_open:
             self._feed.finish(self.history)
+
+
+def _on_host(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged, read from the device in one go where it comes from there."""
+    return jax.device_get(entries) if any(isinstance(entry["step"], jax.Array) for entry in entries) else entries
 
 
 def _plain(value: Any) -> Any:
