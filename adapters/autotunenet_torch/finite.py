@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from . import sharding
+
 _norms = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
 _look = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
 _ONE = torch.ones(())
@@ -48,13 +50,14 @@ def leaves(value: Any) -> Iterator[torch.Tensor]:
 
 
 def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether all floating numbers of some tensors are finite.
+    """Whether all floating numbers of some tensors are finite; of shared-out ones, those that this process holds.
 
     Cost: one fused pass and one synchronisation with each device; a second pass only where the first raises a doubt.
     """
     with torch.no_grad():
         groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
         for tensor in tensors:
+            tensor = sharding.part(tensor)
             is_plain = tensor.dtype in _SUMMED_IN and tensor.layout is torch.strided
             numbers = tensor if is_plain else dense(tensor)
             if numbers is not None:
@@ -81,7 +84,7 @@ def gradients_are_finite(grads: list[torch.Tensor]) -> bool:
 
 def _is_simple(tensor: torch.Tensor) -> bool:
     is_ordinary = tensor.is_cpu and tensor.dtype is torch.float32 and tensor.layout is torch.strided
-    is_ordinary = is_ordinary and tensor.is_contiguous()
+    is_ordinary = is_ordinary and tensor.is_contiguous() and not sharding.is_shared_out(tensor)
     # A gradient with a graph of its own may be needed as it is.
     return is_ordinary and not (tensor.requires_grad or tensor.is_inference())
 
@@ -100,6 +103,6 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def count_non_finite(value: Any) -> int:
-    """Infinities and NaNs in the tensors of nested dictionaries and lists."""
-    found = [numbers for numbers in map(dense, leaves(value)) if numbers is not None]
+    """Infinities and NaNs in the tensors of nested dictionaries and lists; of shared-out ones, in the part held."""
+    found = [numbers for numbers in map(dense, map(sharding.part, leaves(value))) if numbers is not None]
     return 0 if are_finite(found) else sum(int((~torch.isfinite(tensor)).sum()) for tensor in found)

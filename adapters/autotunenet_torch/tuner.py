@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from . import arguments, distributed, engine, lr_schedulers, schedule_end
+from . import arguments, distributed, engine, lr_schedulers, schedule_end, sharding
 from .step_guard import StepGuard
 from .targets import RateTarget, find
 from .training_state import TrainingState
@@ -189,6 +189,7 @@ class AutoTuneNet:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
         optimizer = arguments.bare_optimizer(optimizer)
         schedulers = lr_schedulers.as_list(scheduler)
+        sharding.check(model)
         total_steps = self.total_steps if total_steps is None else total_steps
         state = TrainingState(
             model, optimizer, schedulers=schedulers, scaler=arguments.live_scaler(scaler), device=self._snapshot_device
@@ -219,6 +220,7 @@ class AutoTuneNet:
         starts, outside = self._host.starts(self._initial, self.space)
         core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
+        distributed.check_alike(f"{core!r} {sorted(core.initial.items())}", total_steps=core.total_steps)
         shown = progress or engine.atn.Progress(core.total_steps or 1, is_on=False)
         options = {"loggers": loggers, "log_every": log_every, **({} if self._log is None else {"log": self._log})}
         history = engine.atn.History(self.space.names, is_paired=self._stream is not None)
@@ -230,7 +232,8 @@ class AutoTuneNet:
         self._session = engine.sound_session.SoundSession(
             self._host, engine.hosting.PackedController(core, seed=self._seed), recorder
         )
-        self._guard = StepGuard(state.optimizers)
+        self._guard = StepGuard(state.optimizers, is_sharded=self._host.is_sharded)
+        self._leave_joins = distributed.follow_joins(model, self._follow)
         self._notices = engine.notices.Notices(self._session, outside=outside, through=self._through, how=self._how)
         if core.total_steps is not None and self._options["decay"] is None:
             self._look_at_end(schedulers, core.total_steps)
@@ -267,11 +270,19 @@ class AutoTuneNet:
         self._notices.after(report)
         self._attached().recorder.deliver()
 
+    def _follow(self) -> None:
+        """Decides as the other processes do in a step for which this one has no data."""
+        self._host.is_absent = True
+        try:
+            self._notices.after(self._report(0.0))
+        finally:
+            self._host.is_absent = False
+
     def _report(self, own: float) -> Report:
-        session = self._attached()
+        session, is_absent = self._attached(), self._host.is_absent
         self._notices.before(self._host)
-        told = distributed.mean(math.nan if self._guard.was_skipped() else own)
-        report = session.report(told, recorded=own)
+        told = distributed.mean(math.nan if self._guard.was_skipped() else own, counts=not is_absent)
+        report = session.report(told, recorded=told if is_absent else own)
         if session.is_settled:
             self._guard.release()
         return report
@@ -281,6 +292,7 @@ class AutoTuneNet:
         if self._session is not None:
             self._host.warm_up.release()
             self._guard.release()
+            self._leave_joins()
 
     def _attached(self) -> SoundSession:
         if self._session is None:
@@ -387,7 +399,7 @@ class AutoTuneNet:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: what was asked for. An attached training stays where it is."""
-        live = ("_host", "_guard", "_notices", "_stream", "_through", "_how", "_log")
+        live = ("_host", "_guard", "_leave_joins", "_notices", "_stream", "_through", "_how", "_log")
         return {name: None if name == "_session" else v for name, v in vars(self).items() if name not in live} | {
             "_stream": None,
             "_through": None,
