@@ -15,6 +15,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def rank() -> int:
     """This process's number; 0 when it is alone."""
     return dist.get_rank() if is_distributed() else 0

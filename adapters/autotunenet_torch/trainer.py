@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from . import arguments, distributed, engine, modes, objective, random_state
+from . import arguments, distributed, engine, modes, objective, random_state, sharding
 from .data import ReplayBuffer, map_tensors, rows
 from .step_boundary import StepBoundary
 from .targets import AttributeTarget, KeywordTarget
@@ -191,6 +191,11 @@ class Trainer:
         self.model = model._apply(self._moved) if is_meta else model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
         self._session, self.stop_reason, self.is_interrupted = None, None, False
+        if self.restore_best and sharding.is_sharded(self.model):
+            raise ValueError(
+                "restore_best=True needs the whole model on each process, and this one is sharded. Leave it out: with "
+                "a val_loader the run ends in its best state as it is."
+            )
         self._prepare_lazy(train_loader)
         self.optimizer = self._optimizer(tuner)
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
