@@ -21,7 +21,7 @@ test: $(VENV)/.test.stamp  ## Install, then run every test.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: $(VENV)/.test.stamp  ## Install, then run the long forms of tests: more faults, more kills, the long pages.
-	$(BIN)/python -m pytest -n $(WORKERS) -m soak --timeout 1200 tests $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) -m soak --timeout 1200 tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev.stamp  ## Install, then check style, types and the direction of imports.
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # With a maximum size JAX locks the cache, without one two processes may read each other's half-written files.
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**31))
+# Compiling takes longer than running here; `make soak` and what asks for `optimised` run what a user runs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -24,6 +26,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # One compilation can take longer than hypothesis allows an example; derandomised, a failure in CI is one here.
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def optimised():
+    """Programs compiled as a user's are, for tests of their bits or of their memory."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

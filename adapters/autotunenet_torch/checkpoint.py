@@ -39,15 +39,15 @@ def _common(session: Session, host: TorchHost) -> dict[str, Any]:
     }
 
 
-def _load_common(session: Session, host: TorchHost, state: Mapping[str, Any]) -> None:
-    session.controller.from_bytes(state["controller"].numpy())
+def _load_common(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
+    session.controller.from_bytes(state["controller"].numpy(), extend=extend)
     session.load(state["books"])
     host.warm_up.load(state["warm_up_end"])
     host.warm_up.in_round = session.controller.phase != TRAIN
 
 
-def _check(session: Session, host: TorchHost, state: Mapping[str, Any]) -> None:
-    """Refuses a saved state of another format, search space or budget."""
+def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
+    """Refuses a saved state of another format, split, search space or, unless it is to be extended, budget."""
     tuner = session.controller.tuner
     if state["format"] != _FORMAT:
         raise ValueError(f"the state has format {state['format']}; this version of the library reads {_FORMAT}.")
@@ -62,10 +62,11 @@ def _check(session: Session, host: TorchHost, state: Mapping[str, Any]) -> None:
             "the state is of another search space. Make the AutoTuneNet with the param_space, bounds included, that it "
             "had when the state was saved."
         )
-    if state["total_steps"] != tuner.total_steps:
+    if state["total_steps"] != tuner.total_steps and not extend:
         raise ValueError(
             f"the state is of a run of {state['total_steps']} steps, and this one has {tuner.total_steps}. Train with "
-            "the same budget, or start afresh elsewhere."
+            "the same budget, go on to this one with Trainer.fit(..., resume='extend'), load_state_dict(..., "
+            "extend=True) or AutoTuneCallback(..., extend=True), or start afresh elsewhere."
         )
 
 
@@ -82,10 +83,10 @@ def state_dict(session: Session, host: TorchHost) -> dict[str, Any]:
     }
 
 
-def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any]) -> None:
+def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
     """Goes on from what `state_dict` gave; the training state is there already."""
-    _check(session, host, state)
-    _load_common(session, host, state)
+    _check(session, host, state, extend=extend)
+    _load_common(session, host, state, extend=extend)
     host.values, host.behind = {}, list(state["behind"])
     session.write()
     for name in ("saved", "kept"):
@@ -99,13 +100,13 @@ def snapshot(session: Session, host: TorchHost) -> dict[str, Any]:
     return {**_common(session, host), **plain, "best": session.best, "behind": list(host.behind)}
 
 
-def resume(session: Session, host: TorchHost, tree: Mapping[str, Any]) -> None:
-    """Goes on from what `snapshot` gave."""
-    _check(session, host, tree)
+def resume(session: Session, host: TorchHost, tree: Mapping[str, Any], *, extend: bool) -> None:
+    """Goes on from what `snapshot` gave, on request with another budget."""
+    _check(session, host, tree, extend=extend)
     now = from_plain(tree["now"])
     host.state.check(now["training"])
     session.saved, session.kept, session.best = from_plain(tree["saved"]), from_plain(tree["kept"]), tree["best"]
-    _load_common(session, host, tree)
+    _load_common(session, host, tree, extend=extend)
     host.load(now)
     if session.controller.phase != TRAIN:
         host.behind = list(tree["behind"])

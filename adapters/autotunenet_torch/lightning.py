@@ -49,6 +49,7 @@ class AutoTuneCallback(pl.Callback):
       total_steps: Optimizer steps of the run; by default what Lightning expects.
       callbacks: Hooks of the tuner's own, see `AutoTuneNet.attach`; `autotunenet_jax.StopTraining` stops the Trainer.
       loggers: Where all numbers of the run go, besides Lightning's loggers; see `autotunenet_jax.fit`.
+      extend: Whether a training that goes on from a checkpoint may have another number of steps than it had.
 
     Raises:
       ValueError: When training starts: more than one optimizer, a checkpoint that holds no tuner's state, or something
@@ -65,10 +66,11 @@ class AutoTuneCallback(pl.Callback):
         total_steps: int | None = None,
         callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
         loggers: Sequence[Any] = (),
+        extend: bool = False,
     ):
         self.tuner, self.monitor = tuner, monitor
         self._validate, self._total_steps = validate, total_steps
-        self._callbacks, self._loggers = list(callbacks), list(loggers)
+        self._callbacks, self._loggers, self._extends = list(callbacks), list(loggers), extend
         self._pending: Mapping[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self._steps = 0
@@ -110,7 +112,7 @@ class AutoTuneCallback(pl.Callback):
         self._losses.clear()
         self._shield(trainer)
         if self._pending is not None:
-            self.tuner.load_state_dict(self._pending)
+            self.tuner.load_state_dict(self._pending, extend=self._extends)
             self._pending = None
 
     def _shield(self, trainer: pl.Trainer) -> None:

@@ -154,7 +154,7 @@ class Trainer:
         *,
         tuner: AutoTuneNet,
         snapshots: str | os.PathLike[str] | atn.Snapshots | None = None,
-        resume: bool = True,
+        resume: bool | Literal["extend"] = True,
     ) -> atn.History:
         """Trains once, tuning as it goes. Forks of a round start from one state and see the same batches.
 
@@ -165,7 +165,8 @@ class Trainer:
             hyperparameters such as dropout and weight decay stay where they are.
           tuner: What may be tuned.
           snapshots: Folder, or `autotunenet_jax.Snapshots`, for durable snapshots of the run.
-          resume: Whether to go on from the latest sound snapshot there, if there is one.
+          resume: Whether to go on from the latest sound snapshot there, if there is one. ``"extend"`` goes on to this
+            call's budget where that snapshot is of a shorter or longer run.
 
         Returns:
           The history of the run; after a first Ctrl-C too, with what was reached by then.
@@ -179,6 +180,8 @@ class Trainer:
             raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        if resume not in (True, False, "extend"):
+            raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
         total = arguments.budget(
             train_loader, steps=self.steps, epochs=self.epochs, accumulate=self.accumulate, planned=tuner._planned_steps
         )
@@ -227,7 +230,7 @@ class Trainer:
             if val_loader is None:
                 tuner._notices.silent.add("no metric")
             if resume and store is not None:
-                self._resume(session, store, source)
+                self._resume(session, store, source, extend=resume == "extend")
             with engine.hosting.Stop() as stop:
                 self._run(session, total, source, store, interval, shown, stop)
         finally:
@@ -475,12 +478,12 @@ class Trainer:
         engine.serialization.save(store, session.controller.step, tree, metric=session.last_eval)
         session.recorder.write(store.folder)
 
-    def _resume(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
+    def _resume(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer, *, extend: bool) -> None:
         found = engine.serialization.restore_together(store)
         if found is None:
             return
         step, tree = found
         source.load(tree["source"])
         # Last, since it puts the random generators back.
-        engine.checkpoint.resume(session, self._tuner._host, tree)
+        engine.checkpoint.resume(session, self._tuner._host, tree, extend=extend)
         session.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")

@@ -46,6 +46,7 @@ class AutoTuneCallback(TrainerCallback):
       monitor: Name of the evaluation metric, in the direction of the tuner's ``mode``; by default ``eval_loss``.
       callbacks: Hooks of the tuner's own, see `AutoTuneNet.attach`; `autotunenet_jax.StopTraining` stops the Trainer.
       loggers: Where all numbers of the run go, besides the Trainer's log; see `autotunenet_jax.fit`.
+      extend: Whether a training that goes on from a checkpoint may have another number of steps than it had.
 
     Raises:
       RuntimeError: When training starts: something else than a Trainer calls it.
@@ -60,9 +61,10 @@ class AutoTuneCallback(TrainerCallback):
         monitor: str | None = None,
         callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
         loggers: Sequence[Any] = (),
+        extend: bool = False,
     ):
         self.tuner, self.monitor = tuner, monitor
-        self._callbacks, self._loggers = list(callbacks), list(loggers)
+        self._callbacks, self._loggers, self._extends = list(callbacks), list(loggers), extend
         self._losses: list[torch.Tensor] = []
         self._undo: list[Callable[[], None]] = []
         self._is_asked = self._is_training = self._has_many = self._has_saved = False
@@ -102,7 +104,7 @@ class AutoTuneCallback(TrainerCallback):
                     f"{file.parent} holds no {_FILE}, so the tuner cannot go on from step {state.global_step}. Resume "
                     "from a checkpoint that was saved with AutoTuneCallback, or start from the weights alone."
                 )
-            self.tuner.load_state_dict(torch.load(file, weights_only=True))
+            self.tuner.load_state_dict(torch.load(file, weights_only=True), extend=self._extends)
         # Each of several data sets is evaluated by itself, and one of them has the metric.
         self._has_many = isinstance(trainer.eval_dataset, dict)
         self._losses.clear()

@@ -416,10 +416,15 @@ class AutoTuneNet:
         """
         return engine.checkpoint.state_dict(self._attached(), self._host)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, extend: bool = False) -> None:
         """Goes on from what `state_dict` gave. Load model, optimizer and scheduler first, then attach, then this.
+
+        Args:
+          state: What `state_dict` gave.
+          extend: Whether a state of another budget goes on to this tuner's: rounds that were held stay held, the others
+            and the decay follow the new budget.
 
         Raises:
           ValueError: It is of another version, search space, budget or policy.
         """
-        engine.checkpoint.load_state_dict(self._attached(), self._host, state)
+        engine.checkpoint.load_state_dict(self._attached(), self._host, state, extend=extend)

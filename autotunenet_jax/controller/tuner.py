@@ -188,10 +188,26 @@ class AutoTuneNet:
         differs = np.asarray(ts.fingerprint) != self._fingerprint()
         if differs.any():
             parts = " and ".join(part for part, other in zip(PARTS, differs, strict=True) if other)
+            held, told, way = int(ts.plan.total) or None, "", ""
+            if held != self.total_steps:
+                told = f": total_steps was {held}, and is {self.total_steps} here"
+                way = ' Another budget is gone on to by `AutoTuneNet.extend`, or a loop\'s resume="extend".'
             raise ValueError(
-                f"the tuner's state was made with another {parts}. "
-                "Make the AutoTuneNet as it was when the state was saved."
+                f"the tuner's state was made with another {parts}{told}. "
+                f"Make the AutoTuneNet as it was when the state was saved.{way}"
             )
+
+    def taken_over(self, ts: TunerState, *, extend: bool = False) -> TunerState:
+        """A state that was saved, to go on from: one of this tuner's or, to extend, one with another budget. Host only.
+
+        Raises:
+          ValueError: It is neither; see `check` and `extend`.
+        """
+        held = int(ts.plan.total) or None
+        if extend and held != self.total_steps and int(ts.format) == FORMAT:
+            ts = self.with_total_steps(held).extend(ts, total_steps=self.total_steps)  # type: ignore[arg-type]
+        self.check(ts)
+        return ts
 
     def with_total_steps(self, total_steps: int | None) -> "AutoTuneNet":
         """The same tuner for another budget; a schedule over steps is the same function of the step."""

@@ -47,10 +47,9 @@ class DeviceController:
         position = jax.device_get((ts.step, ts.data_step, ts.phase, ts.segment_left))
         self.step, self.data_step, self.phase, self.segment_left = map(int, position)
 
-    def replace(self, state: TunerState) -> None:
-        """Goes on from another state, such as a snapshot's."""
-        self.tuner.check(state)
-        self.state = state
+    def replace(self, state: TunerState, *, extend: bool = False) -> None:
+        """Goes on from another state, such as a snapshot's, on request one with another budget."""
+        self.state = self.tuner.taken_over(state, extend=extend)
         self.synchronise()
 
     def hyperparams(self) -> dict[str, Array]:

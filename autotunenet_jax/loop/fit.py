@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, PRNGKeyArray
@@ -89,9 +89,11 @@ def _short(text: str) -> str:
     return text if len(text) <= _LINE else text[: _LINE - 3] + "..."
 
 
-def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None) -> int:
+def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None, resume: Any) -> int:
     if not isinstance(tuner, AutoTuneNet):
         raise TypeError(f"tuner must be an AutoTuneNet; got {type(tuner).__name__}.")
+    if resume not in (True, False, "extend"):
+        raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
     for name, value in (("steps", steps), ("eval_every", eval_every)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an integer of at least 1, or None; got {value!r}.")
@@ -116,7 +118,7 @@ def fit(
     has_aux: bool = False,
     monitor: str | None = None,
     snapshots: str | os.PathLike[str] | Snapshots | None = None,
-    resume: bool = False,
+    resume: bool | Literal["extend"] = False,
     key: PRNGKeyArray | None = None,
     steps: int | None = None,
     eval_every: int | None = None,
@@ -162,7 +164,9 @@ def fit(
         interrupted. Beside them lies ``history.json``, for ``python -m autotunenet_jax``.
       resume: Whether to go on from the latest good snapshot in ``snapshots``, if there is one, instead of from
         ``state``. On the same machine and software the run then ends bit for bit as if it had never stopped.
-        ``batches`` must give the same batches again; an iterable is read up to where the run stood.
+        ``batches`` must give the same batches again; an iterable is read up to where the run stood. ``"extend"``
+        goes on to the tuner's ``total_steps`` where the snapshots are of a shorter or longer run: rounds that were held
+        stay held, the others and the decay follow the new budget.
       key: Typed PRNG key of the tuner; ``jax.random.key(0)`` by default.
       steps: Training steps, at most ``tuner.total_steps``; needed for an open-ended tuner.
       eval_every: Steps between validations outside rounds; by default 20 in a run.
@@ -190,7 +194,7 @@ def fit(
       in host memory. Outside rounds nothing waits for the device but validation, durable snapshots and, every
       ``log_every`` steps, the numbers for callbacks and loggers.
     """
-    total = _check_arguments(tuner, steps, eval_every)
+    total = _check_arguments(tuner, steps, eval_every, resume)
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
     bar, stop = Progress(total, is_on=progress), Stop()
@@ -223,7 +227,7 @@ def fit(
                 stop=stop,
             )
             if store is not None and resume and store.latest() is not None:
-                run.resume(_restored(run, store))
+                run.resume(_restored(run, store), extend=resume == "extend")
             if eval_step is None:
                 run.notices.tell(run.controller.step, _of_slow(tuner))
             try:

@@ -194,10 +194,10 @@ class Run:
         books = json.dumps(session.books())
         return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": books}
 
-    def resume(self, tree: dict[str, Any]) -> None:
-        """Goes on from what `snapshot` gave."""
+    def resume(self, tree: dict[str, Any], *, extend: bool = False) -> None:
+        """Goes on from what `snapshot` gave, on request with another budget."""
         controller, session = self.controller, self.session
-        controller.replace(tree["tuner"])
+        controller.replace(tree["tuner"], extend=extend)
         self.copies = tree["copies"]
         session.load(json.loads(str(tree["host"])))
         session.best = None if session.best_eval is None else copy_tree_to_host(tree["best"])

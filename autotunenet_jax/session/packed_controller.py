@@ -291,8 +291,8 @@ class PackedController:
         """The state as one vector of bytes; `from_bytes` takes it back."""
         return np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in self._arrays()])
 
-    def from_bytes(self, data: np.ndarray) -> None:
-        """Takes back what `to_bytes` gave.
+    def from_bytes(self, data: np.ndarray, *, extend: bool = False) -> None:
+        """Takes back what `to_bytes` gave, on request with another budget.
 
         Raises:
           ValueError: It is the state of another tuner; see `AutoTuneNet.check`.
@@ -312,9 +312,7 @@ class PackedController:
                 jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
                 for array, leaf in zip(new, leaves, strict=True)
             ]
-        ts = jax.tree.unflatten(structure, new)
-        self.tuner.check(ts)
-        self._begin(ts)
+        self._begin(self.tuner.taken_over(jax.tree.unflatten(structure, new), extend=extend))
 
     def _arrays(self) -> list[np.ndarray]:
         leaves = jax.tree.leaves(self.state)

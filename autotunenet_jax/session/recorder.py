@@ -47,6 +47,7 @@ _ALWAYS = ("step", "rewound", "verdict", "outcome", "has_fallen")
 _NOT_TAKEN = (loss_monitor.SKIPPED, loss_monitor.NON_FINITE)
 
 _FALLEN = "The training loss did not improve between readings: the rates fell by half a decade, once."
+_EXTENDED = "The run was given another budget: {total} steps."
 _NO_ROLLBACK = "The loss stays high and the guard has no rollback for that; it is taken as it is."
 _BUDGET_SPENT = (
     "The loss stays high and the guard's rollbacks for that are used up; it is taken as it is, and the hyperparameters "
@@ -211,6 +212,10 @@ class Recorder:
         self._progress.say(f"step {step}: {message}")
         if self._log is not None:
             self._log.log(level, "step %d: %s", step, message)
+
+    def extended(self, step: int, total: int | None) -> None:
+        """The run goes on to another budget."""
+        self.note(step, "extended", _EXTENDED.format(total=total))
 
     def retreat(self, step: int, *, is_over: bool) -> None:
         """Training goes back to its best state, by the validation metric."""

@@ -311,6 +311,7 @@ class Session:
         self.recorder.flush()
         evals = [self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval]
         more = {"is_due": self.is_due, "settled_at": self.settled_at, "best_at": self.best_at}
+        more["total_steps"] = self.controller.tuner.total_steps
         return {"recorder": self.recorder.to_dict(), "evals": evals, **more}
 
     def load(self, books: dict[str, Any]) -> None:
@@ -323,3 +324,6 @@ class Session:
         self.settled_at, self.best_at = books.get("settled_at", -1), books.get("best_at", -1)
         self.is_settled = controller.step == controller.tuner.total_steps
         self._retreats = int(controller.state.validation.retreats)
+        total = controller.tuner.total_steps
+        if books.get("total_steps", total) != total:
+            self.recorder.extended(controller.step, total)

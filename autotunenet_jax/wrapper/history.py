@@ -34,7 +34,6 @@ _MOST_RECORDS = 3500
 
 _LOWERED = "Training became unhealthy: the rates were lowered. Nothing is undone without snapshots."
 _DROPPED = "The record begins here: {count} older decisions are not in the state any more."
-_EXTENDED = "The run was given another budget: {total} steps."
 
 
 class _Silent:
@@ -164,7 +163,7 @@ class _Reading:
         elif cause == ring.MEASURED and int(entry.retreats) > self.retreats:
             self.recorder.retreat(step, is_over=is_over)
         elif cause == ring.EXTENDED:
-            self.recorder.note(step, "extended", _EXTENDED.format(total=int(entry.stretch.total)))
+            self.recorder.extended(step, int(entry.stretch.total))
         self.retreats = int(entry.retreats)
 
     def _tell_loss(self, entry: ring.Entry) -> None:

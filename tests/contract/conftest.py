@@ -53,10 +53,7 @@ def lighten(set_attribute=setattr):
 @pytest.fixture(autouse=True)
 def light_surrogate(monkeypatch):
     lighten(monkeypatch.setattr)
-    # Compiling takes longer than running here.
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     stored_program._stored.cache_clear()
 
 

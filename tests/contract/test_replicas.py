@@ -14,7 +14,6 @@ import conftest as toy
 import jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import PartitionSpec as P
 toy.lighten()
-jax.config.update("jax_disable_most_optimizations", True)
 optimizer, count = toy.wrapped(axis_name="data"), jax.device_count()
 
 def step(carry, key):

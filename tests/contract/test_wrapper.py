@@ -184,10 +184,10 @@ def test_memory_is_as_documented(toy):
         assert abs(stored - copies * one) <= 8 * copies
 
 
+@pytest.mark.usefixtures("optimised")
 def test_copies_take_no_room_but_their_own():
     """Temporary memory of a step is the same with two copies as with none."""
     params, x = {"a": jnp.eye(128), "b": jnp.eye(128), "bias": jnp.zeros(128)}, jnp.ones((8, 128))
-    jax.config.update("jax_disable_most_optimizations", False)
     temporary = {}
     for memory in ("keep-winner", "drift"):
         optimizer = atn.autotune(optax.adam, {"learning_rate": (1e-5, 1e-1)}, 100, memory=memory, learning_rate=1e-3)

@@ -62,7 +62,7 @@ def test_any_key_will_do_and_a_state_can_be_made_inside_a_compiled_function():
     [
         ({"learning_rate": (1e-5, 0.5)}, {}, "another search space"),
         ({**RATE, "dropout": (0.0, 0.5)}, {}, "another search space and plan"),
-        (RATE, {"total_steps": 500}, "another plan"),
+        (RATE, {"total_steps": 500}, "another plan: total_steps was 400, and is 500 here"),
         (RATE, {"max_share": 0.1}, "another plan"),
         (RATE, {"recipe": Recipe(first=0.08)}, "another plan"),
         (RATE, {"guard": atn.Guard(sigmas=9.0)}, "another policy"),

@@ -130,6 +130,24 @@ def test_snapshots_of_another_search_space_are_refused(tmp_path):
         run(snapshots=tmp_path, resume=True, tuner=other)
 
 
+def test_another_budget_is_refused_by_name_or_gone_on_to(tmp_path):
+    stopped = run(interrupted_at(17, signal.SIGTERM), snapshots=tmp_path)
+    longer = {"tuner": problem.tuner().with_total_steps(2 * problem.TOTAL_STEPS), "snapshots": tmp_path}
+    told = f"plan: total_steps was {problem.TOTAL_STEPS}, and is {2 * problem.TOTAL_STEPS} here.*resume=.extend."
+    with pytest.raises(ValueError, match=told):
+        run(resume=True, **longer)
+    result = run(resume="extend", **longer)
+    assert result.history.summary["steps"] == result.history.summary["total_steps"] == 2 * problem.TOTAL_STEPS
+    assert [event["step"] for event in result.history.events if event["kind"] == "extended"] == [
+        stopped.history.summary["steps"]
+    ]
+    assert result.best_eval <= stopped.best_eval
+    # What is of this budget already is resumed as ever.
+    again = run(resume="extend", **longer)
+    assert problem.same(again.state, result.state)
+    assert again.history.events == result.history.events
+
+
 def test_an_error_in_a_callback_loses_nothing(tmp_path, unstopped):
     def fails(_):
         raise RuntimeError("the callback's own problem")

@@ -137,8 +137,23 @@ def test_state_of_another_space_or_budget_is_refused():
         other.load_state_dict(state)
     other = AutoTuneNet(SPACE, total_steps=STEPS + 1)
     other.attach(model, optimizer)
-    with pytest.raises(ValueError, match="run of 160 steps"):
+    with pytest.raises(ValueError, match=r"run of 160 steps.*extend=True"):
         other.load_state_dict(state)
+
+
+def test_a_state_goes_on_to_another_budget_on_request():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for _ in range(120):
+        train_one(model, optimizer, tuner)
+    longer = AutoTuneNet(SPACE, total_steps=2 * STEPS)
+    longer.attach(model, optimizer)
+    longer.load_state_dict(tuner.state_dict(), extend=True)
+    for _ in range(2 * STEPS - 120):
+        train_one(model, optimizer, longer)
+    history = longer.history
+    assert history.summary["steps"] == history.summary["total_steps"] == 2 * STEPS
+    assert [event["step"] for event in history.events if event["kind"] == "extended"] == [120]
 
 
 def test_validation_is_asked_for_and_used():
