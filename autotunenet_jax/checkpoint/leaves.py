@@ -189,7 +189,8 @@ def host_view(leaf: Any, spec: LeafSpec) -> np.ndarray:
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             raise ValueError(
                 f"Cannot snapshot {spec.name}: it is spread over several processes. "
-                "Gather it first (jax.experimental.multihost_utils.process_allgather) and save in one process."
+                "Gather it first (jax.experimental.multihost_utils.process_allgather) and save in one process, "
+                "as `fit` does."
             )
         leaf = jax.random.key_data(leaf) if spec.kind == "key" else leaf
     array = np.asarray(leaf)
@@ -267,6 +268,9 @@ def _place(array: Any, like: Any) -> jax.Array:
     # An array that JAX was free to place stays so: pinning it to a device would change what later calls compile.
     is_pinned = bool(getattr(like, "committed", True))
     sharding = getattr(like, "sharding", None)
+    if sharding is not None and not sharding.is_fully_addressable:
+        # Each process takes its own part; `jax.device_put` would first compare what all of them have.
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     return jax.device_put(array, sharding if is_pinned else None, may_alias=False)
 
 

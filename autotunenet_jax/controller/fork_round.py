@@ -105,6 +105,31 @@ def _line(roles: Roles, held: Round, ran: Array) -> Candidates:
     return Candidates(x, room > 0.2 * float(np.min(step[roles.is_rate], initial=1.0)))
 
 
+def foreseen(space: SearchSpace, ts: TunerState, count: int) -> Candidates:
+    """The fork that runs, and those that the line search may ask for after it whatever comes of them, nearest first.
+
+    Args:
+      space: What is tuned.
+      ts: State at the beginning of a fork.
+      count: How many, the one that runs included.
+    """
+    roles, held = roles_of(space), ts.round
+
+    def ran(held: Round, x: Array) -> Round:
+        return held._replace(x=held.x.at[held.fork].set(x), steps=held.steps.at[held.fork].set(1))
+
+    held = ran(held, ts.trial)
+    is_line = (ts.plan.kind[held.index] != SLOW) & bool(roles.is_rate.any())
+    x, allowed = [ts.trial], [jnp.ones((), bool)]
+    while len(x) < count:
+        line = _line(roles, held, has_run(held))
+        for point, is_new in zip(line.x, line.is_allowed & is_line, strict=True):
+            held = ran(held._replace(fork=held.fork + 1), point)
+            x.append(point)
+            allowed.append(is_new & (held.fork < ts.plan.forks[held.index]))
+    return Candidates(jnp.stack(x[:count]), jnp.stack(allowed[:count]))
+
+
 def _is_bracketed(roles: Roles, held: Round) -> Bool[Array, ""]:
     """Whether the best fork has worse ones at lower and at higher rates, or nothing is left beyond."""
     height, ran = _height(roles, held.x), has_run(held)

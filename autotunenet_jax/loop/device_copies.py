@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..controller.core import when
+from ..controller.rollback import select
 from ..controller.state import OUTCOME_ROLLBACK, Directive
 
 
@@ -21,11 +23,17 @@ def carry_out(directive: Directive, copies: Copies) -> Copies:
 
     Cost: nothing where the directive asks for nothing, one pass over the state for each copy.
     """
+    asks = directive.save | directive.keep | directive.restore | directive.adopt
+    (copies,) = when(asks, lambda copies: (_carried_out(directive, copies),), copies)
+    return copies
+
+
+def _carried_out(directive: Directive, copies: Copies) -> Copies:
     state, saved, kept = copies
-    saved = jax.lax.cond(directive.save, lambda a, b: a, lambda a, b: b, state, saved)
-    kept = jax.lax.cond(directive.keep, lambda a, b: a, lambda a, b: b, state, kept)
-    state = jax.lax.cond(directive.restore, lambda a, b: b, lambda a, b: a, state, saved)
-    state = jax.lax.cond(directive.adopt, lambda a, b: b, lambda a, b: a, state, kept)
+    saved = select(directive.save, state, saved)
+    kept = select(directive.keep, state, kept)
+    state = select(directive.restore, saved, state)
+    state = select(directive.adopt, kept, state)
     return Copies(state, saved, kept)
 
 

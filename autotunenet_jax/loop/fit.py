@@ -1,5 +1,6 @@
 """The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -10,16 +11,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
-from ..checkpoint.errors import SnapshotMismatchError
 from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet, hyperparams_jit
+from ..controller.roles import roles_of
 from ..controller.state import TRAIN, TunerState
 from ..history.history import History, price
 from ..session.batches import BatchSource, EndOfDataError
 from ..session.callbacks import Callback, StopTraining
-from ..session.notices import NO_METRIC, Notice, announce_compilation, warn
+from ..session.notices import NO_METRIC, Notice, announce_compilation
 from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
+from .durable import Durable, durable
+from .lanes import check_parallel_forks
+from .processes import Processes
 from .progress import Progress
 from .run import Run
 from .train_step_contract import check_eval_step, check_train_step
@@ -28,9 +32,6 @@ _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
 # Most characters that a line of a result shown says of one thing.
 _LINE = 160
-
-# A snapshot that is due waits for at most so many steps; until then nothing but the clock is looked at.
-_STEPS_PER_STRETCH = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,25 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None, resu
     return total
 
 
+def _check_lanes(at_once: int | str, tuner: AutoTuneNet, read: set[str], processes: Processes) -> None:
+    """Whether forks can share their batches, and a process."""
+    if at_once == 1:
+        return
+    batch_size = roles_of(tuner.space).batch_size
+    if read or batch_size is not None:
+        names = sorted(read) or [batch_size and batch_size[0]]
+        raise ValueError(
+            "forks that run together are given the same batches, and here those depend on "
+            f"{', '.join(map(str, names))}. Leave parallel_forks out, or take what batches depend on out of the "
+            "search space."
+        )
+    if processes.is_several:
+        raise ValueError(
+            f"parallel_forks={at_once!r} is for one process, and this run spans several. Leave it out: there forks "
+            "have all devices, one after the other."
+        )
+
+
 def fit(
     train_step: Callable[[Any, Any, dict[str, Array]], tuple[Any, ...]],
     state: Any,
@@ -126,6 +146,7 @@ def fit(
     callbacks: Sequence[Callback | Callable[[dict[str, Any]], None]] = (),
     loggers: Sequence[Any] = (),
     log_every: int = 50,
+    parallel_forks: int | Literal["auto"] | None = None,
 ) -> FitResult:
     """Trains once, tuning as it goes.
 
@@ -176,6 +197,10 @@ def fit(
       loggers: Where the numbers go while the run goes on: `CSVLogger`, `JSONLLogger`, TensorBoard's ``SummaryWriter``,
         a W&B run, ``mlflow``, anything else with ``log(row, step)``, or a function ``(row, step)``.
       log_every: Steps between two rows of the loggers, which hold means over the kept steps since the last one.
+      parallel_forks: How many forks of a round run together, 1 to 8: beside the one that is asked for its neighbours
+        on both sides, one of which is likely to be next. ``"auto"`` takes three, or what devices and memory allow.
+        None, as 1, runs one after the other. Decisions are those of forks that run one after the other, up to rounding;
+        what was trained and never asked for is not part of the budget: ``summary["unused_steps"]`` of the history.
 
     Returns:
       A `FitResult`. After a first Ctrl-C or SIGTERM too, with what was reached by then, and where a callback raised
@@ -197,21 +222,22 @@ def fit(
     total = _check_arguments(tuner, steps, eval_every, resume)
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
-    bar, stop = Progress(total, is_on=progress), Stop()
-    recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
+    at_once = check_parallel_forks(parallel_forks)
     first_hp = hyperparams_jit(tuner.core, tuner.init(key))
     reads = _Reads(first_hp)
     first_batch = source.get(0, reads)
     check_train_step(train_step, state, first_batch, first_hp, used_elsewhere=reads.names, has_aux=has_aux)
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
+    processes = Processes.of(state, first_batch)
+    _check_lanes(at_once, tuner, reads.names, processes)
+    bar, stop = Progress(total, is_on=progress and processes.is_first), Stop()
+    recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
 
-    opened: Snapshots | None = None
-    if snapshots is not None and not isinstance(snapshots, Snapshots):
-        opened = snapshots = Snapshots(snapshots, mode=tuner.mode, space=tuner.space)
-    store, ending = snapshots, _Ending()
-    announce_compilation(tuner.core)
-    try:
+    with contextlib.ExitStack() as opened:
+        store, ending = opened.enter_context(durable(snapshots, tuner, processes)), _Ending()
+        announce_compilation(tuner.core)
+        opened.callback(bar.close)
         bar.open()
         with stop, stop.shielded():
             run = Run(
@@ -225,47 +251,26 @@ def fit(
                 key=key,
                 recorder=recorder,
                 stop=stop,
+                parallel_forks=at_once,
             )
-            if store is not None and resume and store.latest() is not None:
-                run.resume(_restored(run, store), extend=resume == "extend")
+            if resume:
+                store.resume(run, extend=resume == "extend")
             if eval_step is None:
                 run.notices.tell(run.controller.step, _of_slow(tuner))
+            is_agreed = False
             try:
-                _train(run, total, interval, stop, bar, store)
+                _train(run, total, interval, stop, bar, store, processes)
+                is_agreed = True
             except EndOfDataError:
                 ending = _Ending("The batches ran out before the budget did.", "data", is_cut_short=True)
+                is_agreed = True
             except StopTraining as asked:
                 ending = _Ending(str(asked) or "a callback asked for it", "stop", is_cut_short=False)
+                is_agreed = True
             finally:
                 # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
-                if store is not None and run.is_alive():
-                    _save_last(run, store, stop)
-    finally:
-        bar.close()
-        if opened is not None:
-            opened.close()
-    return _ended(run, total, ending, stop, store)
-
-
-def _restored(run: Run, store: Snapshots) -> Any:
-    """The tree of the latest good snapshot.
-
-    Raises:
-      SnapshotMismatchError: It is of another model, or of a run with another idea of validation.
-    """
-    like = run.snapshot()
-    try:
-        return store.restore(like)[1]
-    except SnapshotMismatchError as error:
-        has_eval = run.host.eval_step is not None
-        try:
-            store.restore({**like, "best": None if has_eval else run.host.state})
-        except (SnapshotMismatchError, OSError):
-            raise error from None
-        raise SnapshotMismatchError(
-            f"the snapshots in {store.folder} are of a run {'without' if has_eval else 'with'} eval_step, and this "
-            f"one has {'one' if has_eval else 'none'}. Call fit as it was called when they were saved."
-        ) from None
+                store.save_last(run, stop, is_agreed=is_agreed)
+    return _ended(run, total, ending, stop, store, processes)
 
 
 class _Ending(NamedTuple):
@@ -282,13 +287,15 @@ class _Ending(NamedTuple):
     is_cut_short: bool = False
 
 
-def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Snapshots | None) -> FitResult:
+def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Durable, processes: Processes) -> FitResult:
     """Brings the run to its end, says why where that is early, and gives its result."""
     step = run.controller.step
     is_told = bool(ending.reason) and (step < total or ending.is_cut_short)
-    if not ending.reason and stop.is_requested:
+    # Several processes end as they agreed to, whatever this one has been asked since.
+    has_stopped = processes.has_stopped if processes.is_several else stop.is_requested
+    if not ending.reason and has_stopped:
         is_told = step < total
-        message = f"Stopped by {stop.name}: the run ends early, after {step} of {total} steps."
+        message = f"Stopped by {stop.name or 'another process'}: the run ends early, after {step} of {total} steps."
         ending = _Ending(message, "stop", is_cut_short=True)
     if is_told:
         message = ending.reason
@@ -299,8 +306,10 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Snapshots |
     run.end(is_whole=not ending.is_cut_short)
     ts = run.controller.state
     run.recorder.finish(step, int(ts.rollbacks), total=int(ts.plan.total))
-    if store is not None:
-        run.recorder.write(store.folder)
+    if run.lanes.is_on:
+        run.lanes.release()
+        run.recorder.history.summary["unused_steps"] = run.lanes.unused_steps
+    store.write_history(run)
     run.recorder.end()
     return _result(run, is_interrupted=ending.is_cut_short, reason=ending.reason if is_told else None)
 
@@ -333,7 +342,9 @@ def _of_slow(tuner: AutoTuneNet) -> list[Notice]:
     return [Notice(NO_METRIC, message)] if slow else []
 
 
-def _train(run: Run, total: int, interval: int, stop: Stop, bar: Progress, store: Snapshots | None) -> None:
+def _train(
+    run: Run, total: int, interval: int, stop: Stop, bar: Progress, store: Durable, processes: Processes
+) -> None:
     """Stretch after stretch, until the budget is spent or somebody asks to stop."""
     shown_at = 0.0
 
@@ -343,6 +354,9 @@ def _train(run: Run, total: int, interval: int, stop: Stop, bar: Progress, store
         if bar.is_on and now - shown_at > _SHOW_EVERY_SECONDS:
             shown_at = now
             run.recorder.show(run.controller.step)
+
+    def is_stopped() -> bool:
+        return stop.is_requested and not processes.is_several
 
     controller, session = run.controller, run.session
     began_at = controller.step
@@ -354,33 +368,16 @@ def _train(run: Run, total: int, interval: int, stop: Stop, bar: Progress, store
             session.evaluate()
         run.tell()
         run.deliver()
-        if store is not None and controller.step > began_at and store.is_due():
-            _save(run, store)
-        if controller.step >= total or stop.is_requested:
+        is_due = controller.step > began_at and store.is_due()
+        agreed = processes.agree(controller.step, is_due=is_due, is_asked=stop.is_requested)
+        if agreed.saves:
+            store.save(run)
+        if controller.step >= total or agreed.stops:
             shown_at = 0.0
             return show()
         until_eval = interval - controller.step % interval if controller.phase == TRAIN else total
-        run.train_stretch(min(until_eval, total - controller.step, _STEPS_PER_STRETCH), stop, on_step=show)
-
-
-def _save(run: Run, store: Snapshots) -> None:
-    session, step = run.session, run.controller.step
-    # A metric, or a good name, of another state would be worse than none.
-    metric = session.last_eval if session.settled_at == step else None
-    health = run.controller.state.health
-    is_calm = int(health.monitor.strikes) == 0 and int(health.bad_run) == 0
-    store.save(step, run.snapshot(), metric=metric, status="healthy" if is_calm else "unusual")
-    run.recorder.write(store.folder)
-
-
-def _save_last(run: Run, store: Snapshots, stop: Stop) -> None:
-    """Saves a run that ends here, for whatever reason; a failure is told, and hides no other."""
-    try:
-        _save(run, store)
-    except Exception as error:
-        warn(f"The last state could not be saved in {store.folder}: {type(error).__name__}: {error}")
-    with stop.exposed():
-        store.wait()
+        steps = min(until_eval, total - controller.step, processes.stretch_steps)
+        run.train_stretch(steps, is_stopped, on_step=show)
 
 
 class _Reads(dict):

@@ -3,16 +3,17 @@
 import functools
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
 from ..controller import AutoTuneNet
 from ..controller.core import Core
-from ..controller.state import TRAIN, TunerState
+from ..controller.state import FORK, TRAIN, Directive, TunerState
 from ..session.batches import BatchSource
 from ..session.host import Host
 from ..session.notices import Notices, notices
@@ -21,7 +22,9 @@ from ..session.session import Session
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
+from .lanes import Heard, Lane, Lanes
 from .outputs import parts_of
+from .placement import beside
 from .sound_steps import count_non_finite, sound_step
 
 
@@ -46,7 +49,50 @@ def _step_jit(
     ts, directive, due = core.tick(ts, told)
     copies = carry_out(directive, Copies(state, copies.saved, copies.kept))
     copies = copies._replace(state=refresh_keys(directive, copies.state, ts.rollbacks))
-    log = {
+    rewound = jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1))
+    log = _entry(ts, directive, loss, rewound, metrics)
+    return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
+
+
+class _Heard(NamedTuple):
+    """What came of steps that were heard: how many, the last one's result, and a row for each in ``log``."""
+
+    count: Array
+    ts: TunerState
+    hyperparams: Any
+    due: Array
+    wants_eval: Array
+    log: Any
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hear_jit(core: Core, ts: TunerState, hyperparams: dict[str, Array], lane: Heard, count: Array) -> _Heard:
+    """What `_step_jit` does besides training, for steps of a fork that have been trained already.
+
+    It ends where a decision is due, or after ``count`` steps: lanes are filled up, so that one program does for all.
+    """
+
+    def one(ts: TunerState, in_force: dict[str, Array], heard: Heard) -> Any:
+        ts, directive, due = core.tick(ts, heard.told)
+        log = _entry(ts, directive, heard.loss, jnp.int32(-1), heard.metrics)
+        return ts, core.hyperparams(ts), due, directive.evaluate, {**log, "hyperparams": in_force}
+
+    def turn(so_far: _Heard) -> _Heard:
+        heard = jax.tree.map(lambda rows: rows[so_far.count], lane)
+        ts, in_force, due, wants_eval, row = one(so_far.ts, so_far.hyperparams, heard)
+        log = jax.tree.map(lambda rows, value: rows.at[so_far.count].set(value), so_far.log, row)
+        return _Heard(so_far.count + 1, ts, in_force, due, wants_eval, log)
+
+    row = jax.eval_shape(one, ts, hyperparams, jax.tree.map(lambda rows: rows[0], lane))[-1]
+    log = jax.tree.map(lambda like: jnp.zeros((*lane.told.shape, *like.shape), like.dtype), row)
+    no = jnp.zeros((), bool)
+    start = _Heard(jnp.int32(0), ts, hyperparams, no, no, log)
+    return jax.lax.while_loop(lambda so_far: (so_far.count < count) & ~so_far.due, turn, start)
+
+
+def _entry(ts: TunerState, directive: Directive, loss: Any, rewound: Array, metrics: Mapping[str, Any]) -> Any:
+    """What the history hears of a step."""
+    return {
         "step": ts.step,
         "data_step": ts.data_step,
         "loss": jnp.asarray(loss, jnp.float32),
@@ -54,10 +100,9 @@ def _step_jit(
         "outcome": directive.outcome,
         "has_fallen": ts.validation.has_fallen,
         # Budget step of the snapshot a rollback went back to.
-        "rewound": jnp.where(directive.restore, saved_step, jnp.where(directive.adopt, kept_step, -1)),
+        "rewound": rewound,
         "metrics": {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()},
     }
-    return copies, ts, core.hyperparams(ts), due, directive.evaluate, log
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,7 +125,8 @@ class JaxHost(Host):
         self, state: Any, source: BatchSource, eval_step: Callable[..., Any] | None, monitor: str | None, stop: Stop
     ):
         # Leaves become JAX arrays, and nothing is shared with the caller's.
-        self.state = copy_tree(jax.tree.map(jnp.asarray, state))
+        state = jax.tree.map(jnp.asarray, state)
+        self.state = copy_tree(beside(state, state))
         self.source, self.eval_step, self._monitor, self._stop = source, eval_step, monitor, stop
         self.hyperparams: Mapping[str, Any] = {}
 
@@ -149,6 +195,7 @@ class Run:
       key: Of the tuner's random choices.
       recorder: Writes the history.
       stop: Of signals.
+      parallel_forks: How many forks run together at most, or ``"auto"``.
     """
 
     def __init__(
@@ -164,15 +211,21 @@ class Run:
         key: PRNGKeyArray,
         recorder: Recorder,
         stop: Stop,
+        parallel_forks: int | Literal["auto"] = 1,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
         self.has_aux, self._stop = has_aux, stop
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
+        self.lanes = Lanes(train_step, tuner, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
+        self.host.state, self.controller.state = self.lanes.placed((self.host.state, self.controller.state))
+        # Where steps leave it, so that the second one finds what the first one was compiled for.
+        self.controller.state = beside(self.controller.state, self.host.state)
         self.session = Session(self.host, self.controller, recorder)
         self.notices, self._noticed = Notices(recorder), (0, 0)
         # The last batch and its loss, where there is no metric.
         self._last: Any = None
+        self._begins_fork = False
 
     @property
     def copies(self) -> Copies:
@@ -191,15 +244,20 @@ class Run:
         if self.host.eval_step is not None:
             # The tree must not change its structure with the first finite metric.
             best = self.host.state if session.best is None else session.best.to_device()
-        books = json.dumps(session.books())
-        return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": books}
+        books: dict[str, Any] = session.books()
+        if self.lanes.is_on:
+            # Those that wait to be asked for are lost with this process.
+            books["unused_steps"] = self.lanes.unused_steps + self.lanes.waiting_steps
+        return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": json.dumps(books)}
 
     def resume(self, tree: dict[str, Any], *, extend: bool = False) -> None:
         """Goes on from what `snapshot` gave, on request with another budget."""
         controller, session = self.controller, self.session
         controller.replace(tree["tuner"], extend=extend)
         self.copies = tree["copies"]
-        session.load(json.loads(str(tree["host"])))
+        books = json.loads(str(tree["host"]))
+        session.load(books)
+        self.lanes.unused_steps = books.get("unused_steps", 0)
         session.best = None if session.best_eval is None else copy_tree_to_host(tree["best"])
         session.write()
         if controller.phase == TRAIN:
@@ -214,19 +272,50 @@ class Run:
 
     # Training.
 
+    def advance(self) -> None:
+        """Trains one step, or hears all but the last one of a fork that has run beside another."""
+        begins_fork, self._begins_fork = self._begins_fork, False
+        lane = None
+        if begins_fork:
+            lane = self.lanes.find(self.controller.state, self.host)
+        if lane is None:
+            self.train_one()
+        else:
+            self._hear(lane)
+
+    def _hear(self, lane: Lane) -> None:
+        """Tells the controller of a fork that has run, up to where it has something to ask for."""
+        host, controller = self.host, self.controller
+        core, in_force = controller.tuner.core, dict(host.hyperparams)
+        heard = _hear_jit(core, controller.state, in_force, lane.heard, np.int32(lane.steps))
+        controller.state, host.hyperparams = heard.ts, heard.hyperparams
+        count, due, wants_eval, log = jax.device_get((heard.count, heard.due, heard.wants_eval, heard.log))
+        for pos in range(int(count)):
+            self._count(due, wants_eval, jax.tree.map(lambda rows, pos=pos: rows[pos], log))
+        if not due:
+            host.state = lane.state
+        else:
+            # It failed, and its state is of no use.
+            self.lanes.unused_steps += lane.steps - int(count)
+
     def train_one(self) -> None:
         """Dispatches one step; waits for nothing but, where the tuner may decide, for what it asks for."""
-        host, controller, session = self.host, self.controller, self.session
+        host, controller = self.host, self.controller
         batch, in_force = host.batch(controller.data_step), host.hyperparams
         self.copies, controller.state, host.hyperparams, due, wants_eval, log = _step_jit(
             controller.tuner.core, self.train_step, self.has_aux, self.copies, controller.state, in_force, batch
         )
+        if host.eval_step is None:
+            self._last = batch, log["loss"]
+        self._count(due, wants_eval, {**log, "hyperparams": in_force})
+
+    def _count(self, due: Array, wants_eval: Array, log: dict[str, Any]) -> None:
+        """Notes a step, and what it asks for."""
+        controller, session = self.controller, self.session
         controller.step += 1
         controller.data_step += 1
         controller.segment_left -= 1
-        if host.eval_step is None:
-            self._last = batch, log["loss"]
-        self.recorder.log({**log, "hyperparams": in_force}, controller.phase)
+        self.recorder.log(log, controller.phase)
         if controller.segment_left <= 1 or controller.phase != TRAIN:
             session.wants_eval, session.is_due = bool(wants_eval), bool(due)
             # A rollback, or the end of all rounds, has moved the next decision.
@@ -237,15 +326,18 @@ class Run:
         is_decided = self.session.complete() is not None
         if is_decided:
             self.session.write()
+            self._begins_fork = self.lanes.is_on and self.controller.phase == FORK
+            if self.controller.phase == TRAIN:
+                self.lanes.release()
         return is_decided
 
-    def train_stretch(self, steps: int, stop: Stop, *, on_step: Callable[[], None]) -> None:
+    def train_stretch(self, steps: int, is_stopped: Callable[[], bool], *, on_step: Callable[[], None]) -> None:
         """Trains until ``steps`` steps are done, a decision has been taken, or somebody asks to stop."""
         for _ in range(steps):
-            self.train_one()
+            self.advance()
             is_decided = self.complete()
             on_step()
-            if is_decided or stop.is_requested:
+            if is_decided or is_stopped():
                 return
 
     def deliver(self) -> None:

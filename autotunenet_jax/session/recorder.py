@@ -254,7 +254,7 @@ class Recorder:
 
     def show(self, step: int) -> None:
         """Refreshes the progress line with the newest step the device has finished."""
-        ready = [entry for entry, *_ in self._pending if "loss" in entry and entry["loss"].is_ready()]
+        ready = [entry for entry, *_ in self._pending if "loss" in entry and _is_ready(entry["loss"])]
         if ready:
             newest = jax.device_get({"loss": ready[-1]["loss"], "hp": ready[-1]["hyperparams"]})
             loss = float(newest["loss"])
@@ -447,8 +447,14 @@ class Recorder:
 
 
 def _on_host(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was logged, read from the device in one go where it comes from there."""
-    return jax.device_get(entries) if any(isinstance(entry["step"], jax.Array) for entry in entries) else entries
+    """What was logged, read from the device in one go where any of it comes from there."""
+    is_here = all(isinstance(entry["step"], int) and isinstance(entry["verdict"], int) for entry in entries)
+    return entries if is_here else jax.device_get(entries)
+
+
+def _is_ready(loss: Any) -> bool:
+    """Whether a loss is known without waiting; one that was heard rather than trained for is on the host."""
+    return isinstance(loss, np.generic | np.ndarray) or loss.is_ready()
 
 
 def _plain(value: Any) -> Any:

@@ -104,7 +104,7 @@ def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
     assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient))
 
 
-@pytest.mark.parametrize("confidence", [None, 1.0])
+@pytest.mark.parametrize("confidence", [None, pytest.param(1.0, marks=pytest.mark.soak)])
 def test_the_gradient_of_the_improvement_is_that_of_its_value(confidence):
     obs = bowl_history()
     post = fit(obs, surrogate.PriorMean(jnp.array([0.7, 0.2]), jnp.array([3.0, 1.0])))

@@ -15,9 +15,10 @@ def told(optimizer, x, y, **options):
     return jax.jit(optimizer.observe)(state, {"x": jnp.asarray(x, jnp.float32)}, jnp.asarray(y, jnp.float32), **options)
 
 
-def test_unpleasant_histories_lead_to_finite_suggestions_inside_the_bounds():
-    counts = _engine_sweep.run(2000, capacity=8)
-    assert counts.pop("histories") == 2000
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.soak)])
+def test_unpleasant_histories_lead_to_finite_suggestions_inside_the_bounds(count):
+    counts = _engine_sweep.run(count, capacity=8)
+    assert counts.pop("histories") == count
     assert len(counts) == 5 and not any(counts.values()), counts
 
 
@@ -64,6 +65,7 @@ def test_the_minimum_is_sought_at_the_time_of_the_suggestion():
     assert abs(float(best(state)["x"]) - 0.8) < 0.05
 
 
+@pytest.mark.soak
 def test_where_every_trial_counts_the_middle_comes_first():
     optimizer = BayesianOptimizer({"x": (0.0, 2.0), "y": (0.0, 1.0)}, 8, has_drift=True)
     point, _ = optimizer.suggest(optimizer.init(jax.random.key(3)))
@@ -87,7 +89,7 @@ def test_beyond_capacity_the_old_go_and_only_where_nothing_moves_the_best_stay()
         assert (state.observations.y * state.unit).tolist() == kept
 
 
-@pytest.mark.parametrize("options", [{}, {"has_groups": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"has_groups": True}, marks=pytest.mark.soak)], ids=str)
 def test_neither_the_scale_nor_the_offset_of_scores_matters(options):
     optimizer = BayesianOptimizer({"x": (0.0, 1.0), "y": (1e-4, 1.0)}, 16, **options)
     suggest, observe = jax.jit(optimizer.suggest), jax.jit(optimizer.observe)

@@ -32,6 +32,7 @@ def test_chain_with_clipping_before(toy):
     assert set(atn.hyperparams(opt_state)) == {"learning_rate"}
 
 
+@pytest.mark.soak
 def test_clipping_after_only_lengthens_the_way_back(toy):
     """Clipped updates cannot go back at once; nothing is learned until the run is where the tuner thinks it is."""
     optimizer = optax.chain(toy.wrapped(space={"learning_rate": (1e-4, 3.0)}), optax.clip(0.05))
@@ -131,6 +132,7 @@ def test_ambiguous_and_unknown_names_list_the_candidates(toy):
     assert float(atn.hyperparams(written)["encoder/learning_rate"]) == np.float32(1e-3)
 
 
+@pytest.mark.soak
 def test_lookahead_inside_it(toy):
     """Snapshots hold the slow parameters too, although gradients are of the fast ones alone."""
     inner = optax.lookahead(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2), sync_period=5, slow_step_size=0.5)
@@ -150,7 +152,7 @@ def test_lookahead_inside_it(toy):
     assert toy.quality(params.slow) < 0.5 * toy.quality(toy.make_params())
 
 
-@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.parametrize("is_given", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_complex_parameters(toy, is_given):
     optimizer = toy.wrapped(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2) if is_given else optax.adam)
 
@@ -172,6 +174,7 @@ def test_complex_parameters(toy, is_given):
     assert rates.dtype == opt_state.inner.hyperparams["learning_rate"].dtype == jnp.float32
 
 
+@pytest.mark.soak
 def test_apply_if_finite_around_it(toy):
     optimizer = optax.apply_if_finite(toy.wrapped(), max_consecutive_errors=3)
 
@@ -184,23 +187,22 @@ def test_apply_if_finite_around_it(toy):
     assert toy.rounds_begun(toy.find(opt_state).tuner) >= 1
 
 
-def test_reduced_precision(toy):
+@pytest.mark.parametrize("is_injected", [True, pytest.param(False, marks=pytest.mark.soak)])
+def test_reduced_precision(toy, is_injected):
     params = toy.make_params(jnp.bfloat16)
-    for optimizer in (
-        toy.wrapped(optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)),
-        toy.wrapped(optax.adamw),
-    ):
-        after, opt_state, _ = toy.run(optimizer, params=params)
-        assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
-        injected = opt_state.inner.hyperparams
-        assert {value.dtype for value in injected.values()} == {jnp.dtype(jnp.float32)}
-        if "b2" in injected:
-            assert float(injected["b2"]) == np.float32(0.999)
-        assert_finite(after)
-        assert toy.rounds_begun(opt_state.tuner) >= 1
-        assert toy.quality(after) < 0.5 * toy.quality(params)
+    adamw = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3) if is_injected else optax.adamw
+    after, opt_state, _ = toy.run(toy.wrapped(adamw), params=params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype(jnp.bfloat16)}
+    injected = opt_state.inner.hyperparams
+    assert {value.dtype for value in injected.values()} == {jnp.dtype(jnp.float32)}
+    if "b2" in injected:
+        assert float(injected["b2"]) == np.float32(0.999)
+    assert_finite(after)
+    assert toy.rounds_begun(opt_state.tuner) >= 1
+    assert toy.quality(after) < 0.5 * toy.quality(params)
 
 
+@pytest.mark.soak
 def test_frozen_and_empty_subtrees(toy):
     labels = {"model": {"hidden": "free", "out": "free"}, "frozen": "still", "nothing": {}, "none": None}
     inner = optax.partition(
@@ -325,6 +327,7 @@ def test_the_warning_comes_once_and_not_without_reason(toy):
     assert {warning.filename for warning in caught} == {__file__}
 
 
+@pytest.mark.soak
 def test_silent_without_a_decay_it_is_the_plain_optimizer(toy):
     params, _ = silent_run(toy, toy.wrapped(optax.adam, decay="none", initial={"learning_rate": 3e-3}), 40)
     expected, _ = silent_run(toy, optax.with_extra_args_support(optax.adam(3e-3)), 40)

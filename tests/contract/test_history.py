@@ -15,7 +15,7 @@ from autotunenet_jax.wrapper import ring
 from autotunenet_jax.wrapper.state import in_force
 from tests import history_fields
 
-MEMORIES = ("keep-winner", "rewind", "drift")
+MEMORIES = ("keep-winner", pytest.param("rewind", marks=pytest.mark.soak), "drift")
 SKIPPED, SPIKED, BROKEN = 150, range(120, 132), range(200, 240)
 
 

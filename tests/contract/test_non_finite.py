@@ -20,7 +20,14 @@ FINE, NAN_LOSS, INF_LOSS, NAN_GRADS, INF_GRADS, HUGE, ALL_NAN = range(7)
 SPOILS = st.sampled_from(range(1, 7))
 
 
-@pytest.fixture(scope="module", params=["keep-winner", "rewind", "drift"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "keep-winner",
+        pytest.param("rewind", marks=pytest.mark.soak),
+        pytest.param("drift", marks=pytest.mark.soak),
+    ],
+)
 def spoiled_run(request, toy):
     optimizer = toy.wrapped(optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2), memory=request.param)
 

@@ -8,7 +8,7 @@ import pytest
 
 import autotunenet_jax as atn
 
-MEMORIES = ("keep-winner", "drift")
+MEMORIES = ("keep-winner", pytest.param("drift", marks=pytest.mark.soak))
 
 
 def arrays_of(state):
@@ -130,7 +130,7 @@ def started(toy):
     return {"average": toy.make_params(), "count": jnp.int32(0)}
 
 
-@pytest.mark.parametrize("around", ["nothing", "chain", "MultiSteps"])
+@pytest.mark.parametrize("around", ["nothing", pytest.param("chain", marks=pytest.mark.soak), "MultiSteps"])
 def test_what_is_handed_over_goes_back_with_losing_forks(toy, around):
     tuned = toy.wrapped(aux=started(toy))
     opt, steps = {

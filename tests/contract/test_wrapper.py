@@ -12,7 +12,11 @@ from autotunenet_jax.space import injection
 from autotunenet_jax.wrapper import ring
 from autotunenet_jax.wrapper.held_snapshots import snapshots_of
 
-MEMORIES = ("keep-winner", "rewind", "drift")
+MEMORIES = (
+    "keep-winner",
+    pytest.param("rewind", marks=pytest.mark.soak),
+    pytest.param("drift", marks=pytest.mark.soak),
+)
 
 
 def read(tree):
