@@ -1,7 +1,8 @@
 """AutoTuneNet for PyTorch: the same controller, driven by a PyTorch training loop.
 
-The controller is a JAX program that runs on the CPU beside the training. Importing this package keeps JAX there, unless
-the environment variable ``JAX_PLATFORMS`` says otherwise or JAX has been imported before.
+The controller is a JAX program that runs on the CPU beside the training, and is loaded with the first tuner. Importing
+this package keeps JAX there, unless the environment variable ``JAX_PLATFORMS`` says otherwise or JAX has been imported
+before.
 """
 
 from . import jax_platform as jax_platform  # isort: skip  (it must act before anything imports JAX)

@@ -1,16 +1,21 @@
 """What users hand over, checked or unwrapped before training."""
 
+from __future__ import annotations
+
 import gc
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-import autotunenet_jax as atn
+from . import engine
+
+if TYPE_CHECKING:
+    import autotunenet_jax as atn
 
 
 def slow_names(space: atn.SearchSpace) -> list[str]:
@@ -41,7 +46,7 @@ def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
     for name in space.names:
         param = space[name]
         leaf = name.rpartition("/")[2]
-        values = param.options if isinstance(param, atn.Choice) else (param.lo, param.hi)
+        values = param.options if isinstance(param, engine.atn.Choice) else (param.lo, param.hi)
         if name in setters or leaf not in _LIMITS or not all(isinstance(value, float | int) for value in values):
             continue
         low, high = _LIMITS[leaf]
@@ -50,7 +55,9 @@ def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
             raise ValueError(
                 f"param_space lets {name!r} go from {min(values):g} to {max(values):g}, and it must be {allowed}."
             )
-        if leaf == "batch_size" and (isinstance(param, atn.Float) or any(value != int(value) for value in values)):
+        if leaf == "batch_size" and (
+            isinstance(param, engine.atn.Float) or any(value != int(value) for value in values)
+        ):
             raise ValueError(
                 f"batch_size must be whole numbers; got {param!r}. Give a list of sizes, or a pair of integers."
             )

@@ -7,7 +7,7 @@ import torch
 
 from autotunenet_jax.hosting import TRAIN, Session
 
-from . import random_state
+from . import distributed, random_state
 from .host import TorchHost
 
 _FORMAT = 6
@@ -34,6 +34,8 @@ def _common(session: Session, host: TorchHost) -> dict[str, Any]:
         "controller": torch.from_numpy(session.controller.to_bytes()),
         "books": session.books(),
         "warm_up_end": host.warm_up.end,
+        # Processes that share a model out each save their part of it.
+        "parts": distributed.size() if host.is_sharded else 1,
     }
 
 
@@ -44,11 +46,17 @@ def _load_common(session: Session, host: TorchHost, state: Mapping[str, Any], *,
     host.warm_up.in_round = session.controller.phase != TRAIN
 
 
-def _check(session: Session, state: Mapping[str, Any], *, extend: bool) -> None:
-    """Refuses a saved state of another format, search space or, unless it is to be extended, budget."""
+def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
+    """Refuses a saved state of another format, split, search space or, unless it is to be extended, budget."""
     tuner = session.controller.tuner
     if state["format"] != _FORMAT:
         raise ValueError(f"the state has format {state['format']}; this version of the library reads {_FORMAT}.")
+    parts, here = state.get("parts", 1), distributed.size() if host.is_sharded else 1
+    if parts != here:
+        raise ValueError(
+            f"the state is one of {parts} parts of a training, and here there are {here}. Go on with as many processes "
+            "as it was saved with, each with its own part."
+        )
     if state["space"] != tuner.space.fingerprint():
         raise ValueError(
             "the state is of another search space. Make the AutoTuneNet with the param_space, bounds included, that it "
@@ -77,7 +85,7 @@ def state_dict(session: Session, host: TorchHost) -> dict[str, Any]:
 
 def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
     """Goes on from what `state_dict` gave; the training state is there already."""
-    _check(session, state, extend=extend)
+    _check(session, host, state, extend=extend)
     _load_common(session, host, state, extend=extend)
     host.values, host.behind = {}, list(state["behind"])
     session.write()
@@ -94,7 +102,7 @@ def snapshot(session: Session, host: TorchHost) -> dict[str, Any]:
 
 def resume(session: Session, host: TorchHost, tree: Mapping[str, Any], *, extend: bool) -> None:
     """Goes on from what `snapshot` gave, on request with another budget."""
-    _check(session, tree, extend=extend)
+    _check(session, host, tree, extend=extend)
     now = from_plain(tree["now"])
     host.state.check(now["training"])
     session.saved, session.kept, session.best = from_plain(tree["saved"]), from_plain(tree["kept"]), tree["best"]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import autotunenet_jax as atn
+from .engine import atn
 
 
 class TellsChosen(atn.Callback):

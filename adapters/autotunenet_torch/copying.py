@@ -5,12 +5,18 @@ from typing import Any
 
 import torch
 
+from . import sharding
+
 
 def clone(value: Any, device: Any = None) -> Any:
-    """A copy that shares no memory, of tensors in dictionaries, lists and tuples, and of plain data."""
+    """A copy that shares no memory, of tensors in dictionaries, lists and tuples, and of plain data.
+
+    Of a tensor that several processes share out it is this one's part.
+    """
     if isinstance(value, torch.Tensor):
         if value.is_meta:
             return value
+        value = sharding.part(value)
         # Step counts and the like stay where they are: optimizers are particular about their place.
         target = device if device is not None and value.ndim else value.device
         return value.detach().to(device=target, copy=True)
@@ -35,8 +41,9 @@ def write_back(live: Any, saved: Any, device: Any = None) -> Any:
     if isinstance(saved, torch.Tensor):
         if saved.is_meta:
             return saved
-        if takes(live, saved):
-            live.detach().copy_(saved)
+        held = sharding.part(live.detach()) if isinstance(live, torch.Tensor) else live
+        if takes(held, saved):
+            held.copy_(saved)
             return live
         return saved.to(device=device if device is not None and saved.ndim else saved.device, copy=True)
     if type(saved) is dict:

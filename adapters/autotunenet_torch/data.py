@@ -5,9 +5,7 @@ from typing import Any
 
 import torch
 
-from autotunenet_jax.hosting import BatchWindow
-
-from . import random_state
+from . import engine, random_state
 
 Cursor = tuple[int, int]
 """A position in the stream of batches: the batch's number, and the first row not yet used of it."""
@@ -83,7 +81,7 @@ class ReplayBuffer:
         self._held_from: int | None = None
         # Of each pass: the number of its first batch, its own, and the states of the loader's own generators.
         self._starts: list[tuple[int, int, list[torch.Tensor]]] = []
-        self._window = BatchWindow(self._next)
+        self._window = engine.hosting.BatchWindow(self._next)
         self.cursor: Cursor = (0, 0)
 
     # Going back.

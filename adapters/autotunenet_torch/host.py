@@ -5,7 +5,7 @@ from typing import Any
 
 from autotunenet_jax.hosting import Host
 
-from . import distributed, lr_schedulers, modes
+from . import distributed, lr_schedulers, modes, sharding
 from .copying import clone
 from .data import ReplayBuffer
 from .finite import count_non_finite
@@ -13,6 +13,9 @@ from .soundness import Soundness
 from .targets import GroupTarget, RateTarget, Target
 from .training_state import TrainingState
 from .warm_up import WarmUp
+
+# They take in groups that are added later.
+_GROWING = (GroupTarget, RateTarget)
 
 
 class TorchHost(Host):
@@ -31,6 +34,8 @@ class TorchHost(Host):
       behind: Steps that each scheduler has to make up once the round is over.
       warm_up: Of the schedulers.
       soundness: Whether the training may be copied.
+      is_sharded: Whether each process holds a part of the model only.
+      is_absent: Whether this process follows a step of the others, for which it has no data.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class TorchHost(Host):
     ):
         self.state, self.targets, self.soundness = state, targets, Soundness(state)
         self._validate, self._stream, self._keeps_best = validate, stream, keeps_best
+        self.is_sharded, self.is_absent = sharding.is_sharded(state.model), False
         self.values: dict[str, Any] = {}
         self.behind = [0 for _ in state.schedulers]
         tuned = {i for target in targets.values() if isinstance(target, RateTarget) for i in target.indices}
@@ -74,7 +80,7 @@ class TorchHost(Host):
         if not self.warm_up.in_round:
             self._catch_up()
         for target in self.targets.values():
-            if isinstance(target, GroupTarget | RateTarget):
+            if isinstance(target, _GROWING):
                 target.join()
         for name, value in hyperparams.items():
             if value != self.values.get(name):
@@ -125,17 +131,20 @@ class TorchHost(Host):
             return None
         with modes.kept(self.state.model):
             value = self._validate()
-        return distributed.mean(distributed.to_float(value, name="value"))
+        return distributed.mean(distributed.to_float(value, name="value"), counts=not self.is_absent)
 
     def count_non_finite(self, copy: Mapping[str, Any] | None = None) -> int:
-        """Over the model and its optimizer."""
+        """Over the model and its optimizer, and all processes that share them out."""
         if copy is None:
-            return count_non_finite([self.state.tensors(), self.state.optimizer_tensors()])
-        return count_non_finite([copy["training"]["model"], copy["training"]["optimizer"]])
+            count = count_non_finite([self.state.tensors(), self.state.optimizer_tensors()])
+        else:
+            count = count_non_finite([copy["training"]["model"], copy["training"]["optimizer"]])
+        return int(sum(number for (number,) in distributed.gather(count))) if self.is_sharded else count
 
     def keep_best(self) -> dict[str, Any] | None:
-        """The model's ``state_dict`` on the CPU, where it is wanted."""
-        return clone(self.state.model.state_dict(), "cpu") if self._keeps_best else None
+        """The model's ``state_dict`` on the CPU, where it is wanted and this process has all of it."""
+        is_kept = self._keeps_best and not self.is_sharded
+        return clone(self.state.model.state_dict(), "cpu") if is_kept else None
 
     def begin_round(self, position: int) -> None:
         """Schedulers that warm up are passed by, and batches remembered."""

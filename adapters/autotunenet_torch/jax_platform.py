@@ -7,8 +7,14 @@ import warnings
 # JAX reads the variable once, on import: whoever imported JAX earlier, or set the variable, has made the choice.
 if "jax" not in sys.modules:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def prepare() -> None:
+    """To be called before JAX is imported here: processes that are forked later never call it, and are not warned."""
+    if "jax" in sys.modules:
+        return
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-    # Workers of a data loader are forked, and never call JAX. A user's own filters would show its warning again.
+    # A user's own filters would show the warning again.
     from jax._src import xla_bridge
 
     if hasattr(xla_bridge, "_at_fork_handler_installed"):

@@ -11,11 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN
-
 from . import distributed, metric_names
 from .chosen import TellsChosen
+from .engine import atn, hosting
 from .tuner import AutoTuneNet
 
 _HOW = (
@@ -176,7 +174,7 @@ class AutoTuneCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes whether the metrics to come are those of the training that lives on, at a regular time."""
         if self._is_attached and not trainer.sanity_checking:
-            is_in_round = self.tuner._attached().controller.phase != TRAIN
+            is_in_round = self.tuner._attached().controller.phase != hosting.TRAIN
             self._is_regular = self._asked is None and not is_in_round
             self._take_back(trainer)
 

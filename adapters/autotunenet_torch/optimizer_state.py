@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import sharding
 from .copying import clone, write_back
 
 _BASE = frozenset({"defaults", "state", "param_groups"})
@@ -118,7 +119,8 @@ def _copy_back(optimizer: torch.optim.Optimizer, saved: dict[str, Any], device: 
             optimizer.state.pop(parameter, None)
         else:
             known = optimizer.state.get(parameter)
-            optimizer.state[parameter] = write_back(known, value, None if device is None else parameter.device)
+            state = write_back(known, value, None if device is None else parameter.device)
+            optimizer.state[parameter] = state if known else sharding.assembled(state, parameter)
     for group, values in zip(optimizer.param_groups, saved["groups"], strict=False):
         group.update(write_back(group, values))
     for name, value in saved["own"].items():

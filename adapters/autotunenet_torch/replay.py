@@ -1,13 +1,16 @@
 """A run that was tuned, repeated without the tuner: its rates as a scheduler of PyTorch."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-import autotunenet_jax as atn
-
 from . import targets
+
+if TYPE_CHECKING:
+    import autotunenet_jax as atn
 
 
 def replay(history: atn.History, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -18,6 +21,7 @@ def replay(history: atn.History, optimizer: torch.optim.Optimizer) -> torch.opti
     scheduler of its own beside the tuner, the history holds the heights that it was scaled to, without its shape.
 
     Example:
+        >>> import autotunenet_jax as atn
         >>> history = atn.History(("learning_rate",))
         >>> for step, rate in enumerate([0.4, 0.2], start=1):
         ...     history.add({"step": step, "loss": 1.0, "learning_rate": rate})

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .finite import are_finite
+from . import distributed
+from .finite import are_finite, gradients_are_finite
 from .optimizer_state import parameters
 
 
@@ -21,10 +22,15 @@ class StepGuard:
       loss: Loss of the step to come, where the loop knows it before: a step with one that is not finite is skipped
         too. Taken off after the step.
 
-    Cost: one fused norm and one synchronisation with the device for each step.
+    Args:
+      optimizers: Watched; a step of the first that is asked for one includes those of the others.
+      is_sharded: Whether processes hold parts of the gradients: then a step is skipped on all of them or on none.
+
+    Cost: one fused pass over the gradients and one synchronisation with the device for each step.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+    def __init__(self, optimizers: list[torch.optim.Optimizer], *, is_sharded: bool = False):
+        self._is_sharded = is_sharded
         self.loss: torch.Tensor | float | None = None
         self._hidden: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._taken = self._skipped = 0
@@ -74,21 +80,22 @@ class StepGuard:
         return checked
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        found = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
-        if self._is_bad([grad for _, grad in found]):
+        is_bad = self._is_bad([grad for p in parameters(optimizer) if (grad := p.grad) is not None])
+        if not distributed.everywhere(not is_bad) if self._is_sharded else is_bad:
             self._skipped += 1
-            self._hidden = found
-            for parameter, _ in found:
+            self._hidden = [(p, p.grad) for p in parameters(optimizer) if p.grad is not None]
+            for parameter, _ in self._hidden:
                 parameter.grad = None
         else:
             self._taken += 1
 
     def _is_bad(self, grads: list[torch.Tensor]) -> bool:
-        if isinstance(self.loss, torch.Tensor):
-            return not are_finite([self.loss, *grads])
-        if self.loss is not None and not math.isfinite(self.loss):
+        loss = self.loss
+        if isinstance(loss, torch.Tensor) and not loss.is_cpu:
+            return not are_finite([loss, *grads])
+        if loss is not None and not math.isfinite(loss):
             return True
-        return not are_finite(grads)
+        return not gradients_are_finite(grads)
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._outer is optimizer:

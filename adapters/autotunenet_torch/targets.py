@@ -75,9 +75,10 @@ class GroupTarget:
 
     def join(self) -> None:
         """Takes in groups that were added since, in the proportion that they were added in, or are given later."""
-        if self._first_new is None:
+        groups = self._optimizer.param_groups
+        if self._first_new is None or len(groups) <= self._first_new:
             return
-        groups, now = self._optimizer.param_groups, self.read()
+        now = self.read()
         for index in range(self._first_new, len(groups)):
             value = self._value(groups[index])
             if value == self._new.get(index):

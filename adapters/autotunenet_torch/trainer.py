@@ -1,26 +1,30 @@
 """A complete training loop around the tuner, with nothing hidden in it."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN, Stop
-
-from . import arguments, checkpoint, distributed, modes, objective, random_state, serialization
+from . import arguments, distributed, engine, modes, objective, random_state, sharding
 from .data import ReplayBuffer, map_tensors, rows
-from .sound_session import SoundSession
 from .step_boundary import StepBoundary
 from .targets import AttributeTarget, KeywordTarget
 from .tuner import AutoTuneNet
+
+if TYPE_CHECKING:
+    import autotunenet_jax as atn
+    from autotunenet_jax.hosting import Stop
+
+    from .sound_session import SoundSession
 
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
@@ -190,13 +194,18 @@ class Trainer:
         self.model = model._apply(self._moved) if is_meta else model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
         self._session, self.stop_reason, self.is_interrupted = None, None, False
+        if self.restore_best and sharding.is_sharded(self.model):
+            raise ValueError(
+                "restore_best=True needs the whole model on each process, and this one is sharded. Leave it out: with "
+                "a val_loader the run ends in its best state as it is."
+            )
         self._prepare_lazy(train_loader)
         self.optimizer = self._optimizer(tuner)
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         source = ReplayBuffer(train_loader)
-        shown = atn.Progress(total, is_on=self._progress and distributed.rank() == 0)
-        store, is_owned = serialization.open_store(snapshots, tuner)
+        shown = engine.atn.Progress(total, is_on=self._progress and distributed.rank() == 0)
+        store, is_owned = engine.serialization.open_store(snapshots, tuner)
         interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         try:
             shown.open()
@@ -222,7 +231,7 @@ class Trainer:
                 tuner._notices.silent.add("no metric")
             if resume and store is not None:
                 self._resume(session, store, source, extend=resume == "extend")
-            with Stop() as stop:
+            with engine.hosting.Stop() as stop:
                 self._run(session, total, source, store, interval, shown, stop)
         finally:
             tuner._stream, tuner._keeps_best = None, False
@@ -255,7 +264,7 @@ class Trainer:
         try:
             while controller.step < total and not is_stopping:
                 loss = self._train_one(source)
-                step, is_training = controller.step, controller.phase == TRAIN
+                step, is_training = controller.step, controller.phase == engine.hosting.TRAIN
                 if is_training and step % interval == 0 and step < total and self._evaluate(session):
                     session.write()
                 self._deliver(session)
@@ -265,12 +274,16 @@ class Trainer:
                 is_last = is_stopping or step >= total
                 if shown.is_on and (is_last or time.monotonic() - shown_at > _SHOW_EVERY_SECONDS):
                     shown_at = time.monotonic()
-                    phase, values = atn.PHASES[controller.phase], self._tuner.hyperparams
+                    phase, values = engine.atn.PHASES[controller.phase], self._tuner.hyperparams
                     session.recorder.show_at(step, phase=phase, loss=loss, hyperparams=values)
         finally:
             # Also where a loader or a second signal has raised: what was trained by then is not lost.
             is_between = boundary is not None and boundary.go_back()
-            if store is not None and is_between and (controller.phase == TRAIN or controller.step < total):
+            if (
+                store is not None
+                and is_between
+                and (controller.phase == engine.hosting.TRAIN or controller.step < total)
+            ):
                 self._save(session, store, source)
         if is_stopping:
             self._say_why(session, total)
@@ -290,7 +303,7 @@ class Trainer:
         """Lets callbacks and loggers hear of what is known by now, and takes note where one wants the run to end."""
         try:
             session.recorder.deliver()
-        except atn.StopTraining as asked:
+        except engine.atn.StopTraining as asked:
             self.stop_reason = self.stop_reason or str(asked) or "a callback asked for it"
 
     def _train_one(self, source: ReplayBuffer) -> float:
@@ -461,16 +474,16 @@ class Trainer:
     # Durable snapshots.
 
     def _save(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
-        tree = {**checkpoint.snapshot(session, self._tuner._host), "source": source.state()}
-        serialization.save(store, session.controller.step, tree, metric=session.last_eval)
+        tree = {**engine.checkpoint.snapshot(session, self._tuner._host), "source": source.state()}
+        engine.serialization.save(store, session.controller.step, tree, metric=session.last_eval)
         session.recorder.write(store.folder)
 
     def _resume(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer, *, extend: bool) -> None:
-        found = serialization.restore_together(store)
+        found = engine.serialization.restore_together(store)
         if found is None:
             return
         step, tree = found
         source.load(tree["source"])
         # Last, since it puts the random generators back.
-        checkpoint.resume(session, self._tuner._host, tree, extend=extend)
+        engine.checkpoint.resume(session, self._tuner._host, tree, extend=extend)
         session.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")

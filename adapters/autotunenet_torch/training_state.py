@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-import autotunenet_jax as atn
-
-from . import optimizer_state, random_state
+from . import engine, optimizer_state, random_state, sharding
 from .copying import clone, takes, write_back
 
 
@@ -27,7 +25,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tens
 
 
 def _kind(tensor: torch.Tensor | None) -> str:
-    return "empty" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+    return "empty" if tensor is None else f"{tensor.dtype}{list(sharding.part(tensor).shape)}"
 
 
 def _has_extra_state(module: nn.Module) -> bool:
@@ -90,6 +88,7 @@ class TrainingState:
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         """Every parameter and buffer, live, once each, by its first name."""
+        sharding.collect(self.model)
         return {path: tensor for path, _, _, tensor in _tensors(self.model)}
 
     @property
@@ -138,12 +137,14 @@ class TrainingState:
             random_state.restore(saved["rng"])
 
     def _tensors_back(self, saved: dict[str, Any]) -> None:
+        sharding.collect(self.model)
         for path, module, name, tensor in list(_tensors(self.model)):
             if path not in saved:
                 continue
             value = saved[path]
-            if tensor is not None and value is not None and takes(tensor, value):
-                tensor.detach().copy_(value)
+            held = None if tensor is None else sharding.part(tensor.detach())
+            if held is not None and value is not None and takes(held, value):
+                held.copy_(value)
             elif tensor is not None and tensor.is_meta:
                 continue
             elif name in module._buffers:
@@ -174,4 +175,4 @@ class TrainingState:
         wrong += [f"{path} is not in this model" for path in there if path not in here]
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise atn.SnapshotMismatchError(f"The snapshot is of another model: {'; '.join(wrong[:5])}{more}.")
+            raise engine.atn.SnapshotMismatchError(f"The snapshot is of another model: {'; '.join(wrong[:5])}{more}.")

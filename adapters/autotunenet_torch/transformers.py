@@ -12,11 +12,9 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN
-
 from . import distributed, metric_names
 from .chosen import TellsChosen
+from .engine import atn, hosting
 from .tuner import AutoTuneNet
 
 _FILE = "autotune.pt"
@@ -144,7 +142,7 @@ class AutoTuneCallback(TrainerCallback):
     @property
     def _is_regular(self) -> bool:
         """Whether an evaluation is of the training that lives on, at a time of the user's."""
-        return not self._is_asked and self.tuner._attached().controller.phase == TRAIN
+        return not self._is_asked and self.tuner._attached().controller.phase == hosting.TRAIN
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

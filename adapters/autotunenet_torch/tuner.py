@@ -1,24 +1,26 @@
 """AutoTuneNet for a training loop that the user owns."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-import autotunenet_jax as atn
-from autotunenet_jax.hosting import TRAIN, PackedController, Recorder, Report, announce_compilation
-
-from . import arguments, checkpoint, distributed, lr_schedulers, schedule_end
-from .data import ReplayBuffer
-from .host import TorchHost
-from .notices import Notices
-from .sound_session import SoundSession
+from . import arguments, distributed, engine, lr_schedulers, schedule_end, sharding
 from .step_guard import StepGuard
 from .targets import RateTarget, find
 from .training_state import TrainingState
+
+if TYPE_CHECKING:
+    import autotunenet_jax as atn
+    from autotunenet_jax.hosting import Report
+
+    from .data import ReplayBuffer
+    from .sound_session import SoundSession
 
 
 class AutoTuneNet:
@@ -96,7 +98,7 @@ class AutoTuneNet:
             "warmup_steps": warmup_steps,
             **options,
         }
-        self.space = atn.SearchSpace(param_space)
+        self.space = engine.atn.SearchSpace(param_space)
         self.mode: Literal["min", "max"] = mode
         self.total_steps = self._planned_steps = total_steps
         self._initial = dict(initial or {})
@@ -130,7 +132,7 @@ class AutoTuneNet:
         if has_scheduler and options.get("schedule") is not None:
             raise ValueError("a scheduler and schedule= both shape the rates: give one of them.")
         options["decay"] = options["decay"] or ("none" if has_scheduler else "hold")
-        return atn.AutoTuneNet(self.space, total_steps, initial=initial, **options)
+        return engine.atn.AutoTuneNet(self.space, total_steps, initial=initial, **options)
 
     # Attaching.
 
@@ -187,6 +189,7 @@ class AutoTuneNet:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
         optimizer = arguments.bare_optimizer(optimizer)
         schedulers = lr_schedulers.as_list(scheduler)
+        sharding.check(model)
         total_steps = self.total_steps if total_steps is None else total_steps
         state = TrainingState(
             model, optimizer, schedulers=schedulers, scaler=arguments.live_scaler(scaler), device=self._snapshot_device
@@ -211,21 +214,27 @@ class AutoTuneNet:
         arguments.check_schedulers(optimizer, list(lr_schedulers.everything(schedulers)))
         self._release()
         stream, keeps_best = self._stream, self._keeps_best
-        self._host = TorchHost(state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best)
+        self._host = engine.host.TorchHost(
+            state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best
+        )
         starts, outside = self._host.starts(self._initial, self.space)
         core = self._core(total_steps, starts, has_scheduler=bool(schedulers))
         self.total_steps = core.total_steps
-        shown = progress or atn.Progress(core.total_steps or 1, is_on=False)
+        distributed.check_alike(f"{core!r} {sorted(core.initial.items())}", total_steps=core.total_steps)
+        shown = progress or engine.atn.Progress(core.total_steps or 1, is_on=False)
         options = {"loggers": loggers, "log_every": log_every, **({} if self._log is None else {"log": self._log})}
-        history = atn.History(self.space.names, is_paired=stream is not None)
-        recorder = Recorder(history, self.space, shown, callbacks, **options)
+        history = engine.atn.History(self.space.names, is_paired=self._stream is not None)
+        recorder = engine.hosting.Recorder(history, self.space, shown, callbacks, **options)
         if schedulers:
             history.mark_scheduled(name for name, target in found.items() if isinstance(target, RateTarget))
-        announce_compilation(core.core)
+        engine.hosting.announce_compilation(core.core)
         self._is_over = False
-        self._session = SoundSession(self._host, PackedController(core, seed=self._seed), recorder)
-        self._guard = StepGuard(state.optimizers)
-        self._notices = Notices(self._session, outside=outside, through=self._through, how=self._how)
+        self._session = engine.sound_session.SoundSession(
+            self._host, engine.hosting.PackedController(core, seed=self._seed), recorder
+        )
+        self._guard = StepGuard(state.optimizers, is_sharded=self._host.is_sharded)
+        self._leave_joins = distributed.follow_joins(model, self._follow)
+        self._notices = engine.notices.Notices(self._session, outside=outside, through=self._through, how=self._how)
         if core.total_steps is not None and self._options["decay"] is None:
             self._look_at_end(schedulers, core.total_steps)
         if self._session.evaluate():
@@ -255,17 +264,26 @@ class AutoTuneNet:
           TypeError: Not a scalar.
 
         Cost:
-          About 0.1 ms on the host; more at decisions, a few dozen in a run. Reading a loss on a GPU waits for it.
+          Outside rounds some 0.02 ms on the host, and as much for the look at the gradients; more at decisions, a few
+          dozen in a run. Reading a loss on a GPU waits for it.
         """
         report = self._report(distributed.to_float(loss, name="loss"))
         self._notices.after(report)
         self._attached().recorder.deliver()
 
+    def _follow(self) -> None:
+        """Decides as the other processes do in a step for which this one has no data."""
+        self._host.is_absent = True
+        try:
+            self._notices.after(self._report(0.0))
+        finally:
+            self._host.is_absent = False
+
     def _report(self, own: float) -> Report:
-        session = self._attached()
+        session, is_absent = self._attached(), self._host.is_absent
         self._notices.before(self._host)
-        told = distributed.mean(math.nan if self._guard.was_skipped() else own)
-        report = session.report(told, recorded=own)
+        told = distributed.mean(math.nan if self._guard.was_skipped() else own, counts=not is_absent)
+        report = session.report(told, recorded=told if is_absent else own)
         if session.is_settled:
             self._guard.release()
         return report
@@ -275,6 +293,7 @@ class AutoTuneNet:
         if self._session is not None:
             self._host.warm_up.release()
             self._guard.release()
+            self._leave_joins()
 
     def _attached(self) -> SoundSession:
         if self._session is None:
@@ -312,7 +331,7 @@ class AutoTuneNet:
         """Records another metric of the present state, which is not compared with the first."""
         session = self._attached()
         metric = distributed.mean(distributed.to_float(value, name="value"))
-        is_settled = session.controller.phase == TRAIN
+        is_settled = session.controller.phase == engine.hosting.TRAIN
         session.recorder.add_eval(session.controller.step, metric, is_settled=is_settled)
 
     def _tell(self, kind: str, message: str) -> None:
@@ -381,7 +400,7 @@ class AutoTuneNet:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: what was asked for. An attached training stays where it is."""
-        live = ("_host", "_guard", "_notices", "_stream", "_through", "_how", "_log")
+        live = ("_host", "_guard", "_leave_joins", "_notices", "_stream", "_through", "_how", "_log")
         return {name: None if name == "_session" else v for name, v in vars(self).items() if name not in live} | {
             "_stream": None,
             "_through": None,
@@ -396,7 +415,7 @@ class AutoTuneNet:
         forks, and outside rounds the one of the best validation metric, if there is one. For others a loaded tuner
         takes the training state it finds.
         """
-        return checkpoint.state_dict(self._attached(), self._host)
+        return engine.checkpoint.state_dict(self._attached(), self._host)
 
     def load_state_dict(self, state: Mapping[str, Any], *, extend: bool = False) -> None:
         """Goes on from what `state_dict` gave. Load model, optimizer and scheduler first, then attach, then this.
@@ -409,4 +428,4 @@ class AutoTuneNet:
         Raises:
           ValueError: It is of another version, search space, budget or policy.
         """
-        checkpoint.load_state_dict(self._attached(), self._host, state, extend=extend)
+        engine.checkpoint.load_state_dict(self._attached(), self._host, state, extend=extend)

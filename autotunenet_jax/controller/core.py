@@ -13,7 +13,7 @@ from ..compiler.precision import in_float32
 from ..compiler.sequential_vmap import sequential_vmap
 from ..compiler.stored_program import named, stored_program
 from ..space.search_space import SearchSpace
-from . import decision, schedule, tick, validation_monitor
+from . import decision, outlook, schedule, tick, validation_monitor
 from .loss_monitor import Guard
 from .roles import roles_of
 from .state import Directive, Round, TunerState
@@ -55,6 +55,10 @@ class Core:
     def tick(self, ts: TunerState, loss: Any) -> tuple[TunerState, Directive, Array]:
         """Takes one loss in; also says whether a decision is due."""
         return tick.tick(self.guard, self.space, ts, jnp.asarray(loss, jnp.float32))
+
+    def outlook(self, ts: TunerState) -> outlook.Outlook:
+        """Losses to come that will need no answer."""
+        return outlook.outlook(self.guard, self.space, self.shape, self.warmup_steps, ts)
 
     @in_float32
     @sequential_vmap(static_argnums=(0,))

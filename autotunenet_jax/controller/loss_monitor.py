@@ -35,8 +35,8 @@ _CALM_SIGMAS = 3.0
 # Mean absolute deviation of a normal variable, in standard deviations.
 MEAN_ABS_DEVIATION = math.sqrt(2.0 / math.pi)
 
-# Values before which the statistics say nothing yet.
-_FIRST_VALUES = 4
+FIRST_VALUES = 4
+"""Values before which the statistics say nothing yet."""
 
 # Counters stop here instead of wrapping round.
 _MANY = 2**30
@@ -181,7 +181,7 @@ def watch(
     slack = 1e-5 * jnp.abs(state.level) + 1e-12
     is_warm = state.count >= guard.warmup
     # A single 1e30 must not drag the averages for good: it enters clipped, divergence shows by repetition.
-    reach = jnp.where(state.count >= _FIRST_VALUES, _REACH_SIGMAS * sigma + slack, jnp.inf)
+    reach = jnp.where(state.count >= FIRST_VALUES, _REACH_SIGMAS * sigma + slack, jnp.inf)
     clipped = jnp.clip(value, state.level - reach, state.level + reach)
     reach = state.level + reach
     is_unusual = is_warm & (value > jnp.maximum(state.level, known) + guard.sigmas * sigma + slack)
@@ -198,7 +198,7 @@ def watch(
     progresses = accepted & is_warm & (level < state.lowest - _PROGRESS_SIGMAS * sigma - slack)
     since_lowest = jnp.where(progresses, 0, jnp.minimum(state.since_lowest + is_warm, _MANY))
 
-    is_diverged = (state.count >= _FIRST_VALUES) & (short > ceiling)
+    is_diverged = (state.count >= FIRST_VALUES) & (short > ceiling)
     verdict = jnp.select(
         [~is_finite, is_diverged, strikes >= guard.patience, is_unusual, since_lowest >= guard.stall_steps],
         [SKIPPED, DIVERGED, SPIKE, WATCHING, STALLED],
@@ -271,7 +271,7 @@ def hear(
 ) -> Heard:
     """Takes one loss in, for the handlers of the phases; see `watch`. ``bad_run`` counts those before it."""
     # Where a few losses decide, one beyond all measure tells as little as one that is not finite.
-    is_known = in_train & (state.count >= _FIRST_VALUES)
+    is_known = in_train & (state.count >= FIRST_VALUES)
     loss = jnp.where(is_known | (jnp.abs(loss) < _LOSS_LIMIT), loss, jnp.nan)
     after, verdict = watch(guard, state, loss, ceiling=ceiling, limit=limit, known=known)
     is_finite = jnp.isfinite(loss)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from . import validation_monitor
 from .loss_monitor import DIVERGED, HEALTHY, NON_FINITE, SPIKE, STALLED, Guard, Heard
@@ -192,8 +192,8 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     return ts._replace(outcome=jnp.where(outcome > 0, outcome, ts.outcome)), directive, due
 
 
-def may_copy(ts: TunerState) -> Bool[Array, ""]:
-    """Whether the next loss may ask for a copy of the training state; a host that has to look at it first does it then.
+def steps_to_copy(ts: TunerState) -> Int[Array, ""]:
+    """Losses before one that may ask for a copy of the training state; below 1 where it is the next one.
 
     A decision follows the last step of a segment, and a run ends in a state that is kept.
     """
@@ -201,6 +201,12 @@ def may_copy(ts: TunerState) -> Bool[Array, ""]:
     saved_age, kept_age = ts.step - slots.saved_step, ts.step - slots.kept_step
     owns_kept = seen.is_kept | seen.keeps
     age = jnp.where(owns_kept, saved_age, jnp.minimum(saved_age, kept_age))
-    is_last = (ts.plan.total > 0) & (ts.plan.total - ts.step <= 1)
-    in_train = (ts.phase == TRAIN) & (seen.keeps | (age >= ts.plan.save_every) | is_last)
-    return (ts.segment_left <= 1) | in_train
+    to_snapshot = jnp.where(seen.keeps, 0, ts.plan.save_every - age)
+    to_end = jnp.where(ts.plan.total > 0, ts.plan.total - ts.step - 1, NEVER)
+    in_train = jnp.where(ts.phase == TRAIN, jnp.minimum(to_snapshot, to_end), NEVER)
+    return jnp.minimum(ts.segment_left - 1, in_train)
+
+
+def may_copy(ts: TunerState) -> Bool[Array, ""]:
+    """Whether the next loss may ask for a copy of the training: a host that has to look at it first does it then."""
+    return steps_to_copy(ts) <= 0

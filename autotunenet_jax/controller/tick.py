@@ -14,10 +14,11 @@ from .roles import roles_of
 from .rollback import select
 from .state import FORK, SWEEP, TRAIN, Directive, TunerState, position
 
-_FIRST_LOSSES = 4
+FIRST_LOSSES = 4
+"""Good losses whose mean is where the run began."""
 
-# Values from which the spread of a loss is known.
-_SPREAD_VALUES = 20.0
+SPREAD_VALUES = 20.0
+"""Values from which the spread of a loss is known."""
 
 
 def ceiling(ts: TunerState) -> Float[Array, ""]:
@@ -25,9 +26,9 @@ def ceiling(ts: TunerState) -> Float[Array, ""]:
     health = ts.health
     progress = jnp.maximum(health.initial_loss - health.best_level, 0.0)
     # A few values may lie close together by chance.
-    doubt = jnp.maximum(1.0, _SPREAD_VALUES / jnp.maximum(health.monitor.count, 1))
+    doubt = jnp.maximum(1.0, SPREAD_VALUES / jnp.maximum(health.monitor.count, 1))
     limit = health.initial_loss + 0.5 * progress + 6.0 * doubt * health.monitor.spread
-    return jnp.where(ts.step - health.bad_steps >= _FIRST_LOSSES, limit, jnp.inf)
+    return jnp.where(ts.step - health.bad_steps >= FIRST_LOSSES, limit, jnp.inf)
 
 
 def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
@@ -62,10 +63,10 @@ def _advanced(ts: TunerState, heard: loss_monitor.Heard) -> TunerState:
     health = ts.health
     is_unknown = jnp.isnan(health.initial_loss)
     good_steps = ts.step - health.bad_steps
-    is_first = ((good_steps < _FIRST_LOSSES) | is_unknown) & heard.is_finite
+    is_first = ((good_steps < FIRST_LOSSES) | is_unknown) & heard.is_finite
     mean = health.initial_loss + (heard.value - health.initial_loss) / (good_steps + 1.0)
     mean = jnp.where(is_unknown, heard.value, mean)
-    is_settled = heard.is_finite & (heard.after.count >= _FIRST_LOSSES)
+    is_settled = heard.is_finite & (heard.after.count >= FIRST_LOSSES)
     is_usual = is_settled & (ts.phase == TRAIN) & (heard.verdict == loss_monitor.HEALTHY)
     is_held = is_usual & (heard.after.short < health.held_level)
     health = health._replace(

@@ -8,7 +8,7 @@ Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPla
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .loss_monitor import Heard
 from .plan import NEVER
@@ -34,6 +34,13 @@ def is_due(ts: TunerState) -> Bool[Array, ""]:
     is_regular = ts.step % ts.plan.check_every == 0
     has_next_round = ts.plan.start[ts.round.index] < NEVER
     return is_regular | (has_next_round & (ts.segment_left == 1)) | (ts.plan.total - ts.step == 1)
+
+
+def steps_to_reading(ts: TunerState) -> Int[Array, ""]:
+    """Losses in training before one after which a reading is due, be it of a metric or of the losses since the last."""
+    to_regular = ts.plan.check_every - 1 - ts.step % ts.plan.check_every
+    to_end = jnp.where(ts.plan.total > 0, ts.plan.total - ts.step - 2, NEVER)
+    return jnp.minimum(jnp.minimum(to_regular, ts.segment_left - 2), to_end)
 
 
 def wants_metric(ts: TunerState) -> Bool[Array, ""]:

@@ -144,7 +144,7 @@ class Recorder:
     def flush(self) -> None:
         """Reads everything logged so far."""
         pending, self._pending = self._pending, []
-        rows = jax.device_get([entry for entry, *_ in pending])
+        rows = _on_host([entry for entry, *_ in pending])
         for row, (_, is_recorded, phase, number, fork) in zip(rows, pending, strict=True):
             step, rewound = int(row["step"]), int(row["rewound"])
             values = {name: _plain(value) for name, value in row.get("hyperparams", {}).items()}
@@ -444,6 +444,12 @@ class Recorder:
         """The run is over, and its history is complete."""
         if self._feed.is_open:
             self._feed.finish(self.history)
+
+
+def _on_host(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged, read from the device in one go where any of it comes from there."""
+    is_here = all(isinstance(entry["step"], int) and isinstance(entry["verdict"], int) for entry in entries)
+    return entries if is_here else jax.device_get(entries)
 
 
 def _is_ready(loss: Any) -> bool:

@@ -116,7 +116,8 @@ class Session:
         self._log(loss if recorded is None else recorded, before, tick)
         directive = tick.directive
         self.wants_eval, self.is_due = bool(directive.evaluate), bool(tick.is_due)
-        self._obey(directive, rewinds=False)
+        if directive.save or directive.keep or directive.restore or directive.adopt:
+            self._obey(directive, rewinds=False)
         decision = self.complete()
         if decision is not None:
             directive = decision.directive._replace(verdict=directive.verdict)

@@ -55,7 +55,7 @@ class Monitor:
         unusual = is_warm and loss > max(self.level, known) + F(guard.sigmas) * sigma + slack
         unusual = bool(unusual or loss > min(limit, ceiling))
         reach = self.level + F(loss_monitor._REACH_SIGMAS) * sigma + slack
-        is_known = self.count >= loss_monitor._FIRST_VALUES
+        is_known = self.count >= loss_monitor.FIRST_VALUES
         clipped = min(max(loss, 2 * self.level - reach), reach) if is_known else loss
         self.short += max(F(0.2), F(1 / (self.count + 1))) * (clipped - self.short)
         diverged = is_known and self.short > ceiling
@@ -404,7 +404,7 @@ class Algorithm:
     def update(self, loss: Any) -> Said:
         """Takes the loss of a step in."""
         said, loss = Said(), F(loss)
-        is_known = self.phase == TRAIN and self.monitor.count >= loss_monitor._FIRST_VALUES
+        is_known = self.phase == TRAIN and self.monitor.count >= loss_monitor.FIRST_VALUES
         if self.scale == 0 and np.isfinite(loss) and loss != 0:
             self.scale = magnitude(loss)
         loss = loss / (self.scale or F(1))
@@ -413,9 +413,9 @@ class Algorithm:
         is_finite = bool(np.isfinite(loss))
         ceiling = LARGE
         good_steps = self.step - self.bad_steps
-        if good_steps >= tick._FIRST_LOSSES:
+        if good_steps >= tick.FIRST_LOSSES:
             progress = max(self.initial_loss - self.best_level, ZERO)
-            doubt = max(F(1), F(tick._SPREAD_VALUES) / F(max(self.monitor.count, 1)))
+            doubt = max(F(1), F(tick.SPREAD_VALUES) / F(max(self.monitor.count, 1)))
             ceiling = self.initial_loss + F(0.5) * progress + F(6) * doubt * self.monitor.spread
         limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
         has_climbed = self.monitor.short > limit
@@ -431,9 +431,9 @@ class Algorithm:
         if is_finite:
             if np.isnan(self.initial_loss):
                 self.initial_loss = loss
-            elif good_steps < tick._FIRST_LOSSES:
+            elif good_steps < tick.FIRST_LOSSES:
                 self.initial_loss += (loss - self.initial_loss) / F(good_steps + 1)
-            if self.monitor.count >= tick._FIRST_LOSSES:
+            if self.monitor.count >= tick.FIRST_LOSSES:
                 self.best_level = min(self.best_level, self.monitor.short)
                 is_lowest = self.monitor.short < self.held_level
                 if self.phase == TRAIN and verdict == loss_monitor.HEALTHY and is_lowest:

@@ -1,10 +1,8 @@
 """Two real processes: one mean of the metrics, the same decisions, snapshots of each."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
+import runpy
 
 import numpy as np
 import pytest
@@ -12,26 +10,24 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
-from autotunenet_torch import distributed, serialization  # noqa: E402
+from autotunenet_torch import AutoTuneNet, distributed, serialization  # noqa: E402
 
-WORKER = pathlib.Path(__file__).with_name("ddp_worker.py")
+launch = runpy.run_path(str(pathlib.Path(__file__).with_name("processes.py")))["launch"]
+pytestmark = pytest.mark.timeout(300)
+needs_processes = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def results(folder, name="rank"):
+    return [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(2)]
+
+
+@needs_processes
 def test_two_processes_decide_alike(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER)]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "store"), str(tmp_path)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        said, _ = worker.communicate(timeout=110)
-        assert worker.returncode == 0, said
-    a, b = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    codes, said = launch("ddp_worker.py", tmp_path)
+    assert codes == [0, 0], said
+    a, b = results(tmp_path)
     for mine, other in zip(a, b, strict=True):
         assert json.dumps(mine["rounds"]) == json.dumps(other["rounds"]) and len(mine["rounds"]) >= 2
         assert mine["values"] == other["values"] and mine["evals"] == other["evals"]
@@ -44,6 +40,52 @@ def test_two_processes_decide_alike(tmp_path):
         assert second["model"] == first["model"] and second["losses"] == first["losses"]
     for rank in range(2):
         assert (tmp_path / "run" / f"rank{rank}" / "index.json").exists()
+
+
+@needs_processes
+def test_a_process_whose_data_end_early_follows_the_others(tmp_path):
+    codes, said = launch("uneven_worker.py", tmp_path, "join")
+    assert codes == [0, 0], said
+    a, b = results(tmp_path)
+    assert a == b and a["is_free"]
+    assert a["steps"] == 160 and len(a["rounds"]) >= 1 and a["evals"][-1] == 160
+    assert a["loss"] < 0.3
+
+
+@needs_processes
+def test_processes_with_other_budgets_are_refused(tmp_path):
+    codes, said = launch("uneven_worker.py", tmp_path, "other budgets")
+    assert 0 not in codes and all("total_steps 160 on rank 0, 130 on rank 1" in text for text in said)
+
+
+@needs_processes
+def test_a_sharded_training_is_killed_and_goes_on_to_the_same_end(tmp_path):
+    """Each rank has its part of the model, of every copy and of every snapshot."""
+    pytest.importorskip("torch.distributed.fsdp", reason="without fully_shard")
+    codes, said = launch("sharded_worker.py", tmp_path, "killed", cache=tmp_path / "cache")
+    assert codes[1] == -9 and codes[0] > 0, said
+    whole = results(tmp_path, "whole")
+    for name in ("rounds", "evals", "rates", "model", "skipped"):
+        assert whole[0][name] == whole[1][name]
+    assert len(whole[0]["rounds"]) >= 2 and min(rank["accuracy"] for rank in whole) > 0.9
+    # Neither has all of it, and a gradient that is not finite in the part of one is a step that none takes.
+    assert [rank["held"]["0.weight"] for rank in whole] == [[9, 6], [8, 6]] and whole[0]["skipped"] == 1
+    (tmp_path / "store").unlink()
+    codes, said = launch("sharded_worker.py", tmp_path, "again", cache=tmp_path / "cache")
+    assert codes == [0, 0], said
+    for first, again in zip(whole, results(tmp_path), strict=True):
+        assert again["resumed"] and 100 < again["resumed"][0] <= 165
+        assert {**again, "resumed": []} == first
+
+
+def test_other_ways_of_sharding_are_refused_by_name():
+    class FullyShardedDataParallel(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(FullyShardedDataParallel(2, 1))
+    tuner = AutoTuneNet({"learning_rate": (1e-3, 1.0)}, total_steps=100)
+    with pytest.raises(ValueError, match=r"0 is a FullyShardedDataParallel.*fully_shard"):
+        tuner.attach(model, torch.optim.SGD(model.parameters(), 0.1))
 
 
 @pytest.mark.parametrize(("steps", "expected"), [((20, 20), 20), ((20, 10), 10), ((20, 15), 10), ((20, -1), None)])

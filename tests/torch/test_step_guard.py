@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from autotunenet_torch import AutoTuneNet  # noqa: E402
+from autotunenet_torch.finite import gradients_are_finite  # noqa: E402
 from autotunenet_torch.step_guard import StepGuard  # noqa: E402
 
 OPTIMIZERS = {
@@ -149,3 +150,23 @@ def test_bad_batches_cost_nothing_but_themselves():
 def test_a_flood_of_bad_batches_ends_in_a_few_rollbacks():
     end, tuner, _ = run(lambda step: step >= 120, spoil="input")
     assert end < 0.9 and tuner.history.summary["rollbacks"] <= 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_are_looked_at_and_left_as_they_are(bad, dtype, bits):
+    good = [torch.tensor([1e-40, -0.0, 3e38]).to(dtype), torch.randn(100, 7).to(dtype).t(), torch.ones(1).expand(5)]
+    before = bits(good)
+    assert gradients_are_finite([]) and gradients_are_finite(good) and gradients_are_finite(good[:1])
+    assert bits(good) == before
+    for size in (1, 3, 1001):
+        broken = torch.randn(size).to(dtype)
+        broken[size // 2] = bad
+        assert not gradients_are_finite([*good, broken]) and not gradients_are_finite([good[0], broken])
+
+
+def test_a_gradient_with_a_graph_of_its_own_stays_usable():
+    weight = torch.ones(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(weight.pow(3).sum(), weight, create_graph=True)
+    assert gradients_are_finite([grad])
+    assert torch.autograd.grad(grad.pow(2).sum(), weight)[0].isfinite().all()
