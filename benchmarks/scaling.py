@@ -16,6 +16,8 @@ import numpy as np
 
 _MOST_DEVICES = 8
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_MOST_DEVICES}"
+# Queued steps of several CPU devices need threads; see autotunenet_jax/compiler/cpu_queue.py.
+os.environ["PJRT_NPROC"] = str(2 * _MOST_DEVICES)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

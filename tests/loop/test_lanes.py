@@ -1,12 +1,7 @@
 """Forks that run together: what is decided, which of them are of use, and what they may not share."""
 
 import functools
-import json
 import logging
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
@@ -18,7 +13,7 @@ import autotunenet_jax as atn
 from autotunenet_jax.controller.fork_round import foreseen
 from autotunenet_jax.controller.state import FORK
 from autotunenet_jax.loop import lanes, run
-from tests import problem
+from tests import devices, problem
 
 TOTAL = 600
 FORK_FIELDS = ("hyperparams", "status", "steps", "start", "end")
@@ -173,13 +168,7 @@ print(json.dumps([places, here.told(result), [row["loss"] for row in result.hist
 
 
 def test_forks_over_several_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", SPREAD], env=environment, cwd=root, timeout=110, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    places, forks, losses = json.loads(done.stdout.splitlines()[-1])
+    places, forks, losses = devices.run(SPREAD, count=3)
     assert places and all(place == [3, 3] for place in places)
     reference = alone()
     assert forks == told(reference)
