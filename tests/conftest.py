@@ -31,7 +31,7 @@ hypothesis.settings.load_profile("default")
 @pytest.fixture
 def optimised():
     """Programs compiled as a user's are, for tests of their bits or of their memory."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
