@@ -12,7 +12,9 @@ pytest.importorskip("flax")
 FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("name", ["raw_jax", "flax_nnx", "flax_linen", "scan_epoch", "own_loop"])
+@pytest.mark.parametrize(
+    "name", ["raw_jax", "flax_nnx", pytest.param("flax_linen", marks=pytest.mark.soak), "scan_epoch", "own_loop"]
+)
 def test_trains(name, capsys):
     result = runpy.run_path(str(FOLDER / f"{name}.py"))["main"]()
     assert "validation loss" in capsys.readouterr().out

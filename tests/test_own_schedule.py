@@ -46,7 +46,7 @@ def after_rounds(history):
     return [row for row in history.records if row["phase"] == "train" and max(ends) < row["step"] < last]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["warm-up and cosine", pytest.param("WSD", marks=pytest.mark.soak)])
 def test_in_fit(name):
     shape = SHAPES[name]
     result = atn.fit(
@@ -59,7 +59,7 @@ def test_in_fit(name):
     check(shape, [row["step"] - 1 for row in rows], [row["learning_rate"] for row in rows], [peak] * len(rows))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["warm-up and cosine", pytest.param("WSD", marks=pytest.mark.soak)])
 def test_in_autotune(name):
     shape = SHAPES[name]
     optimizer = atn.autotune(optax.adam, {"learning_rate": (1e-5, 1.0)}, TOTAL, schedule=shape, learning_rate=1e-5)
@@ -86,7 +86,7 @@ def test_in_autotune(name):
 
 
 @pytest.mark.parametrize("way", ["schedule", "LambdaLR"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["warm-up and cosine", pytest.param("WSD", marks=pytest.mark.soak)])
 def test_in_pytorch(name, way):
     torch = pytest.importorskip("torch")
     from autotunenet_torch import AutoTuneNet

@@ -10,12 +10,10 @@ WORKERS = pathlib.Path(__file__).parent
 TIMEOUT_S = 240
 
 
-def launch(worker, out, *arguments, world=2, cache=None):
+def launch(worker, out, *arguments, world=2):
     """Return codes and what was said, by rank."""
     out.mkdir(exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if cache is not None:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with contextlib.ExitStack() as running:
         processes = []
         for rank in range(world):

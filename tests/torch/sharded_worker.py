@@ -1,6 +1,6 @@
 """One process of two that share a model out among themselves; writes what it decided, or is killed before it can.
 
-The one that is killed has trained to the end once before.
+The one that is killed has trained to the end once before. "whole" is that alone, and "again" what comes after.
 """
 
 import itertools
@@ -72,13 +72,14 @@ def train(rank, world, folder, *, is_killed, fault_at):
 def main(rank, world, store, out, how):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    if how == "killed":
+    if how in ("whole", "killed"):
         whole = train(rank, world, f"{out}/a", is_killed=False, fault_at=120)
         with open(f"{out}/whole{rank}.json", "w") as file:
             json.dump(whole, file)
-    result = train(rank, world, f"{out}/b", is_killed=how == "killed", fault_at=120)
-    with open(f"{out}/rank{rank}.json", "w") as file:
-        json.dump(result, file)
+    if how != "whole":
+        result = train(rank, world, f"{out}/b", is_killed=how == "killed", fault_at=120)
+        with open(f"{out}/rank{rank}.json", "w") as file:
+            json.dump(result, file)
     dist.destroy_process_group()
 
 

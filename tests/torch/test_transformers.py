@@ -95,7 +95,7 @@ class Own(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("kind", ["smoothed", "function", "overridden"])
+@pytest.mark.parametrize("kind", ["smoothed", pytest.param("function", marks=pytest.mark.soak), "overridden"])
 def test_the_loss_is_the_one_that_is_trained_by(tmp_path, kind):
     """Whoever computes it; seven batches an epoch in steps of four: what is told is per item, in the remainder too."""
 
