@@ -25,6 +25,7 @@ def test_trains(name, capsys):
         assert all(result["counts"][asked] > 0 for asked in ("save", "keep", "restore"))
 
 
+@pytest.mark.usefixtures("optimised")  # it trains for longer than it compiles
 @pytest.mark.timeout(300)  # three programs to compile, where they are not in the cache
 def test_quickstart_beats_a_sweep_of_nine_runs_on_test_data(capsys, monkeypatch, tmp_path):
     pytest.importorskip("mnist1d")

@@ -28,6 +28,7 @@ def outcome(off):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_run_without_any_of_it_decides_alike():
     (fitted, wrapped), (plain_fitted, plain_wrapped) = outcome(""), outcome("all")

@@ -1,8 +1,11 @@
 """The benchmark of a device runs unattended wherever there is one, a CPU included."""
 
+import pytest
+
 from benchmarks import gpu
 
 
+@pytest.mark.soak
 def test_the_short_form_measures_all_there_is():
     rows = gpu.table(gpu.SHORT, minutes=5.0)
     assert not any("left out" in value for _, value in rows)

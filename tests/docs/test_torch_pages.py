@@ -4,8 +4,7 @@ import pytest
 
 from tests.docs.pages import ROOT, run
 
-pytestmark = pytest.mark.soak  # half a minute a page, most of it compilation
-
+LONG = pytest.mark.soak  # half a minute a page, most of it compilation
 NEEDS = {
     "README.md": ["torch"],
     "docs/torch.md": ["torch", "accelerate", "sklearn"],
@@ -16,7 +15,7 @@ NEEDS = {
 
 @pytest.mark.timeout(600)  # a program to compile for each page, where it is not in the cache
 @pytest.mark.filterwarnings("default")  # what frameworks say of their own is theirs
-@pytest.mark.parametrize("page", NEEDS)
+@pytest.mark.parametrize("page", [page if page == "README.md" else pytest.param(page, marks=LONG) for page in NEEDS])
 def test_a_page_runs(page, tmp_path, monkeypatch):
     for library in NEEDS[page]:
         pytest.importorskip(library)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+LONG = pytest.mark.soak
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -17,9 +18,9 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
     [
         ("torch_quickstart", "sklearn", ["--epochs", "10", "--quiet"], "accuracy 9"),
         ("torch_loop", "torch", ["--steps", "120"], "validation loss"),
-        ("torch_accelerate", "accelerate", ["--epochs", "6"], "validation loss"),
-        ("torch_lightning", "lightning", ["--epochs", "5"], "validation loss"),
-        ("torch_transformers", "transformers", ["--steps", "100"], "evaluation loss"),
+        pytest.param("torch_accelerate", "accelerate", ["--epochs", "6"], "validation loss", marks=LONG),
+        pytest.param("torch_lightning", "lightning", ["--epochs", "5"], "validation loss", marks=LONG),
+        pytest.param("torch_transformers", "transformers", ["--steps", "100"], "evaluation loss", marks=LONG),
     ],
 )
 def test_example(name, needs, arguments, says, tmp_path):
