@@ -43,6 +43,10 @@ class Notices:
         self.silent: set[str] = set()
         self._look(is_over=False)
 
+    def resumed(self) -> None:
+        """The run goes on from a saved state: where the optimizer stood when it was attached says nothing."""
+        self._outside = {}
+
     def tell(self, kind: str, message: str) -> None:
         """Tells something that whoever owns the loop has seen."""
         self._teller.tell(self._session.controller.step, [Notice(kind, message)])

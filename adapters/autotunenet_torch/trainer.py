@@ -486,4 +486,5 @@ class Trainer:
         source.load(tree["source"])
         # Last, since it puts the random generators back.
         engine.checkpoint.resume(session, self._tuner._host, tree, extend=extend)
+        self._tuner._notices.resumed()
         session.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")

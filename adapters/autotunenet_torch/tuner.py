@@ -429,3 +429,4 @@ class AutoTuneNet:
           ValueError: It is of another version, search space, budget or policy.
         """
         engine.checkpoint.load_state_dict(self._attached(), self._host, state, extend=extend)
+        self._notices.resumed()
