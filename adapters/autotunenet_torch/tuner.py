@@ -264,8 +264,8 @@ class AutoTuneNet:
           TypeError: Not a scalar.
 
         Cost:
-          Outside rounds some 0.02 ms on the host, and as much for the look at the gradients; more at decisions, a few
-          dozen in a run. Reading a loss on a GPU waits for it.
+          Outside rounds some 0.05 ms on the host, the look at the gradients included; more at decisions, a few dozen in
+          a run. Reading a loss on a GPU waits for it.
         """
         report = self._report(distributed.to_float(loss, name="loss"))
         self._notices.after(report)

@@ -1,8 +1,8 @@
 """Trees of many arrays in a few vectors: a compiled function pays for each array it takes and returns.
 
 Measured on jax 0.10.2, CPU (``benchmarks.overhead``): a wrapped step of some 10 ms takes 11 to 14 % more processor
-time than the plain one, and 15 to 20 % more without packing. Switched off by ``AUTOTUNENET_COMPILER_OFF=packing``; a state
-goes on only as it was packed.
+time than the plain one, and 15 to 20 % more without packing. Switched off by ``AUTOTUNENET_COMPILER_OFF=packing``; a
+state goes on only as it was packed.
 """
 
 import dataclasses
