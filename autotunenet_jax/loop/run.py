@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.memory_copies import HostCopy, copy_tree, copy_tree_to_host
 from ..compiler.cpu_queue import Pace
+from ..compiler.placement import beside
 from ..controller import AutoTuneNet
 from ..controller.core import Core
 from ..controller.state import FORK, TRAIN, Directive, TunerState
@@ -25,7 +26,6 @@ from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
 from .lanes import Heard, Lane, Lanes
 from .outputs import parts_of
-from .placement import beside
 from .sound_steps import count_non_finite, sound_step
 
 

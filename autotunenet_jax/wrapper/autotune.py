@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from ..compiler import packing
+from ..compiler.placement import beside
 from ..controller import AutoTuneNet, Guard
 from ..controller.schedule import Decay
 from ..controller.state import TunerState
@@ -184,8 +185,8 @@ def _init(
         record=_begun(ts) if options["is_on"] else None,
         settings=Settings(**options, layout=packing.layout(course)),
     )
-    state = trees.on_mesh_of(params, trees.copied(state))
+    state = beside(trees.copied(state), params)
     if not state.settings.slots:
         return state
     one = Snapshot(params, inner_state.without_values(state.inner), aux)
-    return state._replace(snapshots=trees.on_mesh_of(params, snapshots_of([one] * state.settings.slots)))
+    return state._replace(snapshots=beside(snapshots_of([one] * state.settings.slots), params))

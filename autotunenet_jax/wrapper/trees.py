@@ -5,8 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from .held_snapshots import strong
@@ -23,23 +21,6 @@ def _is_inexact(leaf: Any) -> bool:
 def copied(tree: Any) -> Any:
     """Real copies of every array of a tree; nothing is shared with it."""
     return jax.tree.map(strong, tree)
-
-
-def on_mesh_of(params: Any, tree: Any) -> Any:
-    """A tree with what lies on one device copied to all of the mesh that the parameters are on, if they are on one.
-
-    The first step would return it so anyway, and the second be compiled anew for it.
-    """
-
-    def mesh_of(leaf: Any) -> Any:
-        is_placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-        return leaf.sharding.mesh if is_placed and isinstance(leaf.sharding, NamedSharding) else None
-
-    meshes = [mesh for mesh in map(mesh_of, jax.tree.leaves(params)) if mesh is not None and mesh.size > 1]
-    if not meshes:
-        return tree
-    everywhere = NamedSharding(meshes[0], PartitionSpec())
-    return jax.tree.map(lambda leaf: leaf if mesh_of(leaf) == meshes[0] else jax.device_put(leaf, everywhere), tree)
 
 
 def squared_norm(tree: Any) -> Float[Array, ""]:

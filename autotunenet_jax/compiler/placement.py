@@ -1,17 +1,18 @@
-"""Where arrays of a run lie that the user has not placed."""
+"""Where arrays lie that the user has not placed: a step brings them to its mesh, and is compiled again for that."""
 
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 
 def _mesh_of(tree: Any) -> Any:
     """The mesh of a tree's arrays, if any lies on more than one device."""
     for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            return sharding.mesh
+        is_placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+        if is_placed and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh.size > 1:
+            return leaf.sharding.mesh
     return None
 
 
@@ -25,9 +26,10 @@ def beside(tree: Any, placed: Any) -> Any:
         return tree
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def spread(leaf: jax.Array) -> jax.Array:
-        if leaf.committed:
+    def spread(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.committed:
             return leaf
+        # Each process makes its own part; `jax.device_put` would first compare what all of them have.
         return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
 
     return jax.tree.map(spread, tree)
