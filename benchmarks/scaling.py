@@ -12,24 +12,20 @@ import os
 import re
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import autotunenet_jax as atn
+from autotunenet_jax.checkpoint.memory_copies import copy_tree
+from autotunenet_jax.controller import decide_jit, hyperparams_jit
+from autotunenet_jax.loop.device_copies import Copies
+from autotunenet_jax.loop.run import _step_jit
+from benchmarks.gpu import timed
 
 _MOST_DEVICES = 8
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_MOST_DEVICES}"
-# Queued steps of several CPU devices need threads; see autotunenet_jax/compiler/cpu_queue.py.
-os.environ["PJRT_NPROC"] = str(2 * _MOST_DEVICES)
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-import autotunenet_jax as atn  # noqa: E402
-from autotunenet_jax.checkpoint.memory_copies import copy_tree  # noqa: E402
-from autotunenet_jax.controller import decide_jit, hyperparams_jit  # noqa: E402
-from autotunenet_jax.loop.device_copies import Copies  # noqa: E402
-from autotunenet_jax.loop.run import _step_jit  # noqa: E402
-
 BATCH = 256
 OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
 _COLLECTIVE = re.compile(r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -87,15 +83,6 @@ def whole(result):
     return result
 
 
-def median_s(function, repeats):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def sent(compiled):
     """Bytes that the collectives of a program give each device."""
     total = 0
@@ -119,9 +106,9 @@ def parts(state, batch, tuner):
         carry[0], loss = plain(carry[0], batch, hp)
         return loss, carry[0]
 
-    step_s, copy_s = median_s(step, 40), median_s(lambda: copy_tree(state), 20)
+    step_s, copy_s = timed(step, 40), timed(lambda: copy_tree(state), 20)
     decide_jit(tuner.core, copy_tree(ts))
-    return step_s, copy_s, median_s(lambda: decide_jit(tuner.core, copy_tree(ts)), 10), plain, tuned
+    return step_s, copy_s, timed(lambda: decide_jit(tuner.core, copy_tree(ts)), 10), plain, tuned
 
 
 def modelled_s(step_s, copy_s, decision_s, history, steps, tick_s):
@@ -193,6 +180,9 @@ def main():
     parser.add_argument("--devices", type=int, nargs="*", default=[1, 4])
     parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
+    # Before the first array. Queued steps of several devices need threads; see autotunenet_jax/compiler/cpu_queue.py.
+    os.environ["PJRT_NPROC"] = str(2 * _MOST_DEVICES)
+    jax.config.update("jax_num_cpu_devices", _MOST_DEVICES)
     tick_s = tick_seconds(arguments.steps)
     print(f"the controller and the host, for each step: {1e3 * tick_s:.2f} ms\n")
     rows = [row(w, d, arguments.steps, tick_s) for w in arguments.widths for d in arguments.devices]
