@@ -30,11 +30,16 @@ _MAY_HANG = (
 
 def hazard(tree: Any) -> str | None:
     """What to tell who trains arrays like these by queued steps, if anything; known while a program is traced, too."""
-    devices = max((_devices(leaf) for leaf in jax.tree.leaves(tree)), default=1)
-    threads = _threads()
-    if jax.default_backend() != "cpu" or not is_on("cpu_queue") or devices == 1 or threads >= 2 * devices:
+    if not _is_at_risk():
+        return None
+    devices, threads = max((_devices(leaf) for leaf in jax.tree.leaves(tree)), default=1), _threads()
+    if devices == 1 or threads >= 2 * devices:
         return None
     return _MAY_HANG.format(devices=devices, threads=threads, enough=2 * devices)
+
+
+def _is_at_risk() -> bool:
+    return jax.default_backend() == "cpu" and jax.local_device_count() > 1 and is_on("cpu_queue")
 
 
 def _devices(leaf: Any) -> int:
@@ -57,10 +62,11 @@ class Pace:
 
     def __init__(self) -> None:
         self._queued: collections.deque[Any] = collections.deque()
+        self._is_needed = _is_at_risk()
 
     def queued(self, result: Any) -> None:
         """Notes a step by an array that it makes, and waits for the one that was queued some steps before."""
-        if jax.default_backend() != "cpu" or jax.local_device_count() == 1 or not is_on("cpu_queue"):
+        if not self._is_needed:
             return
         self._queued.append(result)
         if len(self._queued) > _AHEAD:
