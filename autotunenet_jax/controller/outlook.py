@@ -17,7 +17,7 @@ from ..space.search_space import SearchSpace
 from . import loss_monitor, rollback, schedule, validation_monitor
 from .plan import NEVER
 from .state import TRAIN, TunerState
-from .tick import FIRST_LOSSES, SPREAD_VALUES
+from .tick import FIRST_LOSSES, above_start, half_way_back
 
 MOST = 16
 """Most losses that are reported together; all but the last of them may wait."""
@@ -66,13 +66,10 @@ def _bounds(guard: loss_monitor.Guard, ts: TunerState) -> tuple[Array, Array]:
     spread = kept * monitor.spread
     low = monitor.level - _LOW_SIGMAS * monitor.spread / loss_monitor.MEAN_ABS_DEVIATION
     unusual = monitor.level + reach * spread
-    progress = jnp.maximum(health.initial_loss - health.best_level, 0.0)
-    doubt = jnp.maximum(1.0, SPREAD_VALUES / (monitor.count + MOST))
-    ceiling = health.initial_loss + 0.5 * progress + 6.0 * doubt * spread
+    ceiling = above_start(health, spread=spread, count=monitor.count + MOST)
     # The best level that is held may fall to the lowest of the losses.
     held = jnp.minimum(jnp.minimum(health.held_level, monitor.short), jnp.minimum(low, monitor.level))
-    half_way = held + 0.5 * jnp.maximum(health.initial_loss - held, 0.0)
-    limit = jnp.maximum(half_way, held + reach * jnp.minimum(health.held_spread, spread))
+    limit = jnp.maximum(half_way_back(health, held), held + reach * jnp.minimum(health.held_spread, spread))
     limit = jnp.maximum(limit, health.known_level + reach * spread)
     high = jnp.minimum(jnp.minimum(unusual, ceiling), limit)
     is_sure = (reach * kept * (1.0 - rate) >= 1.0) & (jnp.maximum(monitor.short, monitor.level) <= ceiling)

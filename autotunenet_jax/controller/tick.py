@@ -12,22 +12,32 @@ from . import fork_score, loss_monitor, range_test, rollback
 from .plan import NEVER
 from .roles import roles_of
 from .rollback import select
-from .state import FORK, SWEEP, TRAIN, Directive, TunerState, position
+from .state import FORK, SWEEP, TRAIN, Directive, Health, TunerState, position
 
 FIRST_LOSSES = 4
 """Good losses whose mean is where the run began."""
 
-SPREAD_VALUES = 20.0
-"""Values from which the spread of a loss is known."""
+# Values from which the spread of a loss is known.
+_SPREAD_VALUES = 20.0
+
+
+def above_start(health: Health, *, spread: Array, count: Array) -> Float[Array, ""]:
+    """A loss well over where the run began, by a spread that was seen in so many losses."""
+    progress = jnp.maximum(health.initial_loss - health.best_level, 0.0)
+    # A few values may lie close together by chance.
+    doubt = jnp.maximum(1.0, _SPREAD_VALUES / jnp.maximum(count, 1))
+    return health.initial_loss + 0.5 * progress + 6.0 * doubt * spread
+
+
+def half_way_back(health: Health, held: Array) -> Float[Array, ""]:
+    """A loss that has lost half of what was gained from the start to a level that was held."""
+    return held + 0.5 * jnp.maximum(health.initial_loss - held, 0.0)
 
 
 def ceiling(ts: TunerState) -> Float[Array, ""]:
-    """A loss that training which is still healthy does not stay above: well over where the run began."""
+    """A loss that training which is still healthy does not stay above."""
     health = ts.health
-    progress = jnp.maximum(health.initial_loss - health.best_level, 0.0)
-    # A few values may lie close together by chance.
-    doubt = jnp.maximum(1.0, SPREAD_VALUES / jnp.maximum(health.monitor.count, 1))
-    limit = health.initial_loss + 0.5 * progress + 6.0 * doubt * health.monitor.spread
+    limit = above_start(health, spread=health.monitor.spread, count=health.monitor.count)
     return jnp.where(ts.step - health.bad_steps >= FIRST_LOSSES, limit, jnp.inf)
 
 
@@ -35,7 +45,7 @@ def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:
     """A loss above this is no noise, has lost half of what was gained, and is more than data was seen to cost."""
     health = ts.health
     reach = guard.sigmas / loss_monitor.MEAN_ABS_DEVIATION
-    half_way = health.held_level + 0.5 * jnp.maximum(health.initial_loss - health.held_level, 0.0)
+    half_way = half_way_back(health, health.held_level)
     known = health.known_level + reach * jnp.maximum(health.held_spread, health.monitor.spread)
     limit = jnp.maximum(jnp.maximum(half_way, health.held_level + reach * health.held_spread), known)
     return jnp.where((ts.phase == TRAIN) & (health.held_level < jnp.inf), limit, jnp.inf)

@@ -203,9 +203,9 @@ class AutoTuneNet:
         Raises:
           ValueError: It is neither; see `check` and `extend`.
         """
-        held = int(ts.plan.total) or None
-        if extend and held != self.total_steps and int(ts.format) == FORMAT:
-            ts = self.with_total_steps(held).extend(ts, total_steps=self.total_steps)  # type: ignore[arg-type]
+        held, total = int(ts.plan.total) or None, self.total_steps
+        if extend and total is not None and held != total and int(ts.format) == FORMAT:
+            ts = self.with_total_steps(held).extend(ts, total_steps=total)
         self.check(ts)
         return ts
 

@@ -415,7 +415,7 @@ class Algorithm:
         good_steps = self.step - self.bad_steps
         if good_steps >= tick.FIRST_LOSSES:
             progress = max(self.initial_loss - self.best_level, ZERO)
-            doubt = max(F(1), F(tick.SPREAD_VALUES) / F(max(self.monitor.count, 1)))
+            doubt = max(F(1), F(tick._SPREAD_VALUES) / F(max(self.monitor.count, 1)))
             ceiling = self.initial_loss + F(0.5) * progress + F(6) * doubt * self.monitor.spread
         limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
         has_climbed = self.monitor.short > limit
