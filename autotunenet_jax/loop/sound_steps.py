@@ -30,11 +30,22 @@ def _is_all_finite(tree: Any) -> Bool[Array, ""]:
     return is_finite
 
 
+def _is_untrained(new: Any, old: Any) -> Bool[Array, ""]:
+    """Whether a step left all matrices as they were, and so trained nothing; without matrices, all vectors."""
+    pairs = list(zip(_inexact(new), _inexact(old), strict=True))
+    trained = [pair for pair in pairs if pair[0].ndim >= 2] or [pair for pair in pairs if pair[0].ndim == 1]
+    is_same = jnp.array(bool(trained))
+    for a, b in trained:
+        is_same &= jnp.all(a == b)
+    return is_same
+
+
 def sound_step(new: Any, old: Any, loss: Array) -> tuple[Any, Array]:
     """The state after a step, or the one before where the step broke it; and the loss, NaN where it did.
 
     A step is sound whose loss is finite and whose state holds no more numbers that are not finite than the one before:
-    a mask of infinities does no harm. Jit-able; donate ``old``.
+    a mask of infinities does no harm. A step that has skipped its own update because its loss is not finite, as under
+    dynamic loss scaling, keeps what else it changed, or its scale would never fall. Jit-able; donate ``old``.
 
     Args:
       new: State after the step.
@@ -49,8 +60,9 @@ def sound_step(new: Any, old: Any, loss: Array) -> tuple[Any, Array]:
     is_finite = jnp.isfinite(loss)
 
     def compared(new: Any, old: Any, loss: Array) -> tuple[Any, Array]:
-        is_sound = is_finite & (count_non_finite(new) <= count_non_finite(old))
-        state = jax.tree.map(lambda a, b: jnp.where(is_sound, a, b), new, old)
-        return state, jnp.where(is_sound, loss, jnp.nan)
+        is_whole = count_non_finite(new) <= count_non_finite(old)
+        is_kept = is_whole & (is_finite | _is_untrained(new, old))
+        state = jax.tree.map(lambda a, b: jnp.where(is_kept, a, b), new, old)
+        return state, jnp.where(is_whole & is_finite, loss, jnp.nan)
 
     return jax.lax.cond(is_finite & _is_all_finite(new), lambda new, old, loss: (new, loss), compared, new, old, loss)

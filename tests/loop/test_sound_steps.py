@@ -56,6 +56,35 @@ def test_a_sound_step_stays_a_mask_of_infinities_included():
     assert problem.same(state, state_of(2.0)) and told == 0.5
 
 
+@pytest.mark.parametrize("trained", ["matrix", "deep"])
+def test_a_step_that_skipped_its_own_update_keeps_what_else_it_changed(trained):
+    """Dynamic loss scaling: without it a scale that is too large would never fall."""
+    old, new = state_of(1.0), state_of(2.0)
+    skipped = {**new, "matrix": old["matrix"], "deep": old["deep"]}
+    state, told = ended(skipped, jnp.inf)
+    assert problem.same(state, skipped) and np.isnan(told)
+    assert problem.same(ended({**skipped, trained: new[trained]}, jnp.inf)[0], old)
+    assert problem.same(ended({**skipped, "scalar": jnp.float32(jnp.nan)}, jnp.inf)[0], old)
+
+
+def test_a_run_under_dynamic_loss_scaling_finds_its_scale():
+    """The scaled loss overflows above 2**9; the step then halves the scale and leaves the rest as it was."""
+
+    def train_step(state, batch, hp):
+        inner, loss = problem.train_step(state["inner"], batch, hp)
+        is_fit = state["scale"] <= 2.0**9
+        inner = jax.tree.map(lambda a, b: jnp.where(is_fit, a, b), inner, state["inner"])
+        return {"inner": inner, "scale": jnp.where(is_fit, state["scale"], state["scale"] / 2)}, jnp.where(
+            is_fit, loss, jnp.inf
+        )
+
+    state = {"inner": problem.new_state(), "scale": jnp.float32(2.0**24)}
+    with pytest.warns(UserWarning, match="were skipped"):
+        result = atn.fit(train_step, state, problem.batches, tuner=problem.tuner(), progress=False)
+    assert float(result.state["scale"]) == 2.0**9
+    assert float(problem.eval_step(result.state["inner"])) < 0.1
+
+
 def test_infinities_may_move_and_go_and_large_numbers_are_none():
     new = {**state_of(2.0), "mask": jnp.array([-jnp.inf, 0.0, 0.0]), "matrix": jnp.full((5, 3), 3e38)}
     assert problem.same(ended(new, 0.5)[0], new)
