@@ -24,6 +24,10 @@ def map_tensors(function: Callable[[torch.Tensor], Any], batch: Any) -> Any:
     return batch
 
 
+def _copied(batch: Any) -> Any:
+    return map_tensors(torch.clone, batch)
+
+
 def rows(batch: Any) -> int:
     """Rows of a batch: the first axis of its first tensor; 1 where there is none."""
     found: list[int] = []
@@ -81,7 +85,7 @@ class ReplayBuffer:
         self._held_from: int | None = None
         # Of each pass: the number of its first batch, its own, and the states of the loader's own generators.
         self._starts: list[tuple[int, int, list[torch.Tensor]]] = []
-        self._window = engine.hosting.BatchWindow(self._next)
+        self._window = engine.hosting.BatchWindow(self._next, _copied)
         self.cursor: Cursor = (0, 0)
 
     # Going back.
@@ -108,12 +112,12 @@ class ReplayBuffer:
         """The next batch; with ``size``, so many rows, cut and put together from the loader's batches."""
         index, offset = self.cursor
         if size is None:
-            batch = self._window.get(index)
+            batch = self._lent(index)
             self.cursor = (index + 1, 0)
         else:
             parts, missing = [], size
             while missing:
-                whole = self._window.get(index)
+                whole = self._lent(index)
                 stop = min(offset + missing, rows(whole))
                 parts.append(map_tensors(lambda tensor, a=offset, b=stop: tensor[a:b], whole))
                 missing -= stop - offset
@@ -123,6 +127,11 @@ class ReplayBuffer:
         if not self._window.is_held:
             self._forget_passes()
         return batch
+
+    def _lent(self, index: int) -> Any:
+        """A batch to be trained on, which may change it in place: of one that is to be shown again, a copy."""
+        batch = self._window.get(index)
+        return _copied(batch) if self._window.is_held else batch
 
     def _next(self) -> Any:
         batch = self._fetch() if self._iterator is not None else None

@@ -4,16 +4,24 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
+
 
 class EndOfDataError(Exception):
     """An iterable that cannot be started again has no more batches."""
 
 
 class BatchWindow:
-    """The batches of a stream from some position on: all that were read where they are held, else the last one."""
+    """The batches of a stream from some position on: all that were read where they are held, else the last one.
 
-    def __init__(self, fetch: Callable[[], Any]):
-        self._fetch, self._is_held = fetch, False
+    Args:
+      fetch: Reads the next batch.
+      copied: Makes of a batch one that only the window writes to; the stream may fill the same arrays again.
+    """
+
+    def __init__(self, fetch: Callable[[], Any], copied: Callable[[Any], Any]):
+        self._fetch, self._copied, self._is_held = fetch, copied, False
         self.restart(0)
 
     def restart(self, position: int) -> None:
@@ -33,6 +41,7 @@ class BatchWindow:
         """Keeps every batch from ``position`` on, until `release`."""
         self._is_held = True
         self._forget_before(position)
+        self._batches = collections.deque(map(self._copied, self._batches))
 
     def release(self, position: int) -> None:
         """Forgets every batch before ``position``, now and from now on."""
@@ -47,10 +56,15 @@ class BatchWindow:
     def get(self, position: int) -> Any:
         """The batch at a position, not before the first one kept."""
         while self._first + len(self._batches) <= position:
-            self._batches.append(self._fetch())
+            batch = self._fetch()
+            self._batches.append(self._copied(batch) if self._is_held else batch)
             if not self._is_held:
                 self._forget_before(min(position, self._first + len(self._batches) - 1))
         return self._batches[position - self._first]
+
+
+def _copied(batch: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
 
 
 class BatchSource:
@@ -79,7 +93,7 @@ class BatchSource:
         self._iterable = batches
         self._iterator: Iterator[Any] = iter(batches)
         self._can_restart = self._iterator is not batches
-        self._window = BatchWindow(self._next)
+        self._window = BatchWindow(self._next, _copied)
         self._has_begun = False
 
     @property

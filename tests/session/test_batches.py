@@ -3,6 +3,7 @@
 import itertools
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -47,6 +48,22 @@ def test_a_round_replays_its_batches():
     assert again == first[:5]
     source.release(15)
     assert [source.get(i, None) for i in range(15, 20)] == [115, 116, 117, 118, 119]
+
+
+def test_a_stream_that_fills_one_array_again_and_again_is_replayed_as_it_was():
+    buffer = {"x": np.zeros(2)}
+
+    def stream():
+        for number in itertools.count():
+            buffer["x"][:] = number
+            yield buffer
+
+    source = BatchSource(stream())
+    seen = [float(source.get(i, None)["x"][0]) for i in range(3)]
+    source.hold(2)  # the batch read last is still to come
+    for _ in range(3):
+        seen += [float(source.get(i, None)["x"][0]) for i in range(2, 6)]
+    assert seen == [0, 1, 2, *([2, 3, 4, 5] * 3)]
 
 
 def test_a_list_starts_again_and_a_generator_ends():

@@ -100,6 +100,38 @@ def test_stream_replays_and_finds_its_place(rows):
     assert all(torch.equal(a, b) for a, b in zip(first, [again.get()[1] for _ in range(10)], strict=True))
 
 
+class OneBuffer:
+    """Batches in one tensor that is filled again each time."""
+
+    def __iter__(self):
+        buffer = torch.zeros(4)
+        for number in range(100):
+            yield buffer.fill_(number), {"number": number}
+
+
+@pytest.mark.parametrize("size", [None, 4])
+def test_forks_see_the_same_data_though_loader_and_training_write_to_it(size):
+    if size is None:
+        stream = ReplayBuffer(OneBuffer())
+    else:
+        stream = ReplayBuffer([torch.full((8,), float(number)) for number in range(9)])
+
+    def trained():
+        batch = stream.get(size)
+        x = batch if size else batch[0]
+        value = float(x[0])
+        x.mul_(-2.0)
+        return value
+
+    if size is None:
+        assert [trained() for _ in range(3)] == [0, 1, 2]
+    stream.hold()
+    start = stream.cursor
+    first = [trained() for _ in range(4)]
+    stream.cursor = start
+    assert [trained() for _ in range(4)] == first == ([0, 0, 1, 1] if size else [3, 4, 5, 6])
+
+
 def test_stream_cuts_other_batch_sizes():
     stream = ReplayBuffer(
         [{"x": torch.arange(5), "y": [torch.arange(5)]}, {"x": torch.arange(5, 8), "y": [torch.ones(3)]}]
