@@ -193,7 +193,8 @@ def short_runs_of_nesterov_momentum(way: str) -> Outcome:
     for seed in range(5):
         ended = run(way, total=240, optimizer="momentum", seed=seed)
         ratios.append(ended.loss / plain_of(way, total=240, optimizer="momentum", rate=0.05, seed=seed))
-    return "<= 1.15 x plain, five seeds", f"worst {max(ratios):.3f}", max(ratios) <= 1.15
+    # So short a run may pick half a decade too hot; a run that is wrecked ends at twice the loss and more.
+    return tasks.of_seeds(ratios, typical=1.08, worst=1.25)
 
 
 class _Orthogonal(torch.optim.Optimizer):

@@ -325,3 +325,13 @@ def verdict(ended: Ended, reference: float, factor: float, what: str = "plain") 
     """Whether a run ended no worse than so many times a reference."""
     limit = factor * reference
     return f"<= {limit:.3f} ({factor:g} x {what}), finite", str(ended), ended.is_finite and ended.loss <= limit
+
+
+def of_seeds(
+    ratios: list[float], typical: float = 1.05, worst: float = 1.1, what: str = "plain"
+) -> tuple[str, str, bool]:
+    """Whether runs of several seeds, as multiples of a reference each, are typically and at worst near it."""
+    middle, highest = float(np.median(ratios)), float(np.max(ratios))
+    is_ok = middle <= typical and highest <= worst
+    expected = f"<= {typical:g} x {what}, at worst {worst:g}, {len(ratios)} seeds"
+    return expected, f"{middle:.3f}, at worst {highest:.3f}", is_ok
