@@ -195,5 +195,5 @@ class Notices:
         """Tells those that have not been told."""
         for notice in found:
             if all(event["kind"] != notice.kind for event in self._recorder.history.events):
-                self._recorder.note(step, notice.kind, notice.message)
+                self._recorder.record(step, notice.kind, notice.message)
                 self._through(notice.message)

@@ -202,11 +202,17 @@ class Recorder:
             self.note(step, "budget", _BUDGET_SPENT if "rollback" in seen else _NO_ROLLBACK)
 
     def note(self, step: int, kind: str, message: str, *, level: int = logging.INFO) -> None:
-        """Records something the user should know of."""
-        self.rollbacks += kind == "rollback"
-        if len(self.history.events) < _MAX_EVENTS:
-            self.history.events.append({"step": step, "kind": kind, "message": message})
+        """Records something the user should know of, and says it."""
+        if self.record(step, kind, message):
             self._say(step, message, level=level)
+
+    def record(self, step: int, kind: str, message: str) -> bool:
+        """Records something that the user is told of elsewhere; returns whether there was room."""
+        self.rollbacks += kind == "rollback"
+        has_room = len(self.history.events) < _MAX_EVENTS
+        if has_room:
+            self.history.events.append({"step": step, "kind": kind, "message": message})
+        return has_room
 
     def _say(self, step: int, message: str, *, level: int = logging.INFO) -> None:
         self._progress.say(f"step {step}: {message}")
