@@ -14,7 +14,7 @@ from .state import Order, Settings, in_force, no_order
 
 # A transformation after this one may shorten updates, as clipping does: a way back then takes several of them. One
 # that stops them for good must not stop training with them.
-_MAX_ATTEMPTS = 64
+MAX_ATTEMPTS = 64
 
 # Gradients whose norm is so many times the largest before are an accident, unless they go on: with each that is passed
 # over ten times as much is taken for usual. Measured on small networks (both losses, with and without momentum, warm-up
@@ -83,7 +83,7 @@ def opened(settings: Settings, is_silent: bool, packed: packing.Packed) -> Opene
     left = course.order
     is_left = left.restore | left.adopt
     home = jnp.where(is_left, _home(left), course.home)
-    attempts = jnp.where(is_left, _MAX_ATTEMPTS, course.attempts)
+    attempts = jnp.where(is_left, MAX_ATTEMPTS, course.attempts)
     values = in_force(settings, course._replace(order=no_order(), home=home, attempts=attempts), is_silent=is_silent)
     return Opened(
         values=values,
@@ -141,7 +141,7 @@ def closed(
         lag=past.lag + 1 if directive is None else jnp.zeros_like(past.lag),
         is_spoiled=~is_taken & ~away if directive is None else no,
         home=jnp.where(returns, _home(order), jnp.where(away, opened.home, 0)),
-        attempts=jnp.where(returns, _MAX_ATTEMPTS, jnp.where(away, opened.attempts - 1, 0)),
+        attempts=jnp.where(returns, MAX_ATTEMPTS, jnp.where(away, opened.attempts - 1, 0)),
         is_reverted=is_back | ~is_taken,
         largest=jnp.where(away | ~jnp.isfinite(square), opened.largest, seen),
     )
@@ -168,7 +168,7 @@ def sent_home(
     slot = jnp.where(order.keep & ~order.save, settings.slots, 1).astype(jnp.int32)
     course = course._replace(
         home=jnp.where(is_lost, slot, course.home),
-        attempts=jnp.where(is_lost, _MAX_ATTEMPTS, course.attempts),
+        attempts=jnp.where(is_lost, MAX_ATTEMPTS, course.attempts),
         is_reverted=course.is_reverted | is_lost,
     )
     return packing.pack(course), course.home

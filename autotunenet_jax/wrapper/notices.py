@@ -9,12 +9,15 @@ import numpy as np
 
 from ..compiler import cpu_queue, packing
 from ..controller.state import TRAIN
+from .books import MAX_ATTEMPTS
 from .state import AutotuneState
 
 # Updates without a single loss after which the user is told.
 _SILENT_STEPS = 20
 # How near the edge of the unit cube counts as a bound: the last half of a line search's step over four decades.
 _EDGE = 0.03
+# Updates on one way back to a snapshot that are more than a clipped one takes.
+_LONG_WAY = 16
 # Shares and numbers from which there is something to say.
 _BAD_SHARE, _BAD_STEPS, _MANY_ROLLBACKS, _SLOW_SHARE = 0.02, 10, 5, 0.45
 
@@ -35,6 +38,11 @@ _BAD = (
 _ROLLBACKS = (
     f"training went back to a snapshot more than {_MANY_ROLLBACKS} times. "
     "Lower the upper bound of the learning rate, or look at what breaks it: opt_state.tuner.health tells."
+)
+
+_SHORTENED = (
+    f"a way back to a snapshot takes more than {_LONG_WAY} updates, in which nothing is learned: something after "
+    "autotune in the chain shortens them, such as clipping or reduce_on_plateau. Put it into the optimizer inside."
 )
 
 
@@ -67,6 +75,8 @@ def _texts(state: AutotuneState) -> Iterator[str]:
         if lag >= _SILENT_STEPS:
             yield _SILENT
         return
+    if number(places.home) and number(places.attempts) < MAX_ATTEMPTS - _LONG_WAY:
+        yield _SHORTENED
     health, space = tuner.health, state.settings.core.space
     bad = number(health.bad_steps)
     if bad >= max(_BAD_STEPS, _BAD_SHARE * step):

@@ -10,7 +10,7 @@ import optax
 
 import autotunenet_jax as atn
 
-from . import frameworks, torch_tasks
+from . import frameworks, tasks, torch_tasks
 from .registry import Outcome, case
 
 SPACE = {"learning_rate": (1e-4, 1.0)}
@@ -192,3 +192,34 @@ def two_numbers_as_a_list(way: str) -> Outcome:
     for spec in fine:
         atn.SearchSpace({"what": spec})
     return "refused", f"taken: {', '.join(taken)}" if taken else "refused", not taken
+
+
+@case("F", "autotune")
+def a_plateau_after_it_and_inside(way: str) -> Outcome:
+    """Behind it the plateau's factor shortens the ways back to snapshots as well: that is told; inside it trains."""
+    plateau = optax.contrib.reduce_on_plateau(patience=5, cooldown=5, accumulation_size=5)
+    total, got, is_ok = 400, [], True
+    for name in ("after", "inside"):
+        inner = tasks.OPTIMIZERS["adam"]
+        inner = optax.chain(inner, plateau) if name == "inside" else inner
+        opt = atn.autotune(inner, tasks.SPACE, total)
+        opt = optax.chain(opt, plateau) if name == "after" else opt
+
+        @jax.jit
+        def step(p: Any, state: Any, batch: Any, opt: Any = opt) -> Any:
+            loss, grads = jax.value_and_grad(tasks.loss_of)(p, *batch)
+            updates, state = opt.update(grads, state, p, value=loss)
+            return optax.apply_updates(p, updates), state
+
+        p = tasks.new_params()
+        state = opt.init(p)
+        with torch_tasks.collected() as said:
+            for k in range(total):
+                p, state = step(p, state, tasks.rows(k))
+                if k % 20 == 19:
+                    atn.hyperparams(jax.block_until_ready(state))
+        ratio = float(tasks.test_loss(p)) / tasks.plain(total=total)
+        is_told = any("after autotune in the chain" in text for text in said)
+        is_ok &= ratio <= 1.1 or (name == "after" and is_told)
+        got.append(f"{name} {ratio:.3f}{', told' if is_told else ''}")
+    return "<= 1.1 x plain, or told", "; ".join(got), is_ok

@@ -24,6 +24,7 @@ def heard(state, **changes):
     course = state.course
     ts = course.tuner._replace(step=jnp.int32(500), phase=jnp.int32(0), round=course.tuner.round._replace(index=2))
     ts = ts._replace(validation=ts.validation._replace(level=jnp.float32(1.0)))
+    course = course._replace(**{name: changes.pop(name) for name in set(changes) & set(course._fields)})
     for name, value in changes.items():
         part, _, field = name.rpartition("__")
         value = jnp.asarray(value)
@@ -39,6 +40,8 @@ def heard(state, **changes):
 def test_nothing_is_said_of_a_run_that_goes_well(started):
     assert heard(started) == []
     assert heard(started, health__bad_steps=jnp.int32(9), rollbacks=jnp.int32(3)) == []
+    assert heard(started, home=jnp.int32(1), attempts=jnp.int32(60)) == []
+    assert heard(started, home=jnp.int32(0), attempts=jnp.int32(30)) == []
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def test_nothing_is_said_of_a_run_that_goes_well(started):
         ({"validation__level": jnp.float32(jnp.nan)}, "weight_decay can only be judged by a validation metric"),
         ({"health__bad_steps": jnp.int32(60)}, "more than 2% of the steps were skipped"),
         ({"rollbacks": jnp.int32(8)}, "went back to a snapshot more than 5 times"),
+        ({"home": jnp.int32(1), "attempts": jnp.int32(30)}, "something after autotune in the chain shortens them"),
     ],
 )
 def test_one_thing_is_said_in_one_text(started, changes, text):
