@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
@@ -105,6 +106,44 @@ def _1000_NaN_in_a_row(way: str) -> Outcome:  # noqa: N802
     is_said = way == "autotune" or any("finite" in text.lower() or "nan" in text.lower() for text in ended.said)
     is_ok = ended.is_finite and ended.loss <= good and few and is_said
     return f"<= {good:.3f}, at most 20 rollbacks, said", f"{ended}, {'said' if is_said else 'silent'}", is_ok
+
+
+@case("A", "fit")
+def a_loss_scale_that_begins_too_large(way: str) -> Outcome:
+    """Dynamic loss scaling in half precision: a step that overflows halves the scale, changes nothing else, and tells
+    an infinite loss."""
+    tx, total, worst = tasks.OPTIMIZERS["adam"], 800, 0.0
+
+    def step(state: Any, batch: Any, hp: Any) -> Any:
+        scale, half = state["scale"], jnp.float16
+
+        def scaled(p: Any) -> Any:
+            loss = tasks.loss_of(jax.tree.map(lambda a: a.astype(half), p), batch[0].astype(half), batch[1])
+            return loss * scale.astype(half)
+
+        loss, grads = jax.value_and_grad(scaled)(state["p"])
+        updates, opt = tx.update(
+            jax.tree.map(lambda g: g / scale, grads), atn.set_hyperparams(state["opt"], hp), state["p"]
+        )
+        new = {"p": optax.apply_updates(state["p"], updates), "opt": opt, "scale": scale}
+        is_fit = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        new = jax.tree.map(lambda a, b: jnp.where(is_fit, a, b), new, state)
+        return {**new, "scale": jnp.where(is_fit, scale, scale / 2)}, loss.astype(jnp.float32) / scale
+
+    for power in (14, 15, 24):
+        p = tasks.new_params()
+        state = {"p": p, "opt": tx.init(p), "scale": jnp.float32(2.0**power)}
+        result = atn.fit(
+            step,
+            state,
+            lambda k, hp: tasks.rows(int(k)),
+            tuner=tasks.tuner(total),
+            eval_step=tasks.eval_step,
+            progress=False,
+        )
+        worst = max(worst, float(tasks.test_loss(result.state["p"])))
+    limit = 1.1 * tasks.plain(total=total)
+    return f"<= {limit:.3f}, three scales", f"{worst:.3f}", worst <= limit
 
 
 @case("A", "fit", "Trainer")

@@ -7,8 +7,10 @@ import os
 import pathlib
 import pickle
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -254,6 +256,69 @@ def a_loader_with_a_generator_of_its_own(way: str) -> Outcome:
 @case("D", "Trainer")
 def a_loader_without_one(way: str) -> Outcome:
     return _resumed_order(own=False)
+
+
+# Batches that are written over.
+
+
+class _OneBuffer:
+    """Gives the same two arrays each time, filled again: ``copies`` gives fresh ones."""
+
+    def __init__(self, total: int, *, copies: bool, torches: bool):
+        self.total, self.copies, self.torches = total, copies, torches
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = (column.copy() for column in tasks.rows(0))
+        buffers = (torch.from_numpy(x), torch.from_numpy(y)) if self.torches else (x, y)
+        for k in range(self.total):
+            x[:], y[:] = tasks.rows(k)
+            yield copy.deepcopy(buffers) if self.copies else buffers
+
+
+@case("D", "fit", "Trainer")
+def a_loader_that_fills_its_arrays_again(way: str) -> Outcome:
+    ends = []
+    for copies in (True, False):
+        source = _OneBuffer(400, copies=copies, torches=way == "Trainer")
+        if way == "fit":
+            ends.append(_of_arrays(source))
+        else:
+            ends.append(_of_tensors(source, in_place=False))
+    return _alike(ends)
+
+
+@case("D", "Trainer")
+def a_forward_pass_that_changes_its_batch_in_place(way: str) -> Outcome:
+    """Where every pass gives a batch of its own, that does no harm."""
+    fresh = _OneBuffer(400, copies=True, torches=True)
+    return _alike([_of_tensors(fresh, in_place=in_place) for in_place in (False, True)])
+
+
+def _alike(ends: list[Any]) -> Outcome:
+    return "the same to the bit", "the same" if ends[0] == ends[1] else "different", ends[0] == ends[1]
+
+
+def _of_arrays(source: Any) -> list[bytes]:
+    def step(state: Any, batch: Any, hp: Any) -> Any:
+        return tasks.train_step()(state, (*batch, np.int32(0), np.float32(1)), hp)
+
+    result = atn.fit(step, tasks.new_state(), source, tuner=tasks.tuner(400), eval_step=tasks.eval_step, progress=False)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(result.state)]
+
+
+def _of_tensors(source: Any, *, in_place: bool) -> list[bytes]:
+    def forward(model: Any, batch: Any) -> Any:
+        x, y = batch
+        if not model.training:
+            return model(x), y
+        return model(x.mul_(0.5) if in_place else x * 0.5), y.long()
+
+    model = torch_tasks.new_model()
+    trainer = att.Trainer(
+        torch.nn.functional.cross_entropy, torch_tasks.MAKERS["adam"], steps=400, progress=False, forward=forward
+    )
+    trainer.fit(model, source, [torch_tasks.tensors()[1]], tuner=att.AutoTuneNet(torch_tasks.SPACE))
+    return [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
 
 
 # Objects of the user.
