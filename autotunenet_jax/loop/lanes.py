@@ -21,8 +21,8 @@ from ..controller.core import Core
 from ..controller.fork_round import foreseen
 from ..controller.plan import FAST, MAX_FORKS
 from ..controller.state import TunerState
-from .outputs import parts_of
 from .sound_steps import sound_step
+from .train_step_contract import parts_of
 
 _log = logging.getLogger("autotunenet")
 
