@@ -1,12 +1,11 @@
 """The host loop: feeds batches, obeys directives, keeps snapshots, writes the history."""
 
-import collections
 import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -372,16 +371,25 @@ def _train(
         run.train_stretch(steps, is_stopped, on_step=show)
 
 
-class _Reads(collections.UserDict[str, Any]):
-    """Hyperparameters that remember which ones were read."""
+class _Reads(dict[str, Any]):
+    """A dict of hyperparameters that remembers which ones were read."""
 
-    def __init__(self, values: dict[str, Any]):
+    # They ask for each value by its name.
+    get: Any = Mapping.get
+    items: Any = Mapping.items
+    values: Any = Mapping.values
+
+    def __init__(self, given: dict[str, Any]):
+        super().__init__(given)
         self.names: set[str] = set()
-        super().__init__(values)
 
     def __getitem__(self, name: str) -> Any:
         self.names.add(name)
         return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        # That there is one makes ``dict(hp)`` and ``**hp`` ask for each value, too.
+        return super().__iter__()
 
 
 def _flatten_reads(reads: _Reads) -> tuple[tuple[Any, ...], tuple[str, ...]]:
