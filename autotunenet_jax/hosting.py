@@ -4,6 +4,7 @@ from .controller.state import FORK as FORK
 from .controller.state import SWEEP as SWEEP
 from .controller.state import TRAIN as TRAIN
 from .session.batches import BatchWindow as BatchWindow
+from .session.feed import check_log_every as check_log_every
 from .session.host import Host as Host
 from .session.notices import Notice as Notice
 from .session.notices import Notices as Notices

@@ -235,12 +235,15 @@ def _after_fork(
     held, row, fork = ts.round, ts.round.index, ts.round.fork
     succeeded = fork_round.finished(held)[fork]
     holder, has_holder = jnp.maximum(held.kept, 0), held.kept >= 0
-    p_better = jnp.where(has_holder, fork_surrogate.probability_better(judged, fork, holder), 1.0)
+    found = fork_surrogate.compare(judged, fork, holder)
+    p_better, is_fork = jnp.where(has_holder, found.p_better, 1.0), jnp.arange(MAX_FORKS) == fork
     wins = succeeded & (~has_holder | (p_better > 0.5))
     lost = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), held.steps[fork])
     held = held._replace(
         kept=jnp.where(wins, fork, held.kept),
-        p_better=jnp.where(jnp.arange(MAX_FORKS) == fork, p_better, held.p_better),
+        p_better=jnp.where(is_fork, p_better, held.p_better),
+        lead=jnp.where(is_fork & has_holder, found.lead, held.lead),
+        deviation=jnp.where(is_fork & has_holder, found.deviation, held.deviation),
     )
     slots = ts.slots._replace(
         kept_data=jnp.where(wins, ts.data_step, ts.slots.kept_data),

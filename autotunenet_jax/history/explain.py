@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .belief import believed
+
 if TYPE_CHECKING:
     from .history import History
 
@@ -142,6 +144,10 @@ def _told(history: "History", row: Mapping[str, Any], place: int) -> str:
     if not fork["scores"]:
         return f"failed after {fork['steps']} steps"
     text = f"scored {score_of(history, row, fork['scores'][0]):.4g}"
+    held = believed(row, place - 1)
+    if held is not None:
+        low, high = (f"{end:.4g}" for end in sorted(score_of(history, row, end) for end in held))
+        text += f" (believed {low} to {high})" if low != high else ""
     if best is not None and fork is not best and best["scores"]:
         behind = fork["scores"][0] - best["scores"][0]
         text += f", {abs(behind):.2g} {'better' if behind < 0 else 'worse'} than the kept one"

@@ -345,6 +345,8 @@ class Recorder:
                     "start": start,
                     "end": end,
                     "p_better": float(report.p_better[number]),
+                    "lead": float(report.lead[number]),
+                    "deviation": float(report.deviation[number]),
                 }
             )  # fmt: skip
             if number != best:
