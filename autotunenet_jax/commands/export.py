@@ -2,10 +2,11 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from ..history.history import History
+from ..history.history import BELIEFS, History
 
 FORMATS = ("json", "csv", "optuna")
 TABLES = ("records", "forks", "evals", "events")
@@ -43,8 +44,14 @@ def _rows(history: History, table: str) -> list[Mapping[str, Any]]:
             "scored_by": row["scored_by"],
             **fork["hyperparams"],
             "score": fork["scores"][0] if fork["scores"] else "",
-            **{name: fork[name] for name in ("status", "start", "end", "steps", "p_better", "lead", "deviation")},
+            **{name: fork[name] for name in ("status", "start", "end", "steps")},
+            **{name: _known(fork[name]) for name in BELIEFS},
         }
         for number, row in enumerate(history.rounds, start=1)
         for place, fork in enumerate(row["forks"], start=1)
     ]
+
+
+def _known(value: float) -> float | str:
+    """A number, or nothing where there is none."""
+    return value if math.isfinite(value) else ""

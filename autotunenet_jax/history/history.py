@@ -25,9 +25,8 @@ HISTORY_NAME = "history.json"
 # Rows are thinned evenly beyond this many, so that a history never grows with the length of the run.
 _MAX_RECORDS = 4096
 
-
-# What the surrogate said of a fork.
-_BELIEFS = ("p_better", "lead", "deviation")
+BELIEFS = ("p_better", "lead", "deviation")
+"""What the surrogate said of a fork; NaN where it said nothing."""
 
 
 def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def _from_json(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _as_before(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "forks": [_from_json(fork, *_BELIEFS) for fork in row["forks"]]}
+    return {**row, "forks": [_from_json(fork, *BELIEFS) for fork in row["forks"]]}
 
 
 def price(summary: Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ def _draw_scores(axis: Any, history: "History", row: dict[str, Any], look: Look)
             value = score_of(history, row, fork["scores"][0])
             if believes[place] is not None:
                 low, high = (score_of(history, row, end) for end in believes[place])
-                axis.vlines(at[place], low, high, color=inks[place], lw=1.6)
+                axis.plot([at[place]] * 2, [low, high], color=inks[place], lw=1.6)
             axis.plot(at[place], value, sign, color=inks[place], mec=look.text, mew=0.5, ms=13 if is_best else 7)
         else:
             axis.plot(at[place], 0.95, "X", color=look.alarm, ms=8, transform=axis.get_xaxis_transform())
