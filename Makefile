@@ -20,7 +20,7 @@ demo: $(VENV)/.examples.stamp  ## Install, then watch one run tune itself.
 test: $(VENV)/.test.stamp  ## Install, then run every test.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-soak: $(VENV)/.test.stamp  ## Install, then run the long forms of tests: more faults, more kills, the long pages.
+soak: $(VENV)/.soak.stamp  ## Install, then run the long forms of tests: more faults, more kills, the long pages.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(WORKERS) -m soak --timeout 1200 tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev.stamp  ## Install, then check style, types and the direction of imports.
@@ -48,6 +48,10 @@ $(VENV)/.examples.stamp: $(INPUTS) | $(VENV)/bin/python
 
 $(VENV)/.test.stamp: $(INPUTS) | $(VENV)/bin/python
 	$(PIP) install -q -e ".[test,lightning,transformers]" -c constraints.txt
+	touch $@
+
+$(VENV)/.soak.stamp: $(INPUTS) $(VENV)/.test.stamp | $(VENV)/bin/python
+	$(PIP) install -q -e ".[test,ray]" -c constraints.txt
 	touch $@
 
 $(VENV)/.dev.stamp: $(INPUTS) $(VENV)/.test.stamp | $(VENV)/bin/python

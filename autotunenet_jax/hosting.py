@@ -1,8 +1,14 @@
-"""What a training loop of another framework needs in order to host a run; see ``docs/add_a_framework.md``."""
+"""What a training loop of another framework, or who trains forks elsewhere, needs; see ``docs/add_a_framework.md``."""
 
+from .checkpoint.parcel import Parcel as Parcel
+from .checkpoint.parcel import pack as pack
+from .checkpoint.parcel import unpack as unpack
 from .controller.state import FORK as FORK
 from .controller.state import SWEEP as SWEEP
 from .controller.state import TRAIN as TRAIN
+from .loop.fork_executor import ForkExecutor as ForkExecutor
+from .loop.fork_executor import TrainedFork as TrainedFork
+from .loop.fork_executor import train_fork as train_fork
 from .session.batches import BatchWindow as BatchWindow
 from .session.feed import check_log_every as check_log_every
 from .session.host import Host as Host

@@ -11,6 +11,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"AutoTuneNet {release}"
 
+autodoc_mock_imports = ["ray"]  # an extra that building the pages does without
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

@@ -73,3 +73,4 @@ def test_the_adapters_are_installed_under_their_own_name():
 
     assert importlib.util.find_spec("autotunenet_torch") is not None
     assert importlib.util.find_spec("autotunenet_flax") is not None
+    assert importlib.util.find_spec("autotunenet_ray") is not None

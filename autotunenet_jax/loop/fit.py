@@ -22,6 +22,7 @@ from ..session.notices import NO_METRIC, Notice, announce_compilation
 from ..session.recorder import Recorder, shown
 from ..session.signals import Stop
 from .durable import Durable, durable
+from .fork_executor import ForkExecutor
 from .lanes import check_parallel_forks
 from .processes import Processes
 from .progress import Progress
@@ -109,7 +110,7 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None, resu
     return total
 
 
-def _check_lanes(at_once: int | str, tuner: AutoTuneNet, read: set[str], processes: Processes) -> None:
+def _check_lanes(at_once: int | str | ForkExecutor, tuner: AutoTuneNet, read: set[str], processes: Processes) -> None:
     """Whether forks can share their batches, and a process."""
     if at_once == 1:
         return
@@ -146,7 +147,7 @@ def fit(
     callbacks: Sequence[Callback | Callable[[dict[str, Any]], None]] = (),
     loggers: Sequence[Any] = (),
     log_every: int = 50,
-    parallel_forks: int | Literal["auto"] | None = None,
+    parallel_forks: int | Literal["auto"] | ForkExecutor | None = None,
 ) -> FitResult:
     """Trains once, tuning as it goes.
 
@@ -198,7 +199,8 @@ def fit(
         a W&B run, ``mlflow``, anything else with ``log(row, step)``, or a function ``(row, step)``.
       log_every: Steps between two rows of the loggers, which hold means over the kept steps since the last one.
       parallel_forks: How many forks of a round run together, 1 to 8: beside the one that is asked for its neighbours
-        on both sides, one of which is likely to be next. ``"auto"`` takes three, or what devices and memory allow.
+        on both sides, one of which is likely to be next. ``"auto"`` takes three, or what devices and memory allow; a
+        ``Population`` of ``autotunenet_ray`` has them trained by actors, on several machines if need be.
         None, as 1, runs one after the other. Decisions are those of forks that run one after the other, up to rounding;
         what was trained and never asked for is not part of the budget: ``summary["unused_steps"]`` of the history.
 

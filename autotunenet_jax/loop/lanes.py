@@ -6,14 +6,12 @@ losses are told instead of trained for. Its last step is trained as any other, a
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from ..controller import AutoTuneNet
@@ -21,33 +19,15 @@ from ..controller.core import Core
 from ..controller.fork_round import foreseen
 from ..controller.plan import FAST, MAX_FORKS
 from ..controller.state import TunerState
-from .outputs import parts_of
-from .sound_steps import sound_step
+from .device_forks import MOST_AT_ONCE, DeviceForks
+from .fork_executor import ForkExecutor, Heard
 
 _log = logging.getLogger("autotunenet")
 
-# The fork that is asked for and its neighbours on both sides: more are seldom asked for.
-MOST_AT_ONCE = 3
-# A lane holds its state, the next one and what lies between; and so much of what is free is left to others.
-_STATES_PER_LANE, _SHARE_OF_FREE = 4.0, 0.8
 # Longer forks run alone.
 _MOST_STEPS = 2**14
 # Rates that a lane was trained with are those that the controller asks for, up to rounding.
 _ROUNDING = 1e-5
-
-
-class Heard(NamedTuple):
-    """What is to be heard of the steps of a fork, filled up to the longest fork.
-
-    Attributes:
-      told: What the controller hears.
-      loss: What the history hears.
-      metrics: Beside the loss.
-    """
-
-    told: Any
-    loss: Any
-    metrics: Mapping[str, Any]
 
 
 class Lane(NamedTuple):
@@ -57,7 +37,7 @@ class Lane(NamedTuple):
       x: Hyperparameters, unit cube.
       first: Those in force at its first step, by name.
       steps: How many it has been trained for.
-      heard: What is to be heard of them.
+      heard: What is to be heard of them, filled up to the longest fork.
       state: The training state before the last step.
     """
 
@@ -92,42 +72,18 @@ def _in_force_jit(core: Core, steps: int, ts: TunerState, x: Float[Array, "k d"]
     return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(jnp.arange(steps), x)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _lanes_jit(
-    train_step: Callable[..., Any], has_aux: bool, states: Any, hyperparams: dict[str, Array], pos: Array, batch: Any
-) -> Any:
-    """One step of every lane, on one batch; a step that breaks a lane's state does not happen."""
-
-    def one(state: Any, values: Any) -> Any:
-        new, loss, metrics = parts_of(train_step(state, batch, values), has_aux=has_aux)
-        new, told = sound_step(new, state, loss)
-        return new, Heard(jnp.asarray(told, jnp.float32), jnp.asarray(loss, jnp.float32), metrics)
-
-    return jax.vmap(one)(states, {name: rows[pos] for name, rows in hyperparams.items()})
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _repeated(state: Any, count: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.stack([leaf] * count), state)
-
-
-@jax.jit
-def _taken(states: Any, number: Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf[number], states)
-
-
-def check_parallel_forks(wanted: int | Literal["auto"] | None) -> int | Literal["auto"]:
-    """How many forks may run together; 1 where nothing is asked for.
+def check_parallel_forks(wanted: int | Literal["auto"] | ForkExecutor | None) -> int | Literal["auto"] | ForkExecutor:
+    """How many forks may run together, or who trains them; 1 where nothing is asked for.
 
     Raises:
       ValueError: It is no number of forks.
     """
-    if wanted is None or wanted == "auto":
+    if wanted is None or wanted == "auto" or isinstance(wanted, ForkExecutor):
         return wanted or 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= MAX_FORKS:
         raise ValueError(
-            f'parallel_forks must be "auto", None, or an integer from 1 to {MAX_FORKS}; got {wanted!r}. '
-            f"{MOST_AT_ONCE} is the most that is often of use."
+            f'parallel_forks must be "auto", None, an integer from 1 to {MAX_FORKS}, or a ForkExecutor as a Population '
+            f"is; got {wanted!r}. {MOST_AT_ONCE} is the most that is often of use."
         )
     return wanted
 
@@ -139,11 +95,11 @@ class Lanes:
       train_step: The user's.
       tuner: Asks for forks.
       has_aux: Whether ``train_step`` returns metrics too.
-      wanted: How many forks run together at most; ``"auto"`` takes what devices and memory allow.
+      wanted: How many forks run together at most, or who trains them; ``"auto"`` takes what devices and memory allow.
       state: A training state, for its size and place.
 
     Attributes:
-      count: How many forks run together at most.
+      executor: Who trains them.
       unused_steps: Training steps of forks that were never asked for.
     """
 
@@ -153,37 +109,30 @@ class Lanes:
         tuner: AutoTuneNet,
         *,
         has_aux: bool,
-        wanted: int | Literal["auto"],
+        wanted: int | Literal["auto"] | ForkExecutor,
         state: Any,
     ):
-        self._train_step, self._core, self._has_aux = train_step, tuner.core, has_aux
+        self._core = tuner.core
         # Of the longest fork that can be foreseen; an open-ended plan has forks that are longer than any run.
         longest = int(np.max(tuner.plan.length, where=tuner.plan.kind == FAST, initial=1))
         self._most_steps = min(longest, _MOST_STEPS)
         self._round: tuple[int, int] = (-1, -1)
         self._lanes: list[Lane] = []
         self.unused_steps = 0
-        self.count, devices, why = _room(wanted, state)
-        self._own = devices[0] if devices else None
-        self._over = None
-        if devices:
-            self._over = NamedSharding(Mesh(np.array(devices), ("forks",)), PartitionSpec("forks"))
+        self.executor = wanted if isinstance(wanted, ForkExecutor) else DeviceForks(wanted, state)
         if wanted != 1:
-            _log.info("up to %d forks of a round run together: %s", self.count, why)
+            self.executor.start(train_step, state, has_aux=has_aux)
+            _log.info("up to %d forks of a round run together: %s", self.executor.count, self.executor.description)
 
     @property
     def is_on(self) -> bool:
         """Whether forks run together at all."""
-        return self.count > 1
+        return self.executor.count > 1
 
     @property
     def waiting_steps(self) -> int:
         """Training steps of forks that have run and may still be asked for."""
         return sum(lane.steps for lane in self._lanes)
-
-    def placed(self, tree: Any) -> Any:
-        """The tree on the device where forks come back to, if they run on others too: one place compiles once."""
-        return tree if self._over is None else jax.device_put(tree, self._own)
 
     def find(self, ts: TunerState, host: Any) -> Lane | None:
         """The fork that begins, where it has run or can be run beside others; else None, and it is trained as usual.
@@ -223,7 +172,7 @@ class Lanes:
 
     def _points(self, ts: TunerState) -> np.ndarray:
         """The fork that begins and those that may follow, as far as they have not run."""
-        found = jax.device_get(_foreseen_jit(self._core, self.count, ts))
+        found = jax.device_get(_foreseen_jit(self._core, self.executor.count, ts))
         known = [lane.x for lane in self._lanes]
         points = [
             x
@@ -236,26 +185,21 @@ class Lanes:
         """Trains forks at some points up to their last step; those that met nothing unusual are of use."""
         steps, start, count = int(ts.segment_length) - 1, int(ts.data_step), len(points)
         # Filled up, so that one program does for all.
-        x = jnp.asarray(np.concatenate([points, np.repeat(points[:1], self.count - count, axis=0)]))
+        x = jnp.asarray(np.concatenate([points, np.repeat(points[:1], self.executor.count - count, axis=0)]))
         in_force = functools.partial(_in_force_jit, self._core, self._most_steps, ts, x)
         values, later = in_force(np.int32(0)), in_force(np.int32(MAX_FORKS * (steps + 1)))
         first, later = jax.device_get([{name: rows[0] for name, rows in tree.items()} for tree in (values, later)])
         if not _is_close(first, later):
             # The rates depend on how much of the budget is spent, and so on the order of the forks.
             return []
-        self.unused_steps += steps * (self.count - count)
-        states, rows, values = self._spread(_repeated(state, self.count)), [], self._everywhere(values)
-        for pos in range(steps):
-            shared = self._everywhere(batch(start + pos))
-            states, heard = _lanes_jit(self._train_step, self._has_aux, states, values, np.int32(pos), shared)
-            rows.append(heard)
-        heard = jax.tree.map(lambda *row: np.stack(row, axis=1), *jax.device_get(rows))
+        self.unused_steps += steps * (self.executor.forks_paid(count) - count)
+        trained = self.executor.train(state, values, lambda pos: batch(start + pos), steps=steps, count=count)
         lanes = []
-        for number in range(count):
-            mine = jax.tree.map(lambda row, number=number: self._filled(row[number]), heard)
-            if np.isfinite(mine.told).all():
+        for number, fork in enumerate(trained):
+            if fork is not None and np.isfinite(fork.heard.told).all():
                 at_first = {name: value[number] for name, value in first.items()}
-                lanes.append(Lane(points[number], at_first, steps, mine, self._taken(states, number, like=state)))
+                heard = jax.tree.map(self._filled, fork.heard)
+                lanes.append(Lane(points[number], at_first, steps, heard, fork.state))
             else:
                 self.unused_steps += steps
         return lanes
@@ -264,59 +208,6 @@ class Lanes:
         """A row with a value for each step of the longest fork."""
         return np.concatenate([row, np.zeros(self._most_steps - len(row), row.dtype)])
 
-    def _taken(self, states: Any, number: int, *, like: Any) -> Any:
-        """The state of one lane, where the training state lies."""
-        taken = _taken(states, np.int32(number))
-        if self._over is None:
-            return taken
-        return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), taken, like)
-
-    def _everywhere(self, tree: Any) -> Any:
-        """A tree on all devices that lanes run on."""
-        return tree if self._over is None else jax.device_put(tree, NamedSharding(self._over.mesh, PartitionSpec()))
-
-    def _spread(self, tree: Any) -> Any:
-        return tree if self._over is None else jax.device_put(tree, self._over)
-
 
 def _is_close(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(np.allclose(a[name], b[name], rtol=_ROUNDING, atol=0.0) for name in a)
-
-
-def _room(wanted: int | Literal["auto"], state: Any) -> tuple[int, list[Any], str]:
-    """How many forks run together, on which devices, and why; no devices where they run where the state is."""
-    if wanted == 1:
-        return 1, [], "nothing else is asked for"
-    limit = MOST_AT_ONCE if wanted == "auto" else wanted
-    leaves = jax.tree.leaves(state)
-    places = {device for leaf in leaves for device in leaf.sharding.device_set}
-    local = jax.local_devices()
-    size = sum(leaf.nbytes for leaf in leaves) / max(len(places), 1)
-    if len(places) == 1 and len(local) > 1:
-        # Those that do nothing otherwise; the state's own among them.
-        own = next(iter(places))
-        others = [device for device in local if device != own]
-        count = min(limit, len(local)) if wanted == "auto" else limit
-        used = [own, *others][: _divisor(count, len(local))]
-        return count, used if len(used) > 1 else [], f"over {len(used)} devices"
-    free = _free_bytes(next(iter(places)))
-    if free is None:
-        return limit, [], f"on one device, of whose memory nothing is known, {size / 2**20:.1f} MiB of state each"
-    fitting = max(int(_SHARE_OF_FREE * free / max(_STATES_PER_LANE * size, 1.0)), 1)
-    count = min(limit, fitting) if wanted == "auto" else limit
-    return count, [], f"of {size / 2**20:.1f} MiB of state each, {fitting} would fit into the memory that is free"
-
-
-def _divisor(count: int, devices: int) -> int:
-    """The most devices that share so many lanes evenly."""
-    return max(n for n in range(1, min(count, devices) + 1) if count % n == 0)
-
-
-def _free_bytes(device: Any) -> int | None:
-    """Memory of a device that is free, as far as it says."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None

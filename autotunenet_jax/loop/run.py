@@ -24,7 +24,8 @@ from ..session.session import Session
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
-from .lanes import Heard, Lane, Lanes
+from .fork_executor import ForkExecutor, Heard
+from .lanes import Lane, Lanes
 from .outputs import parts_of
 from .sound_steps import count_non_finite, sound_step
 
@@ -196,7 +197,7 @@ class Run:
       key: Of the tuner's random choices.
       recorder: Writes the history.
       stop: Of signals.
-      parallel_forks: How many forks run together at most, or ``"auto"``.
+      parallel_forks: How many forks run together at most, ``"auto"``, or who trains them.
     """
 
     def __init__(
@@ -212,14 +213,15 @@ class Run:
         key: PRNGKeyArray,
         recorder: Recorder,
         stop: Stop,
-        parallel_forks: int | Literal["auto"] = 1,
+        parallel_forks: int | Literal["auto"] | ForkExecutor = 1,
     ):
         self.train_step, self.source, self.recorder = train_step, source, recorder
         self.has_aux, self._stop, self._pace = has_aux, stop, Pace()
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
         self.lanes = Lanes(train_step, tuner, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
-        self.host.state, self.controller.state = self.lanes.placed((self.host.state, self.controller.state))
+        home = self.lanes.executor.home
+        self.host.state, self.controller.state = home((self.host.state, self.controller.state))
         # Where steps leave it, so that the second one finds what the first one was compiled for.
         self.controller.state = beside(self.controller.state, self.host.state)
         self.session = Session(self.host, self.controller, recorder)

@@ -76,9 +76,9 @@ def documented(package):
     return names
 
 
-@pytest.mark.parametrize("package", ["autotunenet_jax", "autotunenet_torch", "autotunenet_flax"])
+@pytest.mark.parametrize("package", ["autotunenet_jax", "autotunenet_torch", "autotunenet_flax", "autotunenet_ray"])
 def test_the_reference_has_every_public_name(package):
-    if package == "autotunenet_torch":
-        pytest.importorskip("torch")
+    if package in ("autotunenet_torch", "autotunenet_ray"):
+        pytest.importorskip(package.removeprefix("autotunenet_"))
     missing = set(public(importlib.import_module(package))) - documented(package)
     assert not missing

@@ -6,7 +6,7 @@ from tests.docs.pages import PAGES, blocks, run
 
 # In tests of their own, since more is asked of them or they take long.
 ELSEWHERE = {"add_a_framework.md", "history.md", "optax.md", "recipes.md", "update.md"}
-ELSEWHERE |= {"README.md", "torch.md", "lightning.md", "transformers.md"}
+ELSEWHERE |= {"README.md", "ray.md", "torch.md", "lightning.md", "transformers.md"}
 
 
 @pytest.mark.timeout(600)  # as many programs to compile as a page has ways in, where they are not in the cache

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import pickle
 import types
 
 import jax
@@ -12,7 +13,8 @@ import pytest
 import autotunenet_jax as atn
 from autotunenet_jax.controller.fork_round import foreseen
 from autotunenet_jax.controller.state import FORK
-from autotunenet_jax.loop import lanes, run
+from autotunenet_jax.hosting import ForkExecutor, pack, train_fork, unpack
+from autotunenet_jax.loop import device_forks, lanes, run
 from tests import devices, problem
 
 TOTAL = 600
@@ -126,7 +128,10 @@ def test_what_is_foreseen_lies_on_both_sides_and_inside_the_bounds():
 
 @pytest.mark.parametrize("wanted", [0, 9, 2.0, True, "many"])
 def test_a_number_of_forks_that_is_none_is_refused(wanted):
-    with pytest.raises(ValueError, match=r'parallel_forks must be "auto", None, or an integer from 1 to 8; got'):
+    with pytest.raises(
+        ValueError,
+        match=r'parallel_forks must be "auto", None, an integer from 1 to 8, or a ForkExecutor as a Population is; got',
+    ):
         fit(wanted)
 
 
@@ -141,12 +146,44 @@ def test_batches_that_depend_on_the_fork_are_refused():
 def test_as_many_as_fit_into_memory_run_together(monkeypatch, caplog):
     state = jax.device_put({"w": jnp.ones(2**18)}, jax.devices()[0])
     for free, count in ((2**20 * 100, 3), (2**20 * 11, 2), (2**20, 1), (None, 3)):
-        monkeypatch.setattr(lanes, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(device_forks, "_free_bytes", lambda device, free=free: free)
         with caplog.at_level(logging.INFO, logger="autotunenet"):
             made = lanes.Lanes(None, problem.tuner(), has_aux=False, wanted="auto", state=state)
-        assert made.count == count and made.is_on == (count > 1)
+        assert made.executor.count == count and made.is_on == (count > 1)
         assert f"up to {count} forks of a round run together" in caplog.records[-1].message
-    assert lanes.Lanes(None, problem.tuner(), has_aux=False, wanted=5, state=state).count == 5
+    assert lanes.Lanes(None, problem.tuner(), has_aux=False, wanted=5, state=state).executor.count == 5
+
+
+class Elsewhere(ForkExecutor):
+    """Trains forks as another process would, and loses some of them."""
+
+    count = 3
+
+    def __init__(self, loses=lambda number: False):
+        self._loses, self.trained = loses, 0
+
+    def start(self, train_step, state, *, has_aux):
+        self._train_step, self._structure = train_step, jax.tree.map(lambda _: 0, state)
+
+    def train(self, state, hyperparams, batch, *, steps, count):
+        sent, forks = pickle.dumps(pack(state)), []
+        for number in range(count):
+            values = {name: np.asarray(rows)[:steps, number] for name, rows in hyperparams.items()}
+            begun = unpack(pickle.loads(sent), self._structure)
+            fork = train_fork(self._train_step, begun, values, map(batch, range(steps)), has_aux=False)
+            self.trained += 1
+            forks.append(None if self._loses(self.trained) else fork._replace(state=unpack(pack(fork.state), state)))
+        return forks
+
+
+@pytest.mark.parametrize("loses", [lambda number: False, lambda number: number % 2, lambda number: True])
+def test_forks_trained_elsewhere_change_nothing_and_lost_ones_are_trained_again(loses):
+    executor = Elsewhere(loses)
+    result = fit(executor)
+    assert executor.trained and problem.same(result.state, alone().state)
+    assert_alike(result, alone())
+    lost = sum(bool(loses(number + 1)) for number in range(executor.trained))
+    assert result.history.summary["unused_steps"] >= lost * 17
 
 
 SPREAD = """
@@ -159,7 +196,7 @@ train, places = lanes.Lanes._run, []
 def seen(self, ts, state, points, batch):
     found = train(self, ts, state, points, batch)
     assert all(leaf.devices() == {jax.devices()[0]} for lane in found for leaf in jax.tree.leaves(lane.state))
-    places.append([len(self._over.mesh.devices.flat), len(found)])
+    places.append([len(self.executor._over.mesh.devices.flat), len(found)])
     return found
 lanes.Lanes._run = seen
 result = here.fit("auto")
