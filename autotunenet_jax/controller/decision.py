@@ -116,7 +116,22 @@ def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, R
     """
     ended = _end(space, ts)
     points = jnp.concatenate([ended.ts.round.x, ended.candidates.x])
-    return _choose(space, ended, fork_surrogate.judge(space, ended.ts, points, ended.key))
+    judged = fork_surrogate.judge(space, ended.ts, points, ended.key)
+    return _choose(space, ended._replace(ts=_compared(ended.ts, judged)), judged)
+
+
+@single_kernel()
+def _compared(ts: TunerState, judged: fork_surrogate.Judgement) -> TunerState:
+    """With the lead of the fork that ended over the one kept till then, which is told and decides nothing by itself."""
+    held = ts.round
+    lead, deviation = fork_surrogate.lead(judged, held.fork, jnp.maximum(held.kept, 0))
+    is_compared = (ts.phase == FORK) & (held.kept >= 0) & (jnp.arange(MAX_FORKS) == held.fork)
+    return ts._replace(
+        round=held._replace(
+            lead=jnp.where(is_compared, lead, held.lead),
+            deviation=jnp.where(is_compared, deviation, held.deviation),
+        )
+    )
 
 
 @single_kernel(static_argnums=(0,))
@@ -235,15 +250,12 @@ def _after_fork(
     held, row, fork = ts.round, ts.round.index, ts.round.fork
     succeeded = fork_round.finished(held)[fork]
     holder, has_holder = jnp.maximum(held.kept, 0), held.kept >= 0
-    found = fork_surrogate.compare(judged, fork, holder)
-    p_better, is_fork = jnp.where(has_holder, found.p_better, 1.0), jnp.arange(MAX_FORKS) == fork
+    p_better = jnp.where(has_holder, fork_surrogate.probability_better(judged, fork, holder), 1.0)
     wins = succeeded & (~has_holder | (p_better > 0.5))
     lost = jnp.where(wins, jnp.where(has_holder, held.steps[holder], 0), held.steps[fork])
     held = held._replace(
         kept=jnp.where(wins, fork, held.kept),
-        p_better=jnp.where(is_fork, p_better, held.p_better),
-        lead=jnp.where(is_fork & has_holder, found.lead, held.lead),
-        deviation=jnp.where(is_fork & has_holder, found.deviation, held.deviation),
+        p_better=jnp.where(jnp.arange(MAX_FORKS) == fork, p_better, held.p_better),
     )
     slots = ts.slots._replace(
         kept_data=jnp.where(wins, ts.data_step, ts.slots.kept_data),

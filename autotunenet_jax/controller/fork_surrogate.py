@@ -148,18 +148,15 @@ def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGK
     return Judgement(mean, covariance, posterior.hyper)
 
 
-class Comparison(NamedTuple):
-    """One point against another: how likely it is better, by how much, and the deviation of that."""
-
-    p_better: Float[Array, ""]
-    lead: Float[Array, ""]
-    deviation: Float[Array, ""]
+def probability_better(judged: Judgement, challenger: Array, holder: Array) -> Float[Array, ""]:
+    """Probability that one point is better than another."""
+    gain, deviation = lead(judged, challenger, holder)
+    return acquisition.normal_cdf(gain / deviation)
 
 
-def compare(judged: Judgement, challenger: Array, holder: Array) -> Comparison:
-    """What is believed of one point against another."""
-    lead, deviation = _gain(judged, holder, challenger)
-    return Comparison(acquisition.normal_cdf(lead / deviation), lead, deviation)
+def lead(judged: Judgement, challenger: Array, holder: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean and standard deviation of how much better one point is than another."""
+    return _gain(judged, holder, challenger)
 
 
 def expected_improvement(judged: Judgement, best: Array) -> Float[Array, "m"]:

@@ -76,27 +76,26 @@ def compiled():
         result = fork_surrogate.judge(
             SPACE, ts._replace(knowledge=known, data_step=jnp.int32(20)), x, jax.random.key(1)
         )
-        found = fork_surrogate.compare(result, 0, 1)
-        return result, found, fork_surrogate.expected_improvement(result, 0)
+        return result, fork_surrogate.probability_better(result, 0, 1), fork_surrogate.expected_improvement(result, 0)
 
     return judged
 
 
 def test_it_prefers_the_better_fork_and_looks_beside_it():
     where = np.float32([0.5, 0.6, 0.7, 0.4, 0.8])[:, None]
-    result, found, gain = compiled()(record([-1.0, -0.7, -0.4], x=where[:3, 0]), where)
-    assert found.p_better > 0.9
+    result, p_better, gain = compiled()(record([-1.0, -0.7, -0.4], x=where[:3, 0]), where)
+    assert p_better > 0.9
     assert np.argmin(result.mean[:3]) == 0
     # Beyond a worse fork less is to be gained than on the other side of the best one.
     assert gain[3] > 2.0 * gain[4]
-    swapped, found, _ = compiled()(record([-0.7, -1.0, -0.4], x=where[:3, 0]), where)
-    assert found.p_better < 0.1 and np.argmin(swapped.mean[:3]) == 1
+    swapped, p_better, _ = compiled()(record([-0.7, -1.0, -0.4], x=where[:3, 0]), where)
+    assert p_better < 0.1 and np.argmin(swapped.mean[:3]) == 1
 
 
 def test_a_failed_fork_is_worse_than_any():
     where = np.float32([0.5, 0.6, 0.7, 0.8, 0.9])[:, None]
-    result, found, _ = compiled()(record([-1.0, 0.0], failed=[1], x=where[:2, 0]), where)
-    assert found.p_better > 0.9
+    result, p_better, _ = compiled()(record([-1.0, 0.0], failed=[1], x=where[:2, 0]), where)
+    assert p_better > 0.9
     assert result.mean[1] > result.mean[0]
 
 
@@ -113,7 +112,7 @@ def test_the_expected_improvement_is_that_of_the_joint_posterior():
         assert np.all(actual >= 0.0)
         for other in set(range(4)) - {best}:
             share = np.mean(draws[:, other] < draws[:, best])
-            assert float(fork_surrogate.compare(judged, other, best).p_better) == pytest.approx(share, abs=0.005)
+            assert float(fork_surrogate.probability_better(judged, other, best)) == pytest.approx(share, abs=0.005)
 
 
 @pytest.mark.parametrize("gap", [-1e6, -40.0, 0.0, 40.0, 1e6])

@@ -17,7 +17,7 @@ def cells(book):
 
 
 def blocks(page):
-    """The Python on a page, in order: the line before each block, and its text. Of a notebook the number of its cell."""
+    """The Python on a page, in order: the line before each block, or the number of a notebook's cell, and its text."""
     if page.suffix == ".ipynb":
         return [(number, "".join(cell["source"])) for number, cell in enumerate(cells(page))]
     text = page.read_text()
