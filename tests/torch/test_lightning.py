@@ -253,7 +253,7 @@ def test_callbacks_loggers_and_the_tuned_values(tmp_path, loader):
     [decision] = tuner.history.rounds
     assert decision["end"] <= trainer.global_step < 180 and stops.ended
     steps = [step for step, row in seen if "train/loss" in row]
-    assert steps[-1] == decision["end"] and sum(step % 7 == 0 for step in steps) > 1
+    assert steps[-1] == decision["forks"][decision["best"]]["end"] and sum(step % 7 == 0 for step in steps) > 1
     told = [(step, row["tuner/learning_rate"]) for step, row in rows if "tuner/learning_rate" in row]
     assert [step for step, _ in told] == [1, decision["end"]]
     assert told[1][1] == pytest.approx(decision["chosen"]["learning_rate"])

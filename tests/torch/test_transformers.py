@@ -196,7 +196,7 @@ def test_callbacks_loggers_and_the_tuned_values(tmp_path):
     assert decision["end"] <= trainer.state.global_step < 160 and stops.ended
     assert any("tuner/round" in row for _, row in seen)
     steps = [step for step, row in seen if "train/loss" in row]
-    assert steps[-1] == decision["end"] and sum(step % 7 == 0 for step in steps) > 1
+    assert steps[-1] == decision["forks"][decision["best"]]["end"] and sum(step % 7 == 0 for step in steps) > 1
     rows = trainer.state.log_history
     told = [(row["step"], row["tuner/learning_rate"]) for row in rows if "tuner/learning_rate" in row]
     assert [step for step, _ in told] == [1, decision["end"]]

@@ -118,8 +118,8 @@ def _draw_scores(axis: Any, history: "History", row: dict[str, Any], look: Look)
         is_best, sign = place == row["best"], "*" if place == row["best"] else "o"
         if fork["scores"]:
             value = score_of(history, row, fork["scores"][0])
-            if believes[place] is not None:
-                low, high = (score_of(history, row, end) for end in believes[place])
+            if (held := believes[place]) is not None:
+                low, high = (score_of(history, row, end) for end in held)
                 axis.plot([at[place]] * 2, [low, high], color=inks[place], lw=1.6)
             axis.plot(at[place], value, sign, color=inks[place], mec=look.text, mew=0.5, ms=13 if is_best else 7)
         else:
