@@ -10,7 +10,7 @@ from autotunenet_jax.hosting import TRAIN, Session
 from . import distributed, random_state
 from .host import TorchHost
 
-_FORMAT = 6
+_FORMAT = 7
 
 
 def to_plain(copy: Mapping[str, Any]) -> dict[str, Any]:
