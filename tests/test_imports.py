@@ -7,7 +7,7 @@ import pytest
 # Seconds of processor time that the package may add to importing JAX and optax.
 ALLOWANCE_S = 0.3
 UNWANTED = {
-    *("torch", "flax", "gpjax", "orbax", "lightning", "transformers"),
+    *("torch", "flax", "gpjax", "orbax", "lightning", "ray", "transformers"),
     *("pandas", "matplotlib", "optuna", "sklearn", "scipy.stats", "rich", "tensorflow"),
 }
 
