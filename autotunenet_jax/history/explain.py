@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .belief import believed
-
 if TYPE_CHECKING:
     from .history import History
 
@@ -139,6 +137,9 @@ def _in_full(history: "History", number: int, row: Mapping[str, Any]) -> list[st
 
 def _told(history: "History", row: Mapping[str, Any], place: int) -> str:
     """What came of a fork."""
+    # Loaded where it is asked for: every run imports this file, for its verdicts.
+    from .belief import believed
+
     fork = row["forks"][place - 1]
     best = row["forks"][row["best"]] if row["best"] >= 0 else None
     if not fork["scores"]:
