@@ -2,11 +2,10 @@
 
 import csv
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from ..history.history import BELIEFS, History
+from ..history.history import History
 
 FORMATS = ("json", "csv", "optuna")
 TABLES = ("records", "forks", "evals", "events")
@@ -45,13 +44,8 @@ def _rows(history: History, table: str) -> list[Mapping[str, Any]]:
             **fork["hyperparams"],
             "score": fork["scores"][0] if fork["scores"] else "",
             **{name: fork[name] for name in ("status", "start", "end", "steps")},
-            **{name: _known(fork[name]) for name in BELIEFS},
+            **{name: fork.get(name) for name in ("p_better", "lead", "deviation")},
         }
         for number, row in enumerate(history.rounds, start=1)
         for place, fork in enumerate(row["forks"], start=1)
     ]
-
-
-def _known(value: float) -> float | str:
-    """A number, or nothing where there is none."""
-    return value if math.isfinite(value) else ""

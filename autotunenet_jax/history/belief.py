@@ -38,9 +38,9 @@ def believed(row: Mapping[str, Any], place: int) -> tuple[float, float] | None:
       place: Of the fork, from 0.
     """
     fork, rival = row["forks"][place], rival_of(row, place)
-    lead, deviation = (fork.get(name, math.nan) for name in ("lead", "deviation"))
+    lead, deviation = fork.get("lead"), fork.get("deviation")
     is_scored = fork["scores"] and fork["status"] != "failed" and row.get("reference") is not None
-    if rival < 0 or not is_scored or not math.isfinite(lead + deviation):
+    if rival < 0 or not is_scored or lead is None or deviation is None:
         return None
     seen = row["forks"][: place + 1]
     scores = np.full(MAX_FORKS, np.nan, np.float32)

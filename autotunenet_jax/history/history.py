@@ -25,20 +25,17 @@ HISTORY_NAME = "history.json"
 # Rows are thinned evenly beyond this many, so that a history never grows with the length of the run.
 _MAX_RECORDS = 4096
 
-BELIEFS = ("p_better", "lead", "deviation")
-"""What the surrogate said of a fork; NaN where it said nothing."""
-
 
 def _jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def _from_json(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {**row, **{name: math.nan if row.get(name) is None else row[name] for name in names}}
+def _from_json(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {**row, name: math.nan if row[name] is None else row[name]}
 
 
 def _as_before(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "forks": [_from_json(fork, *BELIEFS) for fork in row["forks"]]}
+    return {**row, "forks": [_from_json(fork, "p_better") for fork in row["forks"]]}
 
 
 def price(summary: Mapping[str, Any]) -> str:
@@ -68,7 +65,7 @@ class History:
         from, or None), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
         ``"lost"`` or ``"failed"``), ``steps``, and what the surrogate said when it ended, compared with the fork kept
         till then: ``p_better`` (how likely it was better), ``lead`` (by how much) and ``deviation`` (that of the lead),
-        in the unit of decisions: 0 is the best fork so far, 1 one that gained nothing. The first one has no lead.
+        in the unit of decisions: 0 is the best fork so far, 1 one that gained nothing; None for the first one.
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded

@@ -17,7 +17,7 @@ from tests import problem
 REFERENCE = 2.5
 
 
-def fork(score, *, p_better=0.1, lead=math.nan, deviation=math.nan):
+def fork(score, *, p_better=0.1, lead=None, deviation=None):
     scores = [] if score is None else [score]
     return {
         "scores": scores, "status": "lost" if scores else "failed", "p_better": p_better, "lead": lead,
@@ -90,7 +90,7 @@ def test_a_run_records_what_it_decided_by(history):
     for told in history.rounds:
         for place, held in enumerate(told["forks"]):
             if rival_of(told, place) < 0:
-                assert math.isnan(held["lead"]) and math.isnan(held["deviation"])
+                assert held["lead"] is None and held["deviation"] is None
             elif held["scores"]:
                 compared += 1
                 chance = 0.5 * math.erfc(-held["lead"] / held["deviation"] / math.sqrt(2.0))
@@ -107,4 +107,4 @@ def test_it_goes_through_json(history):
         for held in told["forks"]:
             del held["lead"], held["deviation"]
     old = atn.History.from_dict(again.to_dict())
-    assert all(math.isnan(held["lead"]) for told in old.rounds for held in told["forks"])
+    assert all(believed(told, place) is None for told in old.rounds for place in range(len(told["forks"])))
