@@ -16,6 +16,7 @@ from .session.notices import Notice as Notice
 from .session.notices import Notices as Notices
 from .session.notices import announce_compilation as announce_compilation
 from .session.notices import notices as notices
+from .session.notices import of_slow as of_slow
 from .session.packed_controller import PackedController as PackedController
 from .session.recorder import Display as Display
 from .session.recorder import Recorder as Recorder

@@ -5,7 +5,7 @@ this package keeps JAX there, unless the environment variable ``JAX_PLATFORMS`` 
 before.
 """
 
-from . import jax_platform as jax_platform  # isort: skip  (it must act before anything imports JAX)
+from . import engine as engine  # isort: skip  (it must act before anything imports JAX)
 from .replay import replay as replay
 from .trainer import Trainer as Trainer
 from .training_state import TrainingState as TrainingState

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     import autotunenet_jax as atn
 
 
-def slow_names(space: atn.SearchSpace) -> list[str]:
-    """The hyperparameters that only long forks, compared on validation data, can tell apart."""
-    return [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
-
-
 # Least and greatest value that PyTorch has a use for.
 _LIMITS = {
     "learning_rate": (0.0, math.inf),
@@ -168,19 +163,10 @@ def budget(
     return total
 
 
-def check_slow(space: atn.SearchSpace, *, has_validation: bool) -> None:
-    """Says before training when slow hyperparameters cannot be tuned."""
-    slow = slow_names(space)
-    if has_validation or not slow:
-        return
-    names = ", ".join(slow)
-    if len(slow) == len(space.names):
+def check_slow(space: atn.SearchSpace) -> None:
+    """Refuses a run without validation data of which nothing could be tuned."""
+    if all(role == "slow" for role in space.roles):
         raise ValueError(
-            f"{names} can be tuned on validation data only, and nothing else is in param_space. Give fit a val_loader: "
-            "the training loss would always ask for less regularisation."
+            f"{', '.join(space.names)} can be tuned on validation data only, and nothing else is in param_space. Give "
+            "fit a val_loader: the training loss would always ask for less regularisation."
         )
-    warnings.warn(
-        f"{names} stay at their initial values: without a val_loader there is nothing to tune them by, since the "
-        "training loss always asks for less regularisation. Give fit a val_loader to tune them.",
-        stacklevel=3,
-    )

@@ -7,43 +7,10 @@ import torch
 
 from autotunenet_jax.hosting import TRAIN, Session
 
-from . import distributed, random_state
+from . import distributed
 from .host import TorchHost
 
-_FORMAT = 7
-
-
-def to_plain(copy: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy made by a host, with the random generators' states as tensors and numbers."""
-    training = copy["training"]
-    return {**copy, "training": {**training, "rng": random_state.to_plain(training["rng"])}}
-
-
-def from_plain(copy: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_plain` was given."""
-    training = copy["training"]
-    return {**copy, "training": {**training, "rng": random_state.from_plain(training["rng"])}}
-
-
-def _common(session: Session, host: TorchHost) -> dict[str, Any]:
-    tuner = session.controller.tuner
-    return {
-        "format": _FORMAT,
-        "space": tuner.space.fingerprint(),
-        "total_steps": tuner.total_steps,
-        "controller": torch.from_numpy(session.controller.to_bytes()),
-        "books": session.books(),
-        "warm_up_end": host.warm_up.end,
-        # Processes that share a model out each save their part of it.
-        "parts": distributed.size() if host.is_sharded else 1,
-    }
-
-
-def _load_common(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
-    session.controller.from_bytes(state["controller"].numpy(), extend=extend)
-    session.load(state["books"])
-    host.warm_up.load(state["warm_up_end"])
-    host.warm_up.in_round = session.controller.phase != TRAIN
+_FORMAT = 8
 
 
 def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
@@ -70,44 +37,47 @@ def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, exten
         )
 
 
-def state_dict(session: Session, host: TorchHost) -> dict[str, Any]:
-    """The tuner's own state, with those copies of the training that are part of what is being decided."""
-    in_round = session.controller.phase != TRAIN
-    seen = session.controller.state.validation
+def state_dict(session: Session, host: TorchHost, *, is_whole: bool = False) -> dict[str, Any]:
+    """The tuner's own state, with those copies of the training that are part of what is being decided.
+
+    Args:
+      session: Of the run.
+      host: Likewise.
+      is_whole: Whether the training itself is to be part of it, between two steps, and all copies.
+    """
+    controller = session.controller
+    in_round, seen = controller.phase != TRAIN, controller.state.validation
     has_best = bool(seen.is_kept | seen.keeps)
-    return {
-        **_common(session, host),
-        "saved": to_plain(session.saved) if in_round else None,
-        "kept": to_plain(session.kept) if in_round or has_best else None,
+    state = {
+        "format": _FORMAT,
+        "space": controller.tuner.space.fingerprint(),
+        "total_steps": controller.tuner.total_steps,
+        "controller": torch.from_numpy(controller.to_bytes()),
+        "books": session.books(),
+        "warm_up_end": host.warm_up.end,
+        # Processes that share a model out each save their part of it.
+        "parts": distributed.size() if host.is_sharded else 1,
+        "saved": session.saved if is_whole or in_round else None,
+        "kept": session.kept if is_whole or in_round or has_best else None,
         "behind": list(host.behind),
     }
+    return {**state, "now": host.copy(), "best": session.best} if is_whole else state
 
 
 def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
-    """Goes on from what `state_dict` gave; the training state is there already."""
+    """Goes on from what `state_dict` gave, on request with another budget; what it does not hold is there already."""
     _check(session, host, state, extend=extend)
-    _load_common(session, host, state, extend=extend)
+    now = state.get("now")
+    if now is not None:
+        host.state.check(now["training"])
+    session.controller.from_bytes(state["controller"].numpy(), extend=extend)
+    session.load(state["books"])
+    host.warm_up.load(state["warm_up_end"])
+    host.warm_up.in_round = session.controller.phase != TRAIN
+    if now is not None:
+        host.put_back(now)
+        session.best = state["best"]
     host.values, host.behind = {}, list(state["behind"])
     session.write()
     for name in ("saved", "kept"):
-        setattr(session, name, host.copy() if state[name] is None else from_plain(state[name]))
-
-
-def snapshot(session: Session, host: TorchHost) -> dict[str, Any]:
-    """The whole training with the tuner, between two steps."""
-    copies = {"now": host.copy(), "saved": session.saved, "kept": session.kept}
-    plain = {name: to_plain(copy) for name, copy in copies.items()}
-    return {**_common(session, host), **plain, "best": session.best, "behind": list(host.behind)}
-
-
-def resume(session: Session, host: TorchHost, tree: Mapping[str, Any], *, extend: bool) -> None:
-    """Goes on from what `snapshot` gave, on request with another budget."""
-    _check(session, host, tree, extend=extend)
-    now = from_plain(tree["now"])
-    host.state.check(now["training"])
-    session.saved, session.kept, session.best = from_plain(tree["saved"]), from_plain(tree["kept"]), tree["best"]
-    _load_common(session, host, tree, extend=extend)
-    host.load(now)
-    if session.controller.phase != TRAIN:
-        host.behind = list(tree["behind"])
-    session.write()
+        setattr(session, name, host.copy() if state[name] is None else state[name])

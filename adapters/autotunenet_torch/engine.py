@@ -1,13 +1,16 @@
 """The engine, loaded when the first tuner is made: importing this package takes neither JAX's time nor its memory.
 
+JAX is kept on the CPU, and off the accelerator's memory, before it is imported.
+
 Attributes of this module are `autotunenet_jax`, its `hosting`, and the modules of this package that are built on their
 classes. Other modules reach them through here; what they need for annotations alone they import for type checkers.
 """
 
 import importlib
+import os
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
-
-from . import jax_platform
 
 if TYPE_CHECKING:
     import autotunenet_jax as atn
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["atn", "checkpoint", "host", "hosting", "notices", "serialization", "sound_session"]
 
+# JAX reads the variable once, on import: whoever imported JAX earlier, or set the variable, has made the choice.
+if "jax" not in sys.modules:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 _MODULES = {
     "atn": "autotunenet_jax",
     "hosting": "autotunenet_jax.hosting",
@@ -24,9 +31,21 @@ _MODULES = {
 }
 
 
+def _prepare() -> None:
+    """To be called before JAX is imported here: processes that are forked later never call it, and are not warned."""
+    if "jax" in sys.modules:
+        return
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+    # A user's own filters would show the warning again.
+    from jax._src import xla_bridge
+
+    if hasattr(xla_bridge, "_at_fork_handler_installed"):
+        xla_bridge._at_fork_handler_installed = True
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    jax_platform.prepare()
+    _prepare()
     module = globals()[name] = importlib.import_module(_MODULES[name])
     return module

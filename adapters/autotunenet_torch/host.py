@@ -95,7 +95,7 @@ class TorchHost(Host):
     def restore(self, copy: dict[str, Any], *, rewinds: bool) -> None:
         """Puts a copy back into the live objects; its hyperparameters are written again after that."""
         stood = lr_schedulers.places(self.state.schedulers)
-        self._put_back(copy)
+        self.put_back(copy)
         stands = lr_schedulers.places(self.state.schedulers)
         self.behind = [
             0 if before is None or now is None else behind + before - now
@@ -113,12 +113,8 @@ class TorchHost(Host):
         """Puts the buffers of a copy back into the modules of the ones named."""
         self.state.buffers_back(copy["training"], names)
 
-    def load(self, copy: dict[str, Any]) -> None:
-        """Puts a copy of another process back; hyperparameters have to be written after that."""
-        self._put_back(copy)
-        self.behind = [0 for _ in self.behind]
-
-    def _put_back(self, copy: dict[str, Any]) -> None:
+    def put_back(self, copy: dict[str, Any]) -> None:
+        """Puts a copy back, perhaps one of another process; hyperparameters have to be written after that."""
         self.state.copy_back(copy["training"])
         for name, target in self.targets.items():
             if isinstance(target, RateTarget):

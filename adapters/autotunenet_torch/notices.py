@@ -23,9 +23,6 @@ class Notices:
       outside: Values that lie outside the ranges at the start, by name.
       through: Where they go; by default warnings that point at the user's line.
       how: How a metric is reported; by default in a loop of the user's own.
-
-    Attributes:
-      silent: Kinds that the user has been told of in another way.
     """
 
     def __init__(
@@ -40,7 +37,6 @@ class Notices:
         self._teller = Teller(session.recorder, **({} if through is None else {"through": through}))
         self._is_over, self._had_eval = False, -1
         self._has_told_overwritten = False
-        self.silent: set[str] = set()
         self._look(is_over=False)
 
     def resumed(self) -> None:
@@ -83,5 +79,4 @@ class Notices:
         session = self._session
         controller, rounds = session.controller, session.recorder.history.rounds
         asked = {"outside": self._outside, "is_over": is_over, "how": self._how}
-        found = notices(controller.tuner, controller.state, rounds=rounds, **asked)
-        self._teller.tell(controller.step, [notice for notice in found if notice.kind not in self.silent])
+        self._teller.tell(controller.step, notices(controller.tuner, controller.state, rounds=rounds, **asked))

@@ -191,19 +191,6 @@ class AttributeTarget:
         setattr(self._owner, self._name, value)
 
 
-class KeywordTarget:
-    """A keyword argument, such as a loss function's label smoothing."""
-
-    def __init__(self, options: dict[str, Any], name: str):
-        self._options, self._name = options, name
-
-    def read(self) -> None:
-        return None
-
-    def write(self, value: Any) -> None:
-        self._options[self._name] = value
-
-
 class SetterTarget:
     """Whatever a user's function sets."""
 

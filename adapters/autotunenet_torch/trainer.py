@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from . import arguments, distributed, engine, modes, objective, random_state, sharding
 from .data import ReplayBuffer, map_tensors, rows
 from .step_boundary import StepBoundary
-from .targets import AttributeTarget, KeywordTarget
+from .targets import AttributeTarget, SetterTarget
 from .tuner import AutoTuneNet
 
 if TYPE_CHECKING:
@@ -186,11 +186,12 @@ class Trainer:
         total = arguments.budget(
             train_loader, steps=self.steps, epochs=self.epochs, accumulate=self.accumulate, planned=tuner._planned_steps
         )
-        arguments.check_slow(tuner.space, has_validation=val_loader is not None)
-        if val_loader is None and tuner.mode == "max":
-            raise ValueError(
-                "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
-            )
+        if val_loader is None:
+            arguments.check_slow(tuner.space)
+            if tuner.mode == "max":
+                raise ValueError(
+                    "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
+                )
         is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         self.model = model._apply(self._moved) if is_meta else model.to(self.device)
         self._val_loader, self._tuner = val_loader, tuner
@@ -229,7 +230,9 @@ class Trainer:
             )
             self._session = session = tuner._attached()
             if val_loader is None:
-                tuner._notices.silent.add("no metric")
+                # Before training rather than when none has come.
+                for notice in engine.hosting.of_slow(tuner.space, "Give fit a val_loader"):
+                    tuner._notices.tell(*notice)
             if resume and store is not None:
                 self._resume(session, store, source, extend=resume == "extend")
             with engine.hosting.Stop() as stop:
@@ -456,7 +459,10 @@ class Trainer:
             "clip_norm": AttributeTarget(self, "clip_norm"),
         }
         if objective.takes(self.loss_fn, "label_smoothing"):
-            targets["label_smoothing"] = KeywordTarget(self._loss_options, "label_smoothing")
+            options = self._loss_options
+            targets["label_smoothing"] = SetterTarget(
+                lambda _, value: options.update(label_smoothing=value), self.model
+            )
         return targets
 
     def _prepare_lazy(self, loader: Iterable[Any]) -> None:
@@ -475,7 +481,7 @@ class Trainer:
     # Durable snapshots.
 
     def _save(self, session: SoundSession, store: atn.Snapshots, source: ReplayBuffer) -> None:
-        tree = {**engine.checkpoint.snapshot(session, self._tuner._host), "source": source.state()}
+        tree = {**engine.checkpoint.state_dict(session, self._tuner._host, is_whole=True), "source": source.state()}
         engine.serialization.save(store, session.controller.step, tree, metric=session.last_eval)
         session.recorder.write(store.folder)
 
@@ -486,6 +492,6 @@ class Trainer:
         step, tree = found
         source.load(tree["source"])
         # Last, since it puts the random generators back.
-        engine.checkpoint.resume(session, self._tuner._host, tree, extend=extend)
+        engine.checkpoint.load_state_dict(session, self._tuner._host, tree, extend=extend)
         self._tuner._notices.resumed()
         session.recorder.note(step, "resume", f"Resumed from the snapshot of step {step}.")

@@ -23,6 +23,8 @@ _LOG_H = (-0.4635503, 0.7176665, -0.28121886, -0.007953152, 0.058977075, -0.0267
 _VARIANCE_FLOOR = 1e-6
 # Keeps the covariance of the references invertible in float32; a share of the prior's variance.
 _REFERENCE_JITTER = 1e-5
+# Candidates of a proposal, searches that share them, each climbing from its best, and gradient steps of each.
+_CANDIDATES, _SEARCHES, _STEPS = 256, 16, 12
 # How far the searches look at first, and the candidates around the references: shares of the box.
 _LOCAL_SCALE = 0.05
 _RADII = (0.003, 0.3)
@@ -272,9 +274,6 @@ def _seeds(
     is_live: Bool[Array, "c"],
     lower: Float[Array, "d"],
     upper: Float[Array, "d"],
-    *,
-    share: int,
-    searches: int,
 ) -> Float[Array, "share searches d"]:
     """Candidates: three quarters spread over the box, the rest around the best references.
 
@@ -282,10 +281,8 @@ def _seeds(
     """
     dims, width = live.shape[1], upper - lower
     turn = uniforms(key, 2 * dims)
-    near = searches * (share // 4)
-    everywhere = lower + width * turned(spread_table(searches * share - near, dims), turn[:dims])
-    if not near:
-        return everywhere.reshape(share, searches, dims)
+    near = _CANDIDATES // 4
+    everywhere = lower + width * turned(spread_table(_CANDIDATES - near, dims), turn[:dims])
     order = np.arange(near)
     # The references take turns.
     among = jnp.maximum(is_live.astype(jnp.float32) @ np.ones(is_live.size, np.float32), 1.0)
@@ -300,7 +297,7 @@ def _seeds(
     is_moved = order[:, None] // 4 % dims == np.arange(dims)[None, :]
     around = jnp.where(is_leap, jnp.where(is_moved, leap, centre), centre + width * offset)
     seeds = jnp.concatenate([everywhere, jnp.clip(around, lower, upper)])
-    return seeds.reshape(share, searches, dims)
+    return seeds.reshape(_CANDIDATES // _SEARCHES, _SEARCHES, dims)
 
 
 def propose(
@@ -315,11 +312,7 @@ def propose(
     reference_mask: Bool[Array, "r"],
     pending: Bool[Array, "r"] | None = None,
     time: Float[Array, ""] | float = 0.0,
-    samples: int = 8,
     compared: int = 16,
-    candidates: int = 256,
-    searches: int = 16,
-    steps: int = 12,
     confidence: float | None = None,
 ) -> Float[Array, "d"]:
     """The point of the box with the largest expected improvement on the best of the reference points.
@@ -339,18 +332,14 @@ def propose(
       reference_mask: Which of them count.
       pending: As for `log_improvement`.
       time: When the proposal will run.
-      samples: As for `log_improvement`.
       compared: As for `log_improvement`.
-      candidates: Static number of candidates.
-      searches: Static number of searches that share the candidates, each climbing from its best.
-      steps: Static number of gradient steps of each.
       confidence: As for `log_improvement`.
 
     Returns:
       A snapped point.
 
     Cost:
-      That of `log_improvement` with its gradient at ``candidates + searches * steps`` points.
+      That of `log_improvement` with its gradient at ``_CANDIDATES + _SEARCHES * _STEPS`` points.
     """
     width = upper - lower
     improvement, live, is_live = log_improvement(
@@ -360,7 +349,6 @@ def propose(
         reference_mask=reference_mask,
         pending=pending,
         time=time,
-        samples=samples,
         compared=compared,
         confidence=confidence,
     )
@@ -378,6 +366,6 @@ def propose(
         value, gradient = improvement(place(u))
         return -value, -slope * gradient, None
 
-    seeds = _seeds(key, live, is_live, lower, upper, share=max(candidates // searches, 1), searches=searches)
-    points, losses, _ = minimise(objective, seeds, low=lower, high=upper, scale=_LOCAL_SCALE * width, steps=steps)
+    seeds = _seeds(key, live, is_live, lower, upper)
+    points, losses, _ = minimise(objective, seeds, low=lower, high=upper, scale=_LOCAL_SCALE * width, steps=_STEPS)
     return place(points[jnp.argmin(losses)])

@@ -8,6 +8,7 @@ snapshots that its index does not list.
 
 import contextlib
 import errno
+import itertools
 import os
 import pathlib
 import re
@@ -162,7 +163,9 @@ class SnapshotFolder:
         self._adopt(on_disk)
         if not self.is_read_only:
             self.next_id = max([self.next_id, *(n + 1 for n in on_disk)])
-            _clear_the_way(self.root / INDEX_NAME)
+            index = self.root / INDEX_NAME
+            if index.is_dir() and not index.is_symlink():
+                _set_aside(index)
             self.commit(self.records)
         self.messages.append(
             f"The index of the snapshot folder {self.root} was damaged ({reason}). It was rebuilt from the "
@@ -252,14 +255,9 @@ class SnapshotFolder:
         path = self.root / f"{number:08d}"
         what = "It is passed over."
         if not (self.is_read_only or is_kept_in_place) and os.path.lexists(path):
-            target = self.root / f"quarantine-{number:08d}"
-            copy = 1
-            while os.path.lexists(target):
-                copy += 1
-                target = self.root / f"quarantine-{number:08d}-{copy}"
             with contextlib.suppress(OSError):
-                os.rename(path, target)
-                what = f"It is passed over and kept as {target.name}; delete that folder when you have no use for it."
+                kept = _set_aside(path)
+                what = f"It is passed over and kept as {kept.name}; delete that folder when you have no use for it."
         self.messages.append(f"Snapshot {number} in {self.root} is damaged: {reason}. {what}")
 
 
@@ -272,13 +270,14 @@ def _delete(path: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _clear_the_way(path: pathlib.Path) -> None:
-    """Renames a folder that stands where a file has to be."""
-    if path.is_dir() and not path.is_symlink():
-        number = 1
-        while os.path.lexists(target := path.with_name(f"quarantine-{path.name}-{number}")):
-            number += 1
-        os.rename(path, target)
+def _set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames what is in the way, to a name that is free; returns that."""
+    numbers = itertools.count(2)
+    target = path.with_name(f"quarantine-{path.name}")
+    while os.path.lexists(target):
+        target = path.with_name(f"quarantine-{path.name}-{next(numbers)}")
+    os.rename(path, target)
+    return target
 
 
 def _identity(path: pathlib.Path) -> tuple[int, int] | None:

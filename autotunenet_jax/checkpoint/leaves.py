@@ -7,7 +7,7 @@ C-contiguous NumPy array of a dtype that every array store knows. This module kn
 import base64
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -128,21 +128,17 @@ def _python_text(value: Any) -> str:
             return value
 
 
+_READ_PYTHON: dict[str, Callable[[str], Any]] = {
+    "bool": lambda text: text == "True",
+    "int": int,
+    "float": float.fromhex,
+    "complex": lambda text: complex(*map(float.fromhex, text.split(" "))),
+    "bytes": base64.b64decode,
+}
+
+
 def _python_value(spec: LeafSpec) -> Any:
-    text = spec.value or ""
-    match spec.dtype:
-        case "bool":
-            return text == "True"
-        case "int":
-            return int(text)
-        case "float":
-            return float.fromhex(text)
-        case "complex":
-            return complex(*map(float.fromhex, text.split(" ")))
-        case "bytes":
-            return base64.b64decode(text)
-        case _:
-            return text
+    return _READ_PYTHON.get(spec.dtype, str)(spec.value or "")
 
 
 def _describe_leaf(name: str, leaf: Any) -> LeafSpec:

@@ -152,30 +152,9 @@ class Snapshots:
             raise ValueError(f"step must not be negative; got {step}.")
         metric = None if metric is None else float(metric)
         leaves, specs, _ = describe(tree)
-        number = self._start(step, metric, status, branch, leaves, specs)
-        self._last_start = start
-        self._blocked_s = time.monotonic() - start
-        if wait:
-            self._background.join()
-        self._tell()
-        return number
-
-    def _start(
-        self,
-        step: int,
-        metric: float | None,
-        status: str,
-        branch: str | None,
-        leaves: Sequence[Any],
-        specs: Sequence[LeafSpec],
-    ) -> int:
-        """Copies the leaves and starts writing them; returns the snapshot's id."""
         self._background.join()
-        # Taken away while in use: a signal handler may save in the middle of this save.
-        buffers, self._buffers = self._buffers, {}
-        number = self._folder.take_id()
         record = SnapshotRecord(
-            id=number,
+            id=self._folder.take_id(),
             step=step,
             branch=branch or (self._head.branch if self._head else "main"),
             parent=self._head.id if self._head else None,
@@ -186,16 +165,28 @@ class Snapshots:
             size_bytes=0,
             saved_at=time.time(),
         )
+        self._start(record, leaves, specs)
+        self._last_start = start
+        self._blocked_s = time.monotonic() - start
+        if wait:
+            self._background.join()
+        self._tell()
+        return record.id
+
+    def _start(self, record: SnapshotRecord, leaves: Sequence[Any], specs: Sequence[LeafSpec]) -> None:
+        """Copies the leaves and starts writing them."""
+        self._background.join()
+        # Taken away while in use: a signal handler may save in the middle of this save.
+        buffers, self._buffers = self._buffers, {}
         try:
             arrays = copy_to_host(leaves, specs, buffers)
         except MemoryError as error:
             self._fail(record, error)
-            return number
+            return
         self._background.join()
         self._buffers = buffers
         record = dataclasses.replace(record, size_bytes=sum(a.nbytes for a in arrays if a is not None))
-        self._background.start(self._write, record, specs, arrays, name=f"snapshot-{number}")
-        return number
+        self._background.start(self._write, record, specs, arrays, name=f"snapshot-{record.id}")
 
     @in_turn
     def prepare(self, tree: Any) -> None:

@@ -3,14 +3,23 @@
 import datetime
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from ..checkpoint.errors import SnapshotVersionError
 from ..checkpoint.index import best_records, live_records
 from ..checkpoint.survey import Finding, survey
 from ..history.history import History
-from .framework_checkpoints import told_of
 from .run_folder import NoHistoryError, read_history
-from .tables import show_table
+
+# Columns of text that goes into a pipe or a file.
+_WIDTH = 120
+
+# Checkpoints that frameworks keep beside a history, found by their names and left unread; and how many are named.
+_MOST_NAMES = 3
+_FRAMEWORKS = {
+    "Lightning": ("checkpoints/*.ckpt", "trainer.fit(..., ckpt_path=...)"),
+    "transformers": ("checkpoint-*/trainer_state.json", "trainer.train(resume_from_checkpoint=...)"),
+}
 
 
 def inspect(where: pathlib.Path) -> int:
@@ -75,7 +84,7 @@ def _show_snapshots(where: pathlib.Path, history: History | None) -> list[str]:
     except (SnapshotVersionError, OSError) as error:
         return [str(error)]
     if not found:
-        print(f"\nNo snapshots of this library lie here; {told_of(where)}.")
+        print(f"\nNo snapshots of this library lie here; {_told_of(where)}.")
         return messages
     records = [finding.record for finding in found if finding.record is not None]
     live = live_records(records)
@@ -85,7 +94,7 @@ def _show_snapshots(where: pathlib.Path, history: History | None) -> list[str]:
         for record in those:
             marks.setdefault(record.id, []).append(name)
     head = ("snapshot", "step", "metric", "state", "health", "saved (UTC)", "size", "which")
-    show_table(f"Snapshots in {where}", head, [_row(finding, marks) for finding in found])
+    _show_table(f"Snapshots in {where}", head, [_row(finding, marks) for finding in found])
     damaged = [f"snapshot {finding.name} is damaged: {finding.problem}." for finding in found if finding.problem]
     return [*messages, *damaged]
 
@@ -109,3 +118,31 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000.0
     return f"{count:.3g} TB"
+
+
+def _show_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table as wide as the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
+    console.print(table)
+
+
+def _told_of(where: pathlib.Path) -> str:
+    """Where the checkpoints of a framework lie, and what goes on from one; a clause."""
+    for name, (pattern, how) in _FRAMEWORKS.items():
+        files = sorted(where.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        found = [path if path.suffix == ".ckpt" else path.parent for path in files]
+        if found:
+            names = ", ".join(path.name for path in found[:_MOST_NAMES])
+            more = f" and {len(found) - _MOST_NAMES} older" if len(found) > _MOST_NAMES else ""
+            folder = found[0].parent.as_posix()
+            return f"{name} keeps its checkpoints in {folder}: {names}{more}. {how} goes on from one"
+    return "a loop of Lightning or transformers keeps checkpoints of its own, and none lie here either"

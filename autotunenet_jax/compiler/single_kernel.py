@@ -75,26 +75,6 @@ def single_kernel(*, static_argnums: tuple[int, ...] = ()) -> Callable[[Callable
     return decorate
 
 
-def once(*values: Any) -> Any:
-    """The values as they are; in a kernel each is worked out once for all that depends on it.
-
-    XLA repeats what leads to a value in every array that is made of it, which for the conditions of a state machine
-    makes programs several times as large. What has a call of its own is not repeated.
-    """
-    if not getattr(_tracing, "is_inside", False):
-        return values
-    leaves, structure = jax.tree.flatten(values)
-    with set_xla_metadata(inlineable="false"):
-        leaves = _apart(*leaves)
-    return jax.tree.unflatten(structure, leaves)
-
-
-@jax.jit
-def _apart(*leaves: Any) -> Any:
-    with set_xla_metadata(inlineable=None):
-        return jax.lax.optimization_barrier(leaves)
-
-
 def unknown(numbers: Sequence[int], zero: Array) -> list[Any]:
     """Numbers that XLA on CPU does not know while it compiles: kernels that differ by one only are compiled once.
 

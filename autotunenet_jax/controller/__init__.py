@@ -17,7 +17,6 @@ Glossary:
 from .core import Core as Core
 from .core import decide_jit as decide_jit
 from .core import hyperparams_jit as hyperparams_jit
-from .core import when as when
 from .first_state import as_argument as as_argument
 from .loss_monitor import Guard as Guard
 from .tuner import AutoTuneNet as AutoTuneNet

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..compiler.one_turn import when
 from ..compiler.precision import in_float32
 from ..compiler.sequential_vmap import sequential_vmap
 from ..compiler.stored_program import named, stored_program
@@ -17,19 +17,6 @@ from . import decision, outlook, schedule, tick, validation_monitor
 from .loss_monitor import Guard
 from .roles import roles_of
 from .state import Directive, Round, TunerState
-
-
-def when(condition: Array, function: Callable[..., Any], *operands: Any) -> Any:
-    """``function(*operands)`` where the condition holds, else the operands as they are.
-
-    A loop of at most one turn: what passes through it unchanged stays in its place. ``jax.lax.cond`` would copy it, and
-    under ``jax.vmap`` run the function at every step.
-    """
-
-    def turn(carry: Any) -> Any:
-        return jnp.zeros_like(condition), function(*carry[1])
-
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, operands))[1]
 
 
 @jax.tree_util.register_static

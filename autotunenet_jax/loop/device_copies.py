@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..controller.core import when
+from ..compiler.one_turn import when
 from ..controller.rollback import select
 from ..controller.state import OUTCOME_ROLLBACK, Directive
 

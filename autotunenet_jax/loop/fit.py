@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,11 +15,12 @@ from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet, hyperparams_jit
 from ..controller.roles import roles_of
 from ..controller.state import TRAIN, TunerState
+from ..history.explain import shown
 from ..history.history import History, price
 from ..session.batches import BatchSource, EndOfDataError
 from ..session.callbacks import Callback, StopTraining
-from ..session.notices import NO_METRIC, Notice, announce_compilation
-from ..session.recorder import Recorder, shown
+from ..session.notices import announce_compilation, of_slow
+from ..session.recorder import Recorder
 from ..session.signals import Stop
 from .durable import Durable, durable
 from .fork_executor import ForkExecutor
@@ -258,7 +259,8 @@ def fit(
             if resume:
                 store.resume(run, extend=resume == "extend")
             if eval_step is None:
-                run.notices.tell(run.controller.step, _of_slow(tuner))
+                # Before training rather than when none has come.
+                run.notices.tell(run.controller.step, of_slow(tuner.space, "Pass eval_step"))
             is_agreed = False
             try:
                 _train(run, total, interval, stop, bar, store, processes)
@@ -331,19 +333,6 @@ def _result(run: Run, *, is_interrupted: bool, reason: str | None) -> FitResult:
     )
 
 
-def _of_slow(tuner: AutoTuneNet) -> list[Notice]:
-    """That slow hyperparameters stay put, told before training rather than when no metric has come."""
-    slow = [name for name, role in zip(tuner.space.names, tuner.space.roles, strict=True) if role == "slow"]
-    stays, them = ("value in force stays as it starts", "it") if len(slow) == 1 else (
-        "values in force stay as they start", "them"
-    )  # fmt: skip
-    message = (
-        f"{', '.join(slow)} can be ranked on validation data only, and there is no eval_step: the {stays}. "
-        f"Pass eval_step, or leave {them} out of the search space."
-    )
-    return [Notice(NO_METRIC, message)] if slow else []
-
-
 def _train(
     run: Run, total: int, interval: int, stop: Stop, bar: Progress, store: Durable, processes: Processes
 ) -> None:
@@ -382,11 +371,16 @@ def _train(
         run.train_stretch(steps, is_stopped, on_step=show)
 
 
-class _Reads(dict):
+class _Reads(dict[str, Any]):
     """A dict of hyperparameters that remembers which ones were read."""
 
-    def __init__(self, values: dict[str, Any]):
-        super().__init__(values)
+    # They ask for each value by its name.
+    get: Any = Mapping.get
+    items: Any = Mapping.items
+    values: Any = Mapping.values
+
+    def __init__(self, given: dict[str, Any]):
+        super().__init__(given)
         self.names: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
@@ -394,20 +388,8 @@ class _Reads(dict):
         return super().__getitem__(name)
 
     def __iter__(self) -> Iterator[str]:
-        self.names.update(self.keys())
+        # That there is one makes ``dict(hp)`` and ``**hp`` ask for each value, too.
         return super().__iter__()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        return super().get(name, default)
-
-    def items(self) -> Any:
-        self.names.update(self.keys())
-        return super().items()
-
-    def values(self) -> Any:
-        self.names.update(self.keys())
-        return super().values()
 
 
 def _flatten_reads(reads: _Reads) -> tuple[tuple[Any, ...], tuple[str, ...]]:

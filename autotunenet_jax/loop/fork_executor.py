@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .outputs import parts_of
 from .sound_steps import sound_step
+from .train_step_contract import parts_of
 
 
 class Heard(NamedTuple):

@@ -4,6 +4,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..history.explain import shown
+
 # Where nobody looks at a terminal, at most one line in so many seconds.
 _QUIET_SECONDS = 10.0
 # A bar shorter than this says nothing, a longer one nothing more.
@@ -17,10 +19,6 @@ class _Field(NamedTuple):
     rank: int
     text: str
     style: str = ""
-
-
-def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _clock(seconds: float) -> str:
@@ -166,12 +164,12 @@ class Progress:
             return [field for field in fields if field.text]
         # The first of the values comes before the time left, the others after it.
         named = enumerate(state["values"].items())
-        values = [_Field(3 + 2 * (i > 0) + i, f"{name} {_number(value)}") for i, (name, value) in named]
+        values = [_Field(3 + 2 * (i > 0) + i, f"{name} {shown(value)}") for i, (name, value) in named]
         last = 6 + len(values)
         rollbacks = state["rollbacks"]
         return [
             *fields,
-            _Field(2, f"loss {_number(float(state['loss']))}"),
+            _Field(2, f"loss {shown(float(state['loss']))}"),
             *values,
             _Field(last, f"{state['rounds']} round{'s' * (state['rounds'] != 1)}"),
             _Field(last + 1, f"{100 * state['share']:.0f} % in lost forks"),

@@ -26,8 +26,8 @@ from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
 from .fork_executor import ForkExecutor, Heard
 from .lanes import Lane, Lanes
-from .outputs import parts_of
 from .sound_steps import count_non_finite, sound_step
+from .train_step_contract import parts_of
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))

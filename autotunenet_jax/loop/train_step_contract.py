@@ -7,10 +7,25 @@ import jax
 import jax.numpy as jnp
 
 from ..space.injection import places
-from .outputs import monitored, parts_of
 
 # Names that a record has for something else.
 _TAKEN = ("step", "data_step", "loss", "phase", "round", "fork", "is_kept")
+
+
+def parts_of(output: Any, *, has_aux: bool) -> tuple[Any, Any, Mapping[str, Any]]:
+    """State, loss and metrics of what a train step returned.
+
+    Args:
+      output: ``(state, loss)``; with ``has_aux`` either ``(state, loss, metrics)`` or ``(state, (loss, metrics))``.
+      has_aux: Whether it holds metrics.
+    """
+    if not has_aux:
+        state, loss = output
+        return state, loss, {}
+    if len(output) == 3:
+        return output
+    state, (loss, metrics) = output
+    return state, loss, metrics
 
 
 def _describe(leaf: Any) -> str:
@@ -146,6 +161,26 @@ def _known_names(state: Any) -> str:
     return f"Use a name that the optimizer has ({', '.join(names)}), " if names else "Pass it to set_hyperparams, "
 
 
+def _monitored(names: list[str], monitor: str | None, *, mode: str) -> str:
+    """Which entry of a dict of validation metrics the tuner goes by.
+
+    Raises:
+      ValueError: The one named is not among them, or none was and it does not go without saying.
+    """
+    if monitor is not None:
+        if monitor not in names:
+            raise ValueError(f"monitor={monitor!r} is none of the metrics of eval_step; there are {', '.join(names)}.")
+        return monitor
+    if len(names) == 1:
+        return names[0]
+    if mode == "min" and "loss" in names:
+        return "loss"
+    raise ValueError(
+        f"eval_step returns several metrics, {', '.join(names)}; say by which one to tune, as in "
+        f"monitor={(names or ['loss'])[0]!r}."
+    )
+
+
 def check_eval_step(eval_step: Callable[..., Any], state: Any, *, monitor: str | None, mode: str) -> str | None:
     """Traces the validation once, abstractly.
 
@@ -159,7 +194,7 @@ def check_eval_step(eval_step: Callable[..., Any], state: Any, *, monitor: str |
     metric = jax.eval_shape(eval_step, state)
     if isinstance(metric, Mapping):
         _check_metrics(metric, (), owner="eval_step")
-        name = monitored(sorted(metric), monitor, mode=mode)
+        name = _monitored(sorted(metric), monitor, mode=mode)
         if not jnp.issubdtype(metric[name].dtype, jnp.floating):
             raise ValueError(f"the metric {name!r} of eval_step must be a real number; it is {metric[name].dtype}.")
         return name

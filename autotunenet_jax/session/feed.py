@@ -26,11 +26,7 @@ def check_log_every(log_every: Any) -> int:
     return log_every
 
 
-_KINDS = {"on_step": Step._make, "on_validation": Reading._make, "on_rewind": Rewind._make}
-
-
-def _as_it_is(told: Any) -> Any:
-    return told
+_KINDS: dict[str, Any] = {"on_step": Step, "on_validation": Reading, "on_rewind": Rewind}
 
 
 class _Fork:
@@ -286,7 +282,8 @@ class Feed:
             self._queue.clear()
             self._forks, self._block, self._rows = {}, _Block(), {}
             return
-        self._queue = collections.deque((hook, _KINDS.get(hook, _as_it_is)(told)) for hook, told in data["queue"])
+        queue = ((hook, _KINDS[hook](*told) if hook in _KINDS else told) for hook, told in data["queue"])
+        self._queue = collections.deque(queue)
         kept = {
             int(fork): _Fork([Step(*row) for row in rows], stride) for fork, (rows, stride) in data["forks"].items()
         }

@@ -31,9 +31,6 @@ _MISSED_SHARE = 0.3
 HOW = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
 """How a metric is reported."""
 
-NO_METRIC = "no metric"
-"""Kind of the notice that slow hyperparameters stay put for want of a metric."""
-
 _PACKAGES = ("autotunenet_jax", "autotunenet_torch", "autotunenet_flax")
 
 
@@ -118,18 +115,23 @@ def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
     return [Notice("many rollbacks", message)]
 
 
+def of_slow(space: SearchSpace, how: str) -> list[Notice]:
+    """That slow hyperparameters stay put for want of a metric, if there are any; ``how`` one is reported."""
+    slow = [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
+    stay, they, them = (
+        ("stays as it starts", "it does", "it") if len(slow) == 1 else ("stay as they start", "they do", "them")
+    )
+    message = (
+        f"{', '.join(slow)} {stay}: only a validation metric shows what {they}, and there is none. "
+        f"{how}, or leave {them} out of the search space."
+    )
+    return [Notice("no metric", message)] if slow else []
+
+
 def _no_metric(tuner: AutoTuneNet, ts: TunerState, how: str) -> list[Notice]:
     if math.isfinite(ts.validation.level):
         return []
-    roles = roles_of(tuner.space)
-    slow = [name for name, is_slow in zip(tuner.space.names, roles.is_slow, strict=True) if is_slow]
-    found = []
-    if slow:
-        stay, they, them = (
-            ("stays as it starts", "it does", "it") if len(slow) == 1 else ("stay as they start", "they do", "them")
-        )
-        message = f"{', '.join(slow)} {stay}: only a validation metric shows what {they}, and none came. "
-        found.append(Notice(NO_METRIC, f"{message}{how}, or leave {them} out of the search space."))
+    found = of_slow(tuner.space, how)
     if tuner.mode == "max":
         message = 'mode="max" is about a validation metric, and none came; the training loss is minimised. '
         found.append(Notice("nothing to maximise", f"{message}{how}, or leave mode out."))

@@ -1,27 +1,27 @@
 """The compiled controller as a plain object: losses in, Python numbers out.
 
-A compiled function pays for each array it takes and returns, and the controller's state has some ninety small ones.
-Those that a training step reads or writes, a fifth of all numbers, are packed apart from the others, which steps do not
-touch. And losses that need no answer, which the controller tells of beforehand, wait for the next that may need one:
-they are heard together, in one call, with the same result as one by one.
+A compiled function pays for each array it takes and returns, and the controller's state has some ninety small ones:
+they are packed into a few. And losses that need no answer, which the controller tells of beforehand, wait for the next
+that may need one: they are heard together, in one call, with the same result as one by one.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checkpoint.memory_copies import copy_tree_to_host
 from ..compiler import packing
 from ..compiler.blas_threads import one_blas_thread
-from ..controller import AutoTuneNet
+from ..controller import AutoTuneNet, Core
 from ..controller.fork_score import spoiled
 from ..controller.outlook import MOST
 from ..controller.rollback import may_copy
-from ..controller.state import Directive, TunerState
+from ..controller.state import Directive, Slots, TunerState
 from ..controller.validation_monitor import kept_at_once
 from ..space.search_space import Choice, Float, Int
 from .session import Decision, Tick
@@ -31,72 +31,42 @@ _DIRECTIVE_FIELDS = len(Directive._fields)
 _POSITION, _SLOTS = 8, 4
 
 
-def touched(function: Callable[..., Any], tree: Any, *arguments: Any) -> frozenset[int]:
-    """Which leaves of ``tree`` matter to ``function(tree, *arguments)``, whose first result is the next such tree.
-
-    The others come back in their own place as they were, and nothing is computed from them.
-    """
-    traced = jax.make_jaxpr(function)(tree, *arguments).jaxpr
-    count = len(jax.tree.leaves(tree))
-    inputs, outputs = traced.invars[:count], traced.outvars
-    used = {id(variable) for equation in traced.eqns for variable in equation.invars}
-    used |= {id(variable) for variable in outputs[count:]}
-    kept = [id(before) == id(after) for before, after in zip(inputs, outputs[:count], strict=True)]
-    return frozenset(i for i in range(count) if not kept[i] or id(inputs[i]) in used)
-
-
-class _Halves(NamedTuple):
-    """A state in two parts: what a step touches, and the rest."""
-
-    live: packing.Packed
-    idle: packing.Packed
-
-
 class _Programs:
     """The compiled functions of one controller, on packed states."""
 
-    def __init__(self, core: Any, like: TunerState, live: frozenset[int]):
-        leaves, structure = jax.tree.flatten(like)
-        order = sorted(range(len(leaves)), key=lambda number: number not in live)
-        layouts = [packing.layout([leaves[n] for n in order if (n in live) == side]) for side in (True, False)]
-        idle_like = [leaf for number, leaf in enumerate(leaves) if number not in live]
+    def __init__(self, core: Core, like: TunerState):
+        layout = packing.layout(like)
 
-        def pack(ts: TunerState) -> _Halves:
-            flat = jax.tree.leaves(ts)
-            return _Halves(*(packing.pack([flat[n] for n in order if (n in live) == side]) for side in (True, False)))
-
-        def unpack(live: packing.Packed, idle: packing.Packed | None = None) -> TunerState:
-            rest = map(_zeros, idle_like) if idle is None else packing.unpack(idle, layouts[1])
-            flat: list[Any] = [None] * len(leaves)
-            for number, leaf in zip(order, [*packing.unpack(live, layouts[0]), *rest], strict=True):
-                flat[number] = leaf
-            return jax.tree.unflatten(structure, flat)
+        def unpack(packed: packing.Packed) -> TunerState:
+            return packing.unpack(packed, layout)
 
         def begin(ts: TunerState) -> Any:
-            return pack(ts), _spoken(core, _nothing(ts), False, ts, ts.slots)
+            return packing.pack(ts), _spoken(core, _nothing(ts), ts, ts.slots)
 
-        def tick(live: packing.Packed, losses: jax.Array, count: Any) -> Any:
+        def tick(packed: packing.Packed, losses: jax.Array, count: Any) -> Any:
             def hear(number: Any, carry: Any) -> Any:
-                ts, numbers = _tick(core, unpack(carry[0]), losses[number])
-                return pack(ts).live, numbers
+                before = unpack(carry[0])
+                ts, directive, due = core.tick(before, losses[number])
+                return packing.pack(ts), _numbers(directive, due, ts, before.slots)
 
-            ts = unpack(live)
+            ts = unpack(packed)
             nothing = _numbers(_nothing(ts), False, ts, ts.slots)
-            live, numbers = jax.lax.fori_loop(0, count, hear, (live, nothing))
-            return live, _foretold(core, unpack(live), numbers)
+            packed, numbers = jax.lax.fori_loop(0, count, hear, (packed, nothing))
+            return packed, _foretold(core, unpack(packed), numbers)
 
-        def decide(halves: _Halves) -> Any:
-            before = unpack(*halves)
+        def decide(packed: packing.Packed) -> Any:
+            before = unpack(packed)
             ts, directive, held = core.decide(before)
-            said = _spoken(core, directive, False, ts, before.slots)
-            return pack(ts), said, (held, core.space.decode(ts.incumbent), ts.plan.kind[held.index], ts.discarded)
+            said = _spoken(core, directive, ts, before.slots)
+            report = held, core.space.decode(ts.incumbent), ts.plan.kind[held.index], ts.discarded
+            return packing.pack(ts), said, report
 
-        def observe(halves: _Halves, metric: Any) -> Any:
-            ts, keeps = kept_at_once(core.observe_eval(unpack(*halves), metric))
-            return pack(ts), _spoken(core, _nothing(ts)._replace(keep=keeps), False, ts, ts.slots)
+        def observe(packed: packing.Packed, metric: Any) -> Any:
+            ts, keeps = kept_at_once(core.observe_eval(unpack(packed), metric))
+            return packing.pack(ts), _spoken(core, _nothing(ts)._replace(keep=keeps), ts, ts.slots)
 
-        def spoil(halves: _Halves) -> _Halves:
-            return pack(spoiled(unpack(*halves)))
+        def spoil(packed: packing.Packed) -> packing.Packed:
+            return packing.pack(spoiled(unpack(packed)))
 
         self.begin, self.unpack, self.spoil = jax.jit(begin), jax.jit(unpack), jax.jit(spoil)
         self.tick = jax.jit(tick, donate_argnums=0)
@@ -104,36 +74,25 @@ class _Programs:
         self.decide, self.observe = jax.jit(decide), jax.jit(observe)
 
 
-def _zeros(leaf: Any) -> jax.Array:
-    if not _is_key(leaf):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    return jax.random.wrap_key_data(jnp.zeros(jax.eval_shape(jax.random.key_data, leaf).shape, jnp.uint32))
-
-
 def _nothing(ts: TunerState) -> Directive:
     fields: dict[str, Any] = dict.fromkeys(Directive._fields, 0)
     return Directive(**{**fields, "data_step": ts.data_step})
 
 
-def _spoken(core: Any, directive: Directive, due: Any, ts: TunerState, slots: Any) -> jax.Array:
+def _spoken(core: Core, directive: Directive, ts: TunerState, slots: Slots) -> jax.Array:
     """All that Python reads after a call, as one int32 vector; hyperparameters first, by their bits."""
     values = jnp.stack([jnp.asarray(value, jnp.float32) for value in core.hyperparams(ts).values()])
-    numbers = _numbers(directive, due, ts, slots)
+    numbers = _numbers(directive, False, ts, slots)
     return jnp.concatenate([jax.lax.bitcast_convert_type(values, jnp.int32), numbers])
 
 
-def _numbers(directive: Directive, due: Any, ts: TunerState, slots: Any) -> jax.Array:
+def _numbers(directive: Directive, due: Any, ts: TunerState, slots: Slots) -> jax.Array:
     numbers = (*directive, due, ts.phase, ts.step, slots.saved_step, slots.kept_step, ts.validation.has_fallen)
     numbers = (*numbers, may_copy(ts), ts.slots.saved_data)
     return jnp.stack([jnp.asarray(number).astype(jnp.int32) for number in numbers])
 
 
-def _tick(core: Any, before: TunerState, loss: Any) -> tuple[TunerState, jax.Array]:
-    ts, directive, due = core.tick(before, loss)
-    return ts, _numbers(directive, due, ts, before.slots)
-
-
-def _foretold(core: Any, ts: TunerState, numbers: jax.Array) -> jax.Array:
+def _foretold(core: Core, ts: TunerState, numbers: jax.Array) -> jax.Array:
     """As `_spoken`, with the outlook: how many losses need no answer, what is said to them, bounds and later values."""
     ahead = core.outlook(ts)
     values = jnp.stack([*ahead.values.values()], axis=1)
@@ -144,16 +103,9 @@ def _foretold(core: Any, ts: TunerState, numbers: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(core: Any, structure: Any, kinds: tuple[Any, ...]) -> _Programs:
+def _programs(core: Core, structure: Any, kinds: tuple[Any, ...]) -> _Programs:
     """Compiled once for all controllers alike."""
-    like = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds])
-    loss = jax.ShapeDtypeStruct((), jnp.float32)
-
-    def step(ts: TunerState, loss: Any) -> Any:
-        ts, numbers = _tick(core, ts, loss)
-        return ts, _foretold(core, ts, numbers)
-
-    return _Programs(core, like, touched(step, like, loss))
+    return _Programs(core, jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*kind) for kind in kinds]))
 
 
 def _cpu() -> Any:
@@ -196,14 +148,14 @@ class PackedController:
         self._begin(ts)
 
     def _begin(self, ts: TunerState) -> None:
-        (self._live, self._idle), said = self._programs.begin(jax.device_put(ts, _cpu()))
+        self._packed, said = self._programs.begin(jax.device_put(ts, _cpu()))
         self._read(said)
 
     @property
     def state(self) -> TunerState:
         """The state as the controller knows it."""
         self._catch_up()
-        return self._programs.unpack(self._live, self._idle)
+        return self._programs.unpack(self._packed)
 
     def hyperparams(self) -> dict[str, Any]:
         """Values in force for the next step, as Python objects."""
@@ -224,7 +176,7 @@ class PackedController:
         count = len(self._waiting)
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
             self._losses[:count], self._waiting = self._waiting, []
-        self._live, said = self._programs.tick(self._live, self._losses, np.int32(count))
+        self._packed, said = self._programs.tick(self._packed, self._losses, np.int32(count))
         return self._read(said)
 
     def _catch_up(self) -> None:
@@ -235,31 +187,31 @@ class PackedController:
         """Takes the decision that `tick` called due."""
         self._catch_up()
         with one_blas_thread():
-            halves, said, report = self._programs.decide(_Halves(self._live, self._idle))
+            packed, said, report = self._programs.decide(self._packed)
             held, chosen, kind, discarded = jax.device_get(report)
-        return Decision(self._replace(halves, said).directive, held, chosen, int(kind), int(discarded))
+        return Decision(self._replace(packed, said).directive, held, chosen, int(kind), int(discarded))
 
     def observe_eval(self, metric: float) -> bool:
         """Takes a validation metric in, in the direction of the tuner's mode; whether to keep the measured state."""
         self._catch_up()
         sign = -1.0 if self.tuner.mode == "max" else 1.0
-        halves, said = self._programs.observe(_Halves(self._live, self._idle), np.float32(sign * metric))
-        return bool(self._replace(halves, said).directive.keep)
+        packed, said = self._programs.observe(self._packed, np.float32(sign * metric))
+        return bool(self._replace(packed, said).directive.keep)
 
     def spoil_fork(self) -> None:
         """Lets the running fork fail: the training that it led to is not whole."""
         self._catch_up()
-        self._live, self._idle = self._programs.spoil(_Halves(self._live, self._idle))
+        self._packed = self._programs.spoil(self._packed)
 
     def undo(self) -> None:
         """Takes the last decision or metric back."""
-        (self._live, self._idle), words = self._before
+        self._packed, words = self._before
         self._read(words)
 
-    def _replace(self, halves: _Halves, said: Any) -> Tick:
-        before = _Halves(self._live, self._idle), self._words
+    def _replace(self, packed: packing.Packed, said: Any) -> Tick:
+        before = self._packed, self._words
         tick = self._read(said)
-        (self._live, self._idle), self._before = halves, before
+        self._packed, self._before = packed, before
         return tick
 
     def _read(self, said: Any) -> Tick:
@@ -289,7 +241,7 @@ class PackedController:
 
     def to_bytes(self) -> np.ndarray:
         """The state as one vector of bytes; `from_bytes` takes it back."""
-        return np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in self._arrays()])
+        return np.concatenate([array.reshape(-1).view(np.uint8) for array in self._on_host().arrays])
 
     def from_bytes(self, data: np.ndarray, *, extend: bool = False) -> None:
         """Takes back what `to_bytes` gave, on request with another budget.
@@ -297,30 +249,20 @@ class PackedController:
         Raises:
           ValueError: It is the state of another tuner; see `AutoTuneNet.check`.
         """
-        arrays = self._arrays()
-        ends = np.cumsum([array.nbytes for array in arrays])
+        here = self._on_host()
+        ends = np.cumsum([array.nbytes for array in here.arrays])
         if data.size != ends[-1]:
             raise ValueError(
                 f"the state is of another tuner: it has {data.size} bytes, and this one's {ends[-1]}. "
                 "Make the AutoTuneNet as it was when the state was saved."
             )
-        parts = np.split(np.asarray(data, np.uint8), ends[:-1])
-        leaves, structure = jax.tree.flatten(self.state)
-        new = [part.copy().view(array.dtype).reshape(array.shape) for part, array in zip(parts, arrays, strict=True)]
-        with jax.default_device(_cpu()):
-            new = [
-                jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
-                for array, leaf in zip(new, leaves, strict=True)
-            ]
-        self._begin(self.tuner.taken_over(jax.tree.unflatten(structure, new), extend=extend))
+        parts = zip(np.split(np.asarray(data, np.uint8), ends[:-1]), here.arrays, strict=True)
+        arrays = tuple(part.copy().view(array.dtype).reshape(array.shape) for part, array in parts)
+        saved = dataclasses.replace(here, arrays=arrays).to_device()
+        self._begin(self.tuner.taken_over(saved, extend=extend))
 
-    def _arrays(self) -> list[np.ndarray]:
-        leaves = jax.tree.leaves(self.state)
-        return [np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf) for leaf in leaves]
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    def _on_host(self) -> Any:
+        return copy_tree_to_host(self.state)
 
 
 def _reader(param: Any) -> Any:

@@ -25,7 +25,7 @@ from ..controller.state import (
     Directive,
     Round,
 )
-from ..history.explain import verdict
+from ..history.explain import settings, verdict
 from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
 from .callbacks import Step
@@ -366,7 +366,7 @@ class Recorder:
         row["verdict"] = verdict(row)
         self.history.rounds.append(row)
         self._feed.end_round(best, row, discarded=self.discarded)
-        values = ", ".join(f"{name} {shown(value)}" for name, value in row["chosen"].items())
+        values = settings(row["chosen"], list(row["chosen"]))
         self._say(step, f"round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
 
     def abandon(self, step: int, kept: int) -> None:
@@ -467,8 +467,3 @@ def _is_ready(loss: Any) -> bool:
 def _plain(value: Any) -> Any:
     """A scalar array as a Python number; options of a choice are what they are."""
     return np.asarray(value).item() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
-
-
-def shown(value: Any) -> str:
-    """A value as a user is shown it."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

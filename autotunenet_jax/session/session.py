@@ -1,12 +1,12 @@
 """One run on the host: what the controller asks for is carried out, and the books are kept."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round
 from .host import Host
-from .measured import is_better
 from .recorder import Recorder
 
 
@@ -60,6 +60,14 @@ class Report(NamedTuple):
     decision: Decision | None
     before: int
     after: int
+
+
+def is_better(metric: float | None, other: float | None, mode: Any) -> bool:
+    """Whether a metric is the better one in the direction of a mode; what is none, or not finite, never is."""
+    if metric is None or not math.isfinite(metric):
+        return False
+    sign = -1.0 if mode == "max" else 1.0
+    return other is None or not math.isfinite(other) or sign * metric < sign * other
 
 
 class Session:

@@ -7,7 +7,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -72,15 +72,6 @@ class Stop:
             yield
         finally:
             self._is_shielded = was_shielded
-
-    def exposing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, exposed while it runs."""
-
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with self.exposed():
-                return function(*args, **kwargs)
-
-        return called
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():

@@ -90,6 +90,18 @@ def map_injected(opt_state: Any, function: Callable[[int, Any], Any]) -> Any:
     return inside(opt_state)
 
 
+def injected(opt_state: Any) -> list[Any]:
+    """The injected states of a tree, outer ones first."""
+    found: list[Any] = []
+
+    def collect(number: int, node: Any) -> Any:
+        found.append(node)
+        return node
+
+    map_injected(opt_state, collect)
+    return found
+
+
 def _segments(path: Iterable[Any]) -> tuple[str, ...]:
     """Dictionary keys and positions along a path; the field names of optax's own states say nothing to a user."""
     segments: list[str] = []
@@ -202,14 +214,8 @@ def resolve(names: Iterable[str], opt_state: Any) -> dict[str, Place]:
 
 def read(opt_state: Any, where: Mapping[str, Place]) -> dict[str, Array]:
     """The values at some places, by the names given."""
-    nodes: list[Any] = []
-
-    def collect(number: int, node: Any) -> Any:
-        nodes.append(node.hyperparams)
-        return node
-
-    map_injected(opt_state, collect)
-    return {name: unboxed(nodes[place.node][place.name]) for name, place in where.items()}
+    nodes = injected(opt_state)
+    return {name: unboxed(nodes[place.node].hyperparams[place.name]) for name, place in where.items()}
 
 
 def write(opt_state: Any, values: Mapping[str, Any], where: Mapping[str, Place]) -> Any:

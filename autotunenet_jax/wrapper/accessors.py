@@ -19,7 +19,6 @@ from .loss import interpret, take_loss
 from .state import (
     AutotuneState,
     Course,
-    Noted,
     Order,
     Settings,
     in_force,
@@ -228,11 +227,11 @@ def _observe_eval(
     settings: Settings, packed: packing.Packed, record: Array, metric: Array
 ) -> tuple[packing.Packed, Array]:
     packed, noted = _measured(settings, packed, metric)
-    return packed, ring.with_metric(record, settings.core.space.dims, **noted._asdict())
+    return packed, ring.add_metric(record, settings.core.space.dims, noted)
 
 
 @single_kernel(static_argnums=(0,))
-def _measured(settings: Settings, packed: packing.Packed, metric: Array) -> tuple[packing.Packed, Noted]:
+def _measured(settings: Settings, packed: packing.Packed, metric: Array) -> tuple[packing.Packed, ring.MetricEntry]:
     course, noted = take_metric(settings, packing.unpack(packed, settings.layout), metric)
     return packing.pack(course), noted
 

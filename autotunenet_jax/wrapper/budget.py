@@ -54,9 +54,9 @@ def with_budget(state: AutotuneState, total_steps: int) -> AutotuneState:
     check(state)
     settings, course = state.settings, state.course
     core = settings.core
-    tuner = AutoTuneNet(
+    other = AutoTuneNet(
         core.space,
-        int(course.tuner.plan.total) or None,
+        total_steps,
         mode="max" if settings.is_max else "min",
         guard=core.guard,
         max_share=settings.max_share,
@@ -65,7 +65,7 @@ def with_budget(state: AutotuneState, total_steps: int) -> AutotuneState:
         warmup_steps=core.warmup_steps,
         capacity=int(np.shape(course.tuner.knowledge.observations.y)[0]),
     )
-    other = planned(tuner.with_total_steps(total_steps), settings.memory)
+    other = planned(other, settings.memory)
     ts = extended(course.tuner._replace(step=course.tuner.step + course.lag), other.plan, other._fingerprint())
     course = course._replace(tuner=ts._replace(step=course.tuner.step))
     changed: Settings = dataclasses.replace(settings, core=other.core, digests=digests_of(other))

@@ -38,13 +38,7 @@ def without_values(inner: Any) -> Any:
 
 def with_values(stripped: Any, current: Any) -> Any:
     """A snapshot's inner state, with the hyperparameters of the current one."""
-    values: list[dict[str, Any]] = []
-
-    def collect(number: int, node: Any) -> Any:
-        values.append(node.hyperparams)
-        return node
-
-    injection.map_injected(current, collect)
+    values = [node.hyperparams for node in injection.injected(current)]
     return injection.map_injected(
         stripped, lambda number, node: node._replace(hyperparams={**values[number], **node.hyperparams})
     )

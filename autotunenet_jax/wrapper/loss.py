@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from ..compiler import packing
+from ..compiler.one_turn import when
 from ..compiler.single_kernel import single_kernel
 from ..compiler.stored_program import named, stored_program
-from ..controller import when
 from ..controller.loss_monitor import DIVERGED, SPIKE
 from ..controller.rollback import select
 from ..controller.state import FORK, OUTCOME_NONE, TRAIN, Directive, Round, TunerState
@@ -48,20 +48,7 @@ def take_loss(
     is_usable: Array,
     is_made: Array,
 ) -> tuple[packing.Packed, Directive, Array]:
-    """Tells the tuner one loss, and lets it decide where that is due.
-
-    Args:
-      settings: Of the wrapper.
-      packed: The course of the run before.
-      record: The ring of what happened.
-      loss: Scalar; of the step just done.
-      lag: Steps before that one whose losses were never reported.
-      is_usable: Whether the loss and its gradients are finite.
-      is_made: Whether the step was the optimizer's own.
-
-    Returns:
-      The course after, what the tuner asks for, which `interpret` reads, and the ring.
-    """
+    """Tells the tuner one loss, see `hear`, and lets it decide where that is due; see `note`."""
     loss = jnp.asarray(loss, jnp.float32)
     heard = hear(settings, packed, loss, lag, is_usable, is_made)
 
@@ -81,11 +68,11 @@ def note(
       before: The course of the run before the loss.
       heard: What that came to.
       record: The ring of what happened.
-      loss: Scalar.
-      lag: Steps before it whose losses were never reported.
+      loss: As for `hear`.
+      lag: Likewise.
 
     Returns:
-      As `take_loss`.
+      The course after, what the tuner asks for, which `interpret` reads, and the ring.
     """
 
     def decided(packed: packing.Packed, first: Directive, _: Round) -> tuple[packing.Packed, Directive, Round]:
@@ -191,15 +178,7 @@ def hear(
 
 @single_kernel(static_argnums=(0,))
 def unheard(settings: Settings, packed: packing.Packed, heard: Heard, lag: Array, is_away: Array) -> Heard:
-    """The same of a loss that tells nothing where the parameters are on their way to a snapshot: time passes.
-
-    Args:
-      settings: Of the wrapper.
-      packed: The course of the run before.
-      heard: What the loss comes to otherwise.
-      lag: As for `hear`.
-      is_away: Whether they are.
-    """
+    """What was heard, or of a loss that tells nothing, with the parameters on their way to a snapshot: time passes."""
     course: Course = packing.unpack(packed, settings.layout)
     ts, no = advanced(course.tuner, lag), jnp.zeros((), bool)
     later = ts._replace(step=ts.step + 1, data_step=ts.data_step + 1)

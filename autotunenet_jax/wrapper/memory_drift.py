@@ -48,7 +48,8 @@ def plan(space: SearchSpace, base: Plan) -> Plan:
     """A plan of many small rounds; steps are never thrown away here, so they are cheap."""
     total = int(base.total) or _OPEN_ENDED_STEPS
     length = max(round(_FORK_SHARE * total), 10)
-    kinds = [kind for kind, is_there in ((FAST, "fast"), (SLOW, "slow")) if _has(space, is_there)]
+    is_slow = [role == "slow" for role in space.roles]
+    kinds = [kind for kind, is_there in ((FAST, not all(is_slow)), (SLOW, any(is_slow))) if is_there]
     spacing = max((_LAST_ROUND - _FIRST_ROUND) * total / _ROUNDS, 1.2 * _FORKS * length)
     starts = np.arange(_FIRST_ROUND * total, _LAST_ROUND * total, spacing)[:MAX_ROUNDS].astype(np.int32)
     if not int(base.total):
@@ -67,10 +68,6 @@ def plan(space: SearchSpace, base: Plan) -> Plan:
         length=column(length, 1),
         range_test=np.zeros(MAX_ROUNDS, np.int32),
     )
-
-
-def _has(space: SearchSpace, kind: str) -> bool:
-    return any((role == "slow") == (kind == "slow") for role in space.roles)
 
 
 def feed(drift: Drift, ts: TunerState, loss: Array) -> tuple[Drift, Float[Array, ""]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..compiler import cpu_queue, packing
 from ..controller.state import TRAIN
+from ..session.notices import of_slow
 from .state import AutotuneState
 
 # Updates without a single loss after which the user is told.
@@ -24,10 +25,7 @@ _SILENT = (
     "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
 )
 _AT_BOUND = "{name} lies at the {end} bound of its range, {bound:g}; the best value may lie beyond. Widen the range."
-_UNMEASURED = (
-    "{names} can only be judged by a validation metric, and none came: nothing is learned of it. Report one by "
-    "autotunenet_jax.observe_eval(opt_state, metric) where wants_eval(opt_state) asks for it, or leave it out."
-)
+_HOW = "Report one by autotunenet_jax.observe_eval(opt_state, metric) where wants_eval(opt_state) asks for it"
 _BAD = (
     f"more than {_BAD_SHARE:.0%} of the steps were skipped, since loss or gradients were not finite. "
     "Look for bad batches in the data, or for a loss that divides by zero."
@@ -74,9 +72,8 @@ def _texts(state: AutotuneState) -> Iterator[str]:
     if number(tuner.rollbacks) > _MANY_ROLLBACKS:
         yield _ROLLBACKS
     total = number(tuner.plan.total)
-    slow = [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
-    if slow and total and step >= _SLOW_SHARE * total and np.isnan(number(tuner.validation.level)):
-        yield _UNMEASURED.format(names=" and ".join(slow))
+    if total and step >= _SLOW_SHARE * total and np.isnan(number(tuner.validation.level)):
+        yield from (notice.message for notice in of_slow(space, _HOW))
     if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:
         return
     for k, (name, role) in enumerate(zip(space.names, space.roles, strict=True)):

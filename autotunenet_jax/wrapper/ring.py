@@ -127,6 +127,30 @@ class Entry(NamedTuple):
     stretch: Stretch
 
 
+class MetricEntry(NamedTuple):
+    """A validation metric, as the ring is told of it.
+
+    Attributes:
+      step: Budget step.
+      metric: In the user's direction.
+      is_settled: Whether it is one outside forks.
+      always: Whether it is noted however near the last one is.
+      spacing: Least distance to the last one otherwise, in steps.
+      is_told: Whether it is a reading at all.
+      words: The entry of what it changed, of `words_of`.
+      is_event: Whether it changed anything.
+    """
+
+    step: Int[Array, ""]
+    metric: Float[Array, ""]
+    is_settled: Bool[Array, ""]
+    always: Bool[Array, ""]
+    spacing: Int[Array, ""]
+    is_told: Bool[Array, ""]
+    words: Int[Array, "width"]
+    is_event: Bool[Array, ""]
+
+
 class Contents(NamedTuple):
     """What is in a ring, oldest first; NumPy arrays.
 
@@ -320,39 +344,14 @@ def add_span(ring: Array, dims: int, *, step: Array, bits: Array) -> Array:
     return _put(ring, dims, _SPANS, row, flag=bits > 0, over=joins)
 
 
-def with_metric(
-    ring: Array,
-    dims: int,
-    *,
-    step: Array,
-    metric: Array,
-    is_settled: Array,
-    always: Array,
-    spacing: Array,
-    is_told: Array,
-    words: Array,
-    is_event: Array,
-) -> Array:
-    """Adds a validation metric, and the entry of what it changed of the run.
-
-    Args:
-      ring: Of `empty`.
-      dims: Of the space.
-      step: Budget step.
-      metric: In the user's direction.
-      is_settled: Whether it is one outside forks.
-      always: Whether it is noted however near the last one is.
-      spacing: Least distance to the last one otherwise, in steps.
-      is_told: Whether it is a reading at all.
-      words: The entry, of `words_of`.
-      is_event: Whether there is one.
-    """
+def add_metric(ring: Array, dims: int, made: MetricEntry) -> Array:
+    """Adds a validation metric, and the entry of what it changed of the run."""
     before = _last(ring, dims, _METRICS, _METRIC_WORDS)
-    is_due = is_told & ((ring[_METRICS] == 0) | (step - before[0] >= spacing) | always)
+    is_due = made.is_told & ((ring[_METRICS] == 0) | (made.step - before[0] >= made.spacing) | made.always)
     # One state has one metric.
-    is_due &= (ring[_METRICS] == 0) | (step != before[0])
-    ring = _put(ring, dims, _METRICS, _joined([step, metric, is_settled]), flag=is_due)
-    return add_entry(ring, words, dims, flag=is_event)
+    is_due &= (ring[_METRICS] == 0) | (made.step != before[0])
+    ring = _put(ring, dims, _METRICS, _joined([made.step, made.metric, made.is_settled]), flag=is_due)
+    return add_entry(ring, made.words, dims, flag=made.is_event)
 
 
 def add_level(ring: Array, dims: int, *, step: Array, level: Array, flag: Array) -> Array:

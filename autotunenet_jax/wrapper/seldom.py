@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from ..compiler import packing
-from ..controller import when
+from ..compiler.one_turn import when
 from . import inner_state, trees
 from .books import Opened, closed, sent_home
 from .held_snapshots import HeldSnapshots, Snapshot

@@ -181,20 +181,7 @@ def write_in_force(inner: Any, values: dict[str, Array]) -> Any:
     return injection.write(inner, values, injection.resolve(values, inner))
 
 
-class Noted(NamedTuple):
-    """What the ring is to be told of a validation metric, see `ring.add_metric` and `ring.add_entry`."""
-
-    step: Int[Array, ""]
-    metric: Float[Array, ""]
-    is_settled: Bool[Array, ""]
-    always: Bool[Array, ""]
-    spacing: Int[Array, ""]
-    is_told: Bool[Array, ""]
-    words: Int[Array, "width"]
-    is_event: Bool[Array, ""]
-
-
-def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Course, Noted]:
+def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Course, ring.MetricEntry]:
     """Tells the tuner a validation metric of the current parameters; the next update keeps the best ones."""
     given = jnp.asarray(given, jnp.float32)
     metric = -given if settings.is_max else given
@@ -220,12 +207,12 @@ def take_metric(settings: Settings, course: Course, given: Array) -> tuple[Cours
     return course._replace(tuner=tuner, drift=drift), _noted(ts, after, given, is_told)
 
 
-def _noted(before: TunerState, after: TunerState, metric: Array, is_told: Array) -> Noted:
+def _noted(before: TunerState, after: TunerState, metric: Array, is_told: Array) -> ring.MetricEntry:
     seen, past = after.validation, before.validation
     is_score = (before.phase == FORK) & (before.segment_left == 1)
     is_last = (before.plan.total > 0) & (before.plan.total - before.step <= 1)
     has_moved = jnp.any(after.incumbent != before.incumbent)
-    return Noted(
+    return ring.MetricEntry(
         step=before.step,
         metric=metric,
         is_settled=(before.phase == TRAIN) | (before.step == 0),

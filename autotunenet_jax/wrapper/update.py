@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from ..compiler.one_turn import usually
-from ..controller import when
+from ..compiler.one_turn import usually, when
 from . import aux_state, books, budget, notices, trees
 from .loss import hear
 from .seldom import Carried, Given, seldom

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from autotunenet_jax.compiler.single_kernel import once, single_kernel
+from autotunenet_jax.compiler.single_kernel import single_kernel
 
 
 def scores(options, key, state, loss):
@@ -131,28 +131,3 @@ def test_nothing_is_compiled_again():
     for value in range(4):
         function(jnp.float32(value))
     assert len(traces) == 1
-
-
-def test_once_changes_nothing_but_how_often_things_are_worked_out():
-    def machine(x, is_held):
-        condition = x * 0.5
-        for shift in range(20):
-            condition = jnp.abs(condition + shift) - 0.25 * condition
-        hot = condition > x
-        (hot,) = once(hot) if is_held else (hot,)
-        return tuple(jnp.where(hot, x + n, x * (n + 2.0)) for n in range(12))
-
-    def compiled(is_held):
-        one = jax.jit(single_kernel(static_argnums=(1,))(lambda x, is_held=is_held: machine(x, is_held)))
-        return one, one.lower(jnp.ones(5)).compile().as_text().count(" abs(")
-
-    (plain, often), (held, seldom) = compiled(False), compiled(True)
-    assert_same(held(jnp.arange(5.0)), plain(jnp.arange(5.0)))
-    assert seldom <= 20 < often
-    batch = jnp.arange(10.0).reshape(2, 5)
-    assert_same(jax.vmap(held)(batch), jax.vmap(plain)(batch))
-
-
-def test_once_outside_kernels_is_what_it_is_given():
-    x = jnp.ones(3)
-    assert once(x, None)[0] is x

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autotunenet_jax.compiler import stored_program as programs
-from autotunenet_jax.compiler.single_kernel import once, single_kernel
+from autotunenet_jax.compiler.single_kernel import single_kernel
 from autotunenet_jax.compiler.stored_program import stored_program
 
 TRACES = []
@@ -233,7 +233,7 @@ def test_a_kernel_is_stored_as_a_kernel(folder):
     @stored_program(like=lambda x: (x, x))
     @single_kernel()
     def several(x):
-        (hot,) = once(jnp.tanh(x) > 0.5)
+        hot = jnp.tanh(x) > 0.5
         return jnp.where(hot, x, 0.0), jnp.where(hot, 0.0, x)
 
     for _ in range(2):

@@ -176,7 +176,7 @@ def test_slow_hyperparameters_stay_put_without_validation_and_the_user_is_told()
         return state, loss + 0.0 * hp["penalty"]
 
     tuner = atn.AutoTuneNet({**problem.SPACE, "penalty": (0.0, 1.0)}, 160, initial={"penalty": 0.25})
-    with pytest.warns(UserWarning, match="penalty can be ranked on validation data only"):
+    with pytest.warns(UserWarning, match="penalty stays as it starts: only a validation metric"):
         result = atn.fit(train_step, problem.new_state(), problem.batches, tuner=tuner, progress=False)
     assert {row["penalty"] for row in result.history.records} == {0.25}
 

@@ -1,4 +1,4 @@
-"""The controller's state in two parts, and the thread count of a decision."""
+"""The packed controller is the tuner, and the thread count of a decision."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.controller import loss_monitor
-from autotunenet_jax.session.packed_controller import PackedController, touched
+from autotunenet_jax.session.packed_controller import PackedController
 
 
 def tuner():
@@ -41,26 +41,6 @@ def test_bytes_of_another_tuner_are_refused():
         PackedController(tuner()).from_bytes(other.to_bytes())
     with pytest.raises(ValueError, match="another tuner"):
         PackedController(tuner()).from_bytes(other.to_bytes()[:-4])
-
-
-def test_touched_leaves_are_those_read_or_written():
-    def step(tree, x):
-        return {**tree, "a": tree["a"] + x, "c": tree["c"], "e": tree["f"], "f": tree["e"]}, tree["b"]
-
-    tree = {name: jnp.zeros(2) for name in "abcdef"}
-    assert touched(step, tree, 1.0) == {0, 1, 4, 5}
-
-
-def test_a_step_leaves_the_idle_part_alone():
-    def size(packed):
-        return sum(leaf.size for leaf in jax.tree.leaves(packed))
-
-    controller = PackedController(tuner())
-    idle, live_size = controller._idle, size(controller._live)
-    for _ in range(3):
-        controller.tick(1.0)
-    assert controller._idle is idle and not any(leaf.is_deleted() for leaf in jax.tree.leaves(idle))
-    assert live_size < size(idle)
 
 
 CURVES = {

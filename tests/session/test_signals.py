@@ -35,7 +35,8 @@ def test_inside_a_shield_a_second_signal_waits_for_the_users_own_code():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         done.append("books")
-        stop.exposing(done.append)("callback")
+        with stop.exposed():
+            done.append("callback")
     assert done == ["books"] and stop.is_requested and stop.name == "SIGTERM"
 
 

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import autotunenet_jax as atn  # noqa: E402
-from autotunenet_torch import TrainingState, checkpoint, random_state, serialization  # noqa: E402
+from autotunenet_torch import TrainingState, random_state, serialization  # noqa: E402
 from autotunenet_torch.soundness import Soundness  # noqa: E402
 
 OPTIMIZERS = {
@@ -144,12 +144,12 @@ def test_durable_round_trip(tmp_path, make_tied, bits):
     train(model, optimizer, schedulers[0], torch.randn(8, 6, dtype=torch.bfloat16), 2)
     state = TrainingState(model, optimizer, schedulers=schedulers)
     saved = state.copy_out()
-    plain = checkpoint.to_plain({"training": saved, "values": {"learning_rate": 0.1}, "loop": (3, 0)})
+    copy = {"training": saved, "values": {"learning_rate": 0.1}, "loop": (3, 0)}
     with atn.Snapshots(tmp_path / "run") as store:
-        serialization.save(store, 7, plain, wait=True)
+        serialization.save(store, 7, copy, wait=True)
         step, tree = serialization.restore(store)
     assert step == 7 and tree["loop"] == (3, 0)
-    back = checkpoint.from_plain(tree)["training"]
+    back = tree["training"]
     assert bits({k: v for k, v in back.items() if k != "rng"}) == bits({k: v for k, v in saved.items() if k != "rng"})
     state.check(back)
     state.copy_back(back)

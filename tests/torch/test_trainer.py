@@ -261,7 +261,7 @@ def test_the_first_signal_ends_after_the_step(loader, number):
 
 
 def test_slow_hyperparameters_need_validation_data(loader):
-    with pytest.warns(UserWarning, match="dropout stay at their initial values.*val_loader"):
+    with pytest.warns(UserWarning, match="dropout stays as it starts.*val_loader"):
         trainer(epochs=6).fit(net(0.3), loader, tuner=AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}))
     with pytest.raises(ValueError, match="validation data only"):
         trainer(epochs=6).fit(net(), loader, tuner=AutoTuneNet({"dropout": (0.0, 0.5)}))

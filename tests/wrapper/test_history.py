@@ -72,10 +72,11 @@ def test_metrics_keep_a_distance(state):
     words = entry(state, 0)
     no, record = jnp.zeros((), bool), ring.empty(DIMS)
     for step, always in ((10, False), (12, False), (13, True), (13, True), (25, True), (26, False)):
-        record = ring.with_metric(
-            record, DIMS, step=jnp.int32(step), metric=jnp.float32(step), is_settled=no | True,
-            always=no | always, spacing=jnp.int32(10), is_told=no | (step != 25), words=words, is_event=no,
+        made = ring.MetricEntry(
+            step=jnp.int32(step), metric=jnp.float32(step), is_settled=no | True, always=no | always,
+            spacing=jnp.int32(10), is_told=no | (step != 25), words=words, is_event=no,
         )  # fmt: skip
+        record = ring.add_metric(record, DIMS, made)
     found = ring.read(np.asarray(record), DIMS)
     assert found.metrics == [(10, 10.0, True), (13, 13.0, True), (26, 26.0, True)]
     assert len(found.entries.step) == 0

@@ -49,7 +49,7 @@ def test_nothing_is_said_of_a_run_that_goes_well(started):
             {"incumbent": jnp.array([0.0, 0.5], jnp.float32)},
             "learning_rate lies at the lower bound of its range, ",
         ),
-        ({"validation__level": jnp.float32(jnp.nan)}, "weight_decay can only be judged by a validation metric"),
+        ({"validation__level": jnp.float32(jnp.nan)}, "weight_decay stays as it starts: only a validation metric"),
         ({"health__bad_steps": jnp.int32(60)}, "more than 2% of the steps were skipped"),
         ({"rollbacks": jnp.int32(8)}, "went back to a snapshot more than 5 times"),
     ],
