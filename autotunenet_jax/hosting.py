@@ -10,6 +10,7 @@ from .loop.fork_executor import ForkExecutor as ForkExecutor
 from .loop.fork_executor import TrainedFork as TrainedFork
 from .loop.fork_executor import train_fork as train_fork
 from .session.batches import BatchWindow as BatchWindow
+from .session.feed import check_log_every as check_log_every
 from .session.host import Host as Host
 from .session.notices import Notice as Notice
 from .session.notices import Notices as Notices

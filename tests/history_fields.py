@@ -4,7 +4,7 @@ RECORD = {"step", "data_step", "loss", "phase", "round", "fork", "is_kept"}
 ROUND = {
     "start", "end", "kind", "scored_by", "reference", "sweep", "forks", "best", "outcome", "verdict", "chosen",
 }  # fmt: skip
-FORK = {"hyperparams", "scores", "status", "steps", "start", "end", "p_better"}
+FORK = {"hyperparams", "scores", "status", "steps", "start", "end", "p_better", "lead", "deviation"}
 EVAL = {"step", "value", "is_settled"}
 # A loop that measures more than one number says so.
 METRICS = {"metrics"}

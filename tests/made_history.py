@@ -14,7 +14,7 @@ def fork(values, score, start, *, kept=False):
     status = "kept" if kept else "lost" if scores else "failed"
     return {
         "hyperparams": values, "scores": scores, "status": status, "steps": 20, "start": start, "end": start + 20,
-        "p_better": 0.5,
+        "p_better": 0.5, "lead": 0.9, "deviation": 0.1,
     }  # fmt: skip
 
 

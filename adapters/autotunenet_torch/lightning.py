@@ -49,12 +49,13 @@ class AutoTuneCallback(pl.Callback):
       total_steps: Optimizer steps of the run; by default what Lightning expects.
       callbacks: Hooks of the tuner's own, see `AutoTuneNet.attach`; `autotunenet_jax.StopTraining` stops the Trainer.
       loggers: Where all numbers of the run go, besides Lightning's loggers; see `autotunenet_jax.fit`.
+      log_every: Steps between two rows of these loggers; Lightning's own keep their pace.
       extend: Whether a training that goes on from a checkpoint may have another number of steps than it had.
 
     Raises:
-      ValueError: When training starts: more than one optimizer, a checkpoint that holds no tuner's state, or something
-        the tuner refuses. Then: ``training_step`` returns no loss where optimisation is manual, or ``monitor`` is not
-        among the metrics.
+      ValueError: ``log_every`` is out of range. When training starts: more than one optimizer, a checkpoint that holds
+        no tuner's state, or something the tuner refuses. Then: ``training_step`` returns no loss where optimisation is
+        manual, or ``monitor`` is not among the metrics.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class AutoTuneCallback(pl.Callback):
         total_steps: int | None = None,
         callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
         loggers: Sequence[Any] = (),
+        log_every: int = 50,
         extend: bool = False,
     ):
         self.tuner, self.monitor = tuner, monitor
         self._validate, self._total_steps = validate, total_steps
         self._callbacks, self._loggers, self._extends = list(callbacks), list(loggers), extend
+        self._log_every = hosting.check_log_every(log_every)
         self._pending: Mapping[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self._steps = 0
@@ -107,6 +110,7 @@ class AutoTuneCallback(pl.Callback):
             validate=None if validate is None else lambda: validate(pl_module),
             callbacks=[*self._callbacks, *([chosen] if trainer.loggers else [])],
             loggers=self._loggers if distributed.rank() == 0 else (),
+            log_every=self._log_every,
         )
         self._is_attached, self._asked, self._is_regular = True, None, True
         self._losses.clear()

@@ -109,6 +109,7 @@ class Trainer:
         if (epochs is None) == (steps is None):
             raise ValueError(f"give the budget as epochs or as steps, one of them; got {epochs=} and {steps=}.")
         counts = {"epochs": epochs, "steps": steps, "accumulate": accumulate, "eval_every": eval_every}
+        counts["log_every"] = log_every
         for name, value in counts.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")

@@ -46,12 +46,13 @@ class AutoTuneCallback(TrainerCallback):
       monitor: Name of the evaluation metric, in the direction of the tuner's ``mode``; by default ``eval_loss``.
       callbacks: Hooks of the tuner's own, see `AutoTuneNet.attach`; `autotunenet_jax.StopTraining` stops the Trainer.
       loggers: Where all numbers of the run go, besides the Trainer's log; see `autotunenet_jax.fit`.
+      log_every: Steps between two rows of these loggers; the Trainer's log keeps its pace.
       extend: Whether a training that goes on from a checkpoint may have another number of steps than it had.
 
     Raises:
       RuntimeError: When training starts: something else than a Trainer calls it.
-      ValueError: When training starts: the checkpoint to resume from holds no tuner's state, or something the tuner
-        refuses. Then: ``monitor`` is not among the metrics.
+      ValueError: ``log_every`` is out of range. When training starts: the checkpoint to resume from holds no tuner's
+        state, or something the tuner refuses. Then: ``monitor`` is not among the metrics.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class AutoTuneCallback(TrainerCallback):
         monitor: str | None = None,
         callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
         loggers: Sequence[Any] = (),
+        log_every: int = 50,
         extend: bool = False,
     ):
         self.tuner, self.monitor = tuner, monitor
         self._callbacks, self._loggers, self._extends = list(callbacks), list(loggers), extend
+        self._log_every = hosting.check_log_every(log_every)
         self._losses: list[torch.Tensor] = []
         self._undo: list[Callable[[], None]] = []
         self._is_asked = self._is_training = self._has_many = self._has_saved = False
@@ -96,6 +99,7 @@ class AutoTuneCallback(TrainerCallback):
             total_steps=state.max_steps,
             callbacks=[*self._callbacks, *([chosen] if logs else [])],
             loggers=self._loggers if distributed.rank() == 0 else (),
+            log_every=self._log_every,
         )
         if state.global_step:
             file = pathlib.Path(str(resumed or _folder(args, state))) / _FILE

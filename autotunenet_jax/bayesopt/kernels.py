@@ -6,6 +6,7 @@ Squared distances come per dimension with the pairs last: compilers vectorise ov
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ _SAME_PLACE = 1e-12
 
 def _gpjax_kernels() -> Any:
     """GPJax's kernels; the import initialises JAX's backend and must not happen inside a trace."""
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), warnings.catch_warnings():
+        # In a notebook it misses widgets for progress bars that are never shown.
+        warnings.filterwarnings("ignore", message="IProgress not found")
         import gpjax.kernels
 
     return gpjax.kernels

@@ -43,7 +43,8 @@ def _rows(history: History, table: str) -> list[Mapping[str, Any]]:
             "scored_by": row["scored_by"],
             **fork["hyperparams"],
             "score": fork["scores"][0] if fork["scores"] else "",
-            **{name: fork[name] for name in ("status", "start", "end", "steps", "p_better")},
+            **{name: fork[name] for name in ("status", "start", "end", "steps")},
+            **{name: fork.get(name) for name in ("p_better", "lead", "deviation")},
         }
         for number, row in enumerate(history.rounds, start=1)
         for place, fork in enumerate(row["forks"], start=1)

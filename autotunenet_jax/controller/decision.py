@@ -116,7 +116,22 @@ def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, R
     """
     ended = _end(space, ts)
     points = jnp.concatenate([ended.ts.round.x, ended.candidates.x])
-    return _choose(space, ended, fork_surrogate.judge(space, ended.ts, points, ended.key))
+    judged = fork_surrogate.judge(space, ended.ts, points, ended.key)
+    return _choose(space, ended._replace(ts=_compared(ended.ts, judged)), judged)
+
+
+@single_kernel()
+def _compared(ts: TunerState, judged: fork_surrogate.Judgement) -> TunerState:
+    """With the lead of the fork that ended over the one kept till then, which is told and decides nothing by itself."""
+    held = ts.round
+    lead, deviation = fork_surrogate.lead(judged, held.fork, jnp.maximum(held.kept, 0))
+    is_compared = (ts.phase == FORK) & (held.kept >= 0) & (jnp.arange(MAX_FORKS) == held.fork)
+    return ts._replace(
+        round=held._replace(
+            lead=jnp.where(is_compared, lead, held.lead),
+            deviation=jnp.where(is_compared, deviation, held.deviation),
+        )
+    )
 
 
 @single_kernel(static_argnums=(0,))

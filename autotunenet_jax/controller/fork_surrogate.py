@@ -23,7 +23,7 @@ from .state import Knowledge, TunerState
 # their logarithm; in slow rounds small differences say little of what the rest of the run brings.
 _RESOLUTION, _SLOW_RESOLUTION = 0.05, 1.0
 # A fork that lost more than this many times what the best one gained is as bad as any.
-_WORST = 4.0
+WORST = 4.0
 
 # Differences below this share of where a round started are rounding.
 _ROUNDING = 1e-6
@@ -90,6 +90,14 @@ def shortfalls(obs: trials.Observations, *, resolution: Float[Array, "n"] | floa
     nothing. Adding a constant to the loss changes nothing, nor does scaling it.
     """
     usable = trials.mask(obs) & ~obs.failed
+    excess, unit = excess_of(obs)
+    share = jnp.clip(excess / unit, 0.0, WORST)
+    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
+
+
+def excess_of(obs: trials.Observations) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+    """How far each score is from the best of its round, and what the best one gained, the unit of that."""
+    usable = trials.mask(obs) & ~obs.failed
     same = (obs.group[:, None] == obs.group[None, :]) & usable[None, :]
     best = jnp.argmin(jnp.where(same, obs.y[None, :], jnp.inf), axis=1)
     lowest = jnp.where(same.any(axis=1), obs.y[best], 0.0)
@@ -98,9 +106,7 @@ def shortfalls(obs: trials.Observations, *, resolution: Float[Array, "n"] | floa
     mean_excess = members @ jnp.where(usable, excess, 0.0) / jnp.maximum(members @ ones, 1.0)
     # A fork that blew up says nothing of the unit: where something was gained, the median stands for the spread.
     gained = jnp.maximum(-lowest, group_median(excess, same))
-    unit = jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), _ROUNDING)
-    share = jnp.clip(excess / unit, 0.0, _WORST)
-    return obs._replace(y=jnp.where(usable, jnp.log1p(share / resolution) / jnp.log1p(1.0 / resolution), 0.0))
+    return excess, jnp.maximum(jnp.where(lowest < 0.0, gained, 2.0 * mean_excess), _ROUNDING)
 
 
 class Judgement(NamedTuple):
@@ -144,8 +150,13 @@ def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGK
 
 def probability_better(judged: Judgement, challenger: Array, holder: Array) -> Float[Array, ""]:
     """Probability that one point is better than another."""
-    gain, deviation = _gain(judged, holder, challenger)
+    gain, deviation = lead(judged, challenger, holder)
     return acquisition.normal_cdf(gain / deviation)
+
+
+def lead(judged: Judgement, challenger: Array, holder: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean and standard deviation of how much better one point is than another."""
+    return _gain(judged, holder, challenger)
 
 
 def expected_improvement(judged: Judgement, best: Array) -> Float[Array, "m"]:

@@ -9,7 +9,7 @@ from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 5
+FORMAT = 6
 """Version of the state's layout."""
 
 TRAIN, SWEEP, FORK = range(3)
@@ -179,6 +179,8 @@ class Round(NamedTuple):
       steps: Steps each fork ran.
       status: One of the ``FORK_*`` codes.
       p_better: Probability, when it was compared, that the fork beats the one kept then.
+      lead: By how much, as the surrogate has it, and in its unit; NaN for the first.
+      deviation: Standard deviation of that.
     """
 
     index: Int[Array, ""]
@@ -191,6 +193,8 @@ class Round(NamedTuple):
     steps: Int[Array, "forks"]
     status: Int[Array, "forks"]
     p_better: Float[Array, "forks"]
+    lead: Float[Array, "forks"]
+    deviation: Float[Array, "forks"]
 
 
 class Slots(NamedTuple):
@@ -328,6 +332,8 @@ def empty_round(dims: int, index: Array | int) -> Round:
         steps=jnp.zeros((MAX_FORKS,), jnp.int32),
         status=jnp.zeros((MAX_FORKS,), jnp.int32),
         p_better=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
+        lead=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
+        deviation=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
     )
 
 

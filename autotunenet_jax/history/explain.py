@@ -137,11 +137,18 @@ def _in_full(history: "History", number: int, row: Mapping[str, Any]) -> list[st
 
 def _told(history: "History", row: Mapping[str, Any], place: int) -> str:
     """What came of a fork."""
+    # Loaded where it is asked for: every run imports this file, for its verdicts.
+    from .belief import believed
+
     fork = row["forks"][place - 1]
     best = row["forks"][row["best"]] if row["best"] >= 0 else None
     if not fork["scores"]:
         return f"failed after {fork['steps']} steps"
     text = f"scored {score_of(history, row, fork['scores'][0]):.4g}"
+    held = believed(row, place - 1)
+    if held is not None:
+        low, high = (f"{end:.4g}" for end in sorted(score_of(history, row, end) for end in held))
+        text += f" (believed {low} to {high})" if low != high else ""
     if best is not None and fork is not best and best["scores"]:
         behind = fork["scores"][0] - best["scores"][0]
         text += f", {abs(behind):.2g} {'better' if behind < 0 else 'worse'} than the kept one"

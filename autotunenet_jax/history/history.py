@@ -63,7 +63,9 @@ class History:
         ``sweep`` (the span of its range test, or None), ``outcome``, ``verdict`` (a sentence), ``chosen``, ``best``
         (the fork that won; -1 where all failed), ``scored_by``, ``reference`` (score of the state all forks started
         from, or None), and ``forks``, a list of dicts with ``hyperparams``, ``scores``, ``status`` (``"kept"``,
-        ``"lost"`` or ``"failed"``), ``steps`` and ``p_better`` (how likely it was better than the one kept till then).
+        ``"lost"`` or ``"failed"``), ``steps``, and what the surrogate said when it ended, compared with the fork kept
+        till then: ``p_better`` (how likely it was better), ``lead`` (by how much) and ``deviation`` (that of the lead),
+        in the unit of decisions: 0 is the best fork so far, 1 one that gained nothing; None for the first one.
       evals: One dict per validation: ``step`` and ``value``, in the user's own direction.
       events: Rollbacks and other things a user should know of: ``step`` and ``message``.
       discarded: Spans ``(start, end)`` of budget steps that are not part of the final state's past, ``start`` excluded

@@ -118,7 +118,7 @@ def trials_of(history: "History", number: int) -> trials.Observations:
             continue
         for fork in row["forks"]:
             time = fork_surrogate.time_of(jnp.float32(_data_step(history, row, fork)))
-            obs = _add(obs, encoded(space, fork["hyperparams"]), _relative(row, fork), time, place)
+            obs = _add(obs, encoded(space, fork["hyperparams"]), relative(row, fork), time, place)
     return obs
 
 
@@ -146,13 +146,18 @@ def posterior_of(history: "History", number: int) -> RoundPosterior:
     return RoundPosterior(space, x, shortfall, rounds[-1]["best"], fork_surrogate.config_of(space), fitted, time)
 
 
-def _relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
-    """A fork's score as the tuner takes it in: about where the round started, in a unit near that; NaN if it failed."""
+def relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
+    """A fork's score as the tuner takes it in: about where the round started, in `unit_of_scores`; NaN if it failed."""
     if not fork["scores"] or fork["status"] == "failed":
         return math.nan
-    score = np.float32(fork["scores"][0])
-    reference = score if row.get("reference") is None else np.float32(row["reference"])
-    return float((score - reference) / np.asarray(loss_monitor.magnitude(jnp.asarray(reference))))
+    if row.get("reference") is None:
+        return 0.0
+    return float((np.float32(fork["scores"][0]) - np.float32(row["reference"])) / np.float32(unit_of_scores(row)))
+
+
+def unit_of_scores(row: Mapping[str, Any]) -> float:
+    """What the scores of a round are divided by; it divides exactly."""
+    return float(loss_monitor.magnitude(jnp.float32(row["reference"])))
 
 
 def _data_step(history: "History", row: Mapping[str, Any], fork: Mapping[str, Any]) -> int:

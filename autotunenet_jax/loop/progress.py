@@ -110,6 +110,8 @@ class Progress:
         """Shows where the run is."""
         if not self._is_on:
             return
+        if self._waits_for:
+            self._pace = _Pace()
         self._waits_for = ""
         self._pace.at(step, time.monotonic())
         self._state = {

@@ -167,7 +167,7 @@ class Feed:
         self._begin()
         self._hand_on()
         self._end_block()
-        self._write()
+        self._write(is_over=True)
         self._call("on_end", history)
 
     def _hand_on(self) -> StopTraining | None:
@@ -242,8 +242,11 @@ class Feed:
     def _row(self, step: int, row: Mapping[str, Any]) -> None:
         self._rows.setdefault(step, {}).update(row)
 
-    def _write(self) -> None:
-        rows, self._rows = self._rows, {}
+    def _write(self, *, is_over: bool = False) -> None:
+        # A step has one row, and that of the newest one may still get the means of a block that ends with it.
+        newest = math.inf if is_over or self._block.step < 0 else self._block.step
+        rows = {step: row for step, row in self._rows.items() if step < newest}
+        self._rows = {step: row for step, row in self._rows.items() if step >= newest}
         for step, row in sorted(rows.items()):
             self._written = step
             for writer in self._writers:
@@ -256,11 +259,13 @@ class Feed:
         forks = {str(fork): [held.steps, held.stride] for fork, held in self._forks.items()}
         block = self._block
         counts = {"block": [block.step, block.sums, block.held], "rewinds": self._rewinds, "written": self._written}
+        rows = [[step, row] for step, row in self._rows.items()]
         states = [[type(callback).__name__, callback.state_dict()] for callback in self._callbacks]
         # Before it has begun, a resumed run has its callbacks' states still to give back.
         return {
             "queue": list(self._queue),
             "forks": forks,
+            "rows": rows,
             "states": states if self._has_begun else self._states,
             **counts,
         }
@@ -275,7 +280,7 @@ class Feed:
         if data is None:
             self._after = step
             self._queue.clear()
-            self._forks, self._block = {}, _Block()
+            self._forks, self._block, self._rows = {}, _Block(), {}
             return
         queue = ((hook, _KINDS[hook](*told) if hook in _KINDS else told) for hook, told in data["queue"])
         self._queue = collections.deque(queue)
@@ -286,3 +291,4 @@ class Feed:
         # Where nothing had been written, whatever lies there is of another run.
         self._written, self._after = data["written"], data["written"] if data["written"] >= 0 else None
         self._block.step, self._block.sums, self._block.held = data["block"]
+        self._rows = {step: dict(row) for step, row in data.get("rows", ())}

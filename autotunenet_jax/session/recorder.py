@@ -351,6 +351,8 @@ class Recorder:
                     "start": start,
                     "end": end,
                     "p_better": float(report.p_better[number]),
+                    "lead": _known(report.lead[number]),
+                    "deviation": _known(report.deviation[number]),
                 }
             )  # fmt: skip
             if number != best:
@@ -456,6 +458,11 @@ def _on_host(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was logged, read from the device in one go where any of it comes from there."""
     is_here = all(isinstance(entry["step"], int) and isinstance(entry["verdict"], int) for entry in entries)
     return entries if is_here else jax.device_get(entries)
+
+
+def _known(value: Any) -> float | None:
+    """A number, or None where there is none."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _is_ready(loss: Any) -> bool:

@@ -200,7 +200,8 @@ class _Reading:
     def _report(self, entry: ring.Entry) -> Round:
         """The round as it was decided on."""
         held: Round = jax.device_get(empty_round(self.space.dims, 0))
-        columns = {name: np.array(getattr(held, name)) for name in ("x", "score", "steps", "status", "p_better")}
+        names = ("x", "score", "steps", "status", "p_better", "lead", "deviation")
+        columns = {name: np.array(getattr(held, name)) for name in names}
         for number, fork in enumerate(self.forks[:MAX_FORKS]):
             for name, column in columns.items():
                 column[number] = getattr(fork, name)

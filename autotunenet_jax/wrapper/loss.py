@@ -120,6 +120,8 @@ def _told(
         steps=held.steps[fork],
         status=held.status[fork],
         p_better=held.p_better[fork],
+        lead=held.lead[fork],
+        deviation=held.deviation[fork],
         kept=held.kept,
         has_eval=held.has_eval,
         reference=held.reference,

@@ -70,6 +70,8 @@ class Ended(NamedTuple):
       steps: How many it ran.
       status: One of the ``FORK_*`` codes.
       p_better: Probability that it beats the one kept till then.
+      lead: By how much, as the surrogate has it; NaN where there was none.
+      deviation: Standard deviation of that.
       kept: The fork kept from then on; -1 for none.
       has_eval: Whether the round is scored by validation metrics.
       reference: Score of the state that all forks started from.
@@ -81,6 +83,8 @@ class Ended(NamedTuple):
     steps: Int[Array, "*n"]
     status: Int[Array, "*n"]
     p_better: Float[Array, "*n"]
+    lead: Float[Array, "*n"]
+    deviation: Float[Array, "*n"]
     kept: Int[Array, "*n"]
     has_eval: Int[Array, "*n"]
     reference: Float[Array, "*n"]
@@ -165,7 +169,7 @@ class Contents(NamedTuple):
     levels: list[tuple[int, float]]
 
 
-_FLOATS = {"loss", "score", "p_better", "reference"}
+_FLOATS = {"loss", "score", "p_better", "lead", "deviation", "reference"}
 _POINTS = {"incumbent", "trial", "x"}
 
 
@@ -231,7 +235,7 @@ def no_fork(dims: int) -> Ended:
     """Where no fork ended."""
     zero, nan = jnp.zeros((), jnp.int32), jnp.full((), jnp.nan, jnp.float32)
     none = jnp.full((), -1, jnp.int32)
-    return Ended(jnp.zeros(dims, jnp.float32), nan, zero, zero, nan, none, zero, nan, zero)
+    return Ended(jnp.zeros(dims, jnp.float32), nan, zero, zero, nan, nan, nan, none, zero, nan, zero)
 
 
 def empty(dims: int) -> Int[Array, "words"]:

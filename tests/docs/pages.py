@@ -1,5 +1,6 @@
-"""The pages of the documentation, and the programs on them."""
+"""The pages of the documentation and the notebooks, and the programs on them."""
 
+import json
 import pathlib
 import re
 
@@ -10,8 +11,15 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 _BLOCK = re.compile(r"^```python\n(.*?)^```|^<!-- run\n(.*?)^-->", re.S | re.M)
 
 
+def cells(book):
+    """The cells of a notebook that hold Python."""
+    return [cell for cell in json.loads(book.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
 def blocks(page):
-    """The Python on a page, in order: the line before each block, and its text."""
+    """The Python on a page, in order: the line before each block, or the number of a notebook's cell, and its text."""
+    if page.suffix == ".ipynb":
+        return [(number, "".join(cell["source"])) for number, cell in enumerate(cells(page))]
     text = page.read_text()
     return [(text.count("\n", 0, block.start()) + 1, block[1] or block[2]) for block in _BLOCK.finditer(text)]
 

@@ -1,12 +1,15 @@
-"""The programs on the pages of PyTorch run, as a reader would run them, and train."""
+"""The programs on the pages of PyTorch and in its notebook run, as a reader would run them, and train.
+
+They tune the same search space where they can, so that what is compiled for the first one does for the others.
+"""
 
 import pytest
 
 from tests.docs.pages import ROOT, run
 
-LONG = pytest.mark.soak  # half a minute a page, most of it compilation
 NEEDS = {
     "README.md": ["torch"],
+    "examples/torch.ipynb": ["torch", "matplotlib", "sklearn"],
     "docs/torch.md": ["torch", "accelerate", "sklearn"],
     "docs/lightning.md": ["lightning", "sklearn"],
     "docs/transformers.md": ["transformers", "accelerate"],
@@ -15,12 +18,14 @@ NEEDS = {
 
 @pytest.mark.timeout(600)  # a program to compile for each page, where it is not in the cache
 @pytest.mark.filterwarnings("default")  # what frameworks say of their own is theirs
-@pytest.mark.parametrize("page", [page if page == "README.md" else pytest.param(page, marks=LONG) for page in NEEDS])
-def test_a_page_runs(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", NEEDS)
+def test_a_page_runs(page, tmp_path, monkeypatch, capsys):
     for library in NEEDS[page]:
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     names = run(ROOT / page)
-    history = names["tuner"].history if page != "docs/torch.md" else names["history"]
+    history = names["history"] if "history" in names else names["tuner"].history
     assert history.rounds
     assert not [row for row in history.rounds if row["scored_by"] != "validation"]
+    if page.endswith("ipynb"):
+        assert "Round 1" in capsys.readouterr().out and history.evals[-1]["value"] < 0.3

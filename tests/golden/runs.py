@@ -20,6 +20,7 @@ from autotunenet_jax import faults
 from tests import problem
 
 STEPS = 200
+_LEFT_OUT = ("lead", "deviation")
 SEVERAL = {"learning_rate": (1e-4, 1.0), "weight_decay": (1e-5, 1e-1), "dropout": (0.0, 0.5)}
 STARTS = {"learning_rate": 1e-3, "weight_decay": 1e-3, "dropout": 0.1}
 ADAMW = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3, weight_decay=1e-3)
@@ -57,8 +58,10 @@ def account(history, hyperparams, state):
     ]
     evals = {row["step"]: row["value"] for row in history.evals}
     kinds = ("rollback", "retry", "shift", "rate", "resume")
-    # What follows from the records is left out.
+    # What follows from the records, or from what the probabilities follow from, is left out.
     told = [{name: value for name, value in row.items() if name != "reference"} for row in history.rounds]
+    for row in told:
+        row["forks"] = [{name: fork[name] for name in fork if name not in _LEFT_OUT} for fork in row["forks"]]
     everything = json.dumps([history.records, told, sorted(evals.items())], sort_keys=True, default=str)
     return {
         "rounds": rounds,

@@ -19,7 +19,7 @@ def fork(rate, score, status="lost", p_better=0.1, act="relu"):
     values = {"learning_rate": rate, "layers": 3, "act": act}
     return {
         "hyperparams": values, "scores": scores, "status": status, "steps": 30, "start": 10, "end": 40,
-        "p_better": p_better,
+        "p_better": p_better, "lead": None, "deviation": None,
     }  # fmt: skip
 
 

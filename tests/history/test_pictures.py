@@ -8,6 +8,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.history import posterior
+from autotunenet_jax.history.belief import believed
 from autotunenet_jax.history.pictures import axes as layout
 from autotunenet_jax.history.pictures import fork_round, overview
 from tests.made_history import SPACE, add_steps, history
@@ -155,6 +156,9 @@ def test_a_round_shows_every_fork():
     scores = [line[0, 1] for line in drawn(figure.axes[1]) if len(line) == 1]
     assert scores == [1.6, 1.1, 1.0, 0.95]  # the last has failed: a cross near the top
     assert holds(figure.axes[1], [0.0, 1.0], [1.5, 1.5])
+    bars = [line[:, 1] for line in drawn(figure.axes[1]) if len(line) == 2 and line[0, 0] == line[1, 0]]
+    np.testing.assert_array_equal(bars, [believed(made.rounds[0], place) for place in (1, 2)])
+    assert "bars" in figure.axes[1].get_ylabel()
 
 
 def test_the_part_that_counts_is_marked():

@@ -108,6 +108,20 @@ def test_a_pipe_gets_a_line_every_ten_seconds_and_no_control_codes(monkeypatch):
     assert lines[-1].startswith("train  100000/100000")
 
 
+def test_the_time_left_is_of_steps_and_not_of_what_was_compiled_between_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    bar = atn.Progress(100, is_on=True, console=terminal(200))
+    bar.open()
+    for seconds, step in ((20.0, 0), (21.0, 10), (121.0, 10), (122.0, 20)):
+        now[0] = seconds
+        if seconds == 121.0:
+            bar.wait("compiling (once)")
+        bar.show(**{**SHOWN, "step": step})
+    assert "eta 0:08" in bar._line().plain  # 80 steps at 10 a second
+    bar.close()
+
+
 def test_what_is_said_goes_above_the_line(monkeypatch):
     console = terminal(60)
     bar = atn.Progress(100, is_on=True, console=console)

@@ -770,7 +770,7 @@ def shortfall(y: float, scores: list[float], *, is_fast: bool) -> float:
     excesses = sorted(score - lowest for score in scores)
     median, mean = excesses[(len(scores) - 1) // 2], sum(excesses) / len(scores)
     unit = max(-lowest, median) if lowest < 0 else 2 * mean
-    share = min((y - lowest) / max(unit, fork_surrogate._ROUNDING), fork_surrogate._WORST)
+    share = min((y - lowest) / max(unit, fork_surrogate._ROUNDING), fork_surrogate.WORST)
     resolution = fork_surrogate._RESOLUTION if is_fast else fork_surrogate._SLOW_RESOLUTION
     return math.log1p(share / resolution) / math.log1p(1 / resolution)
 

@@ -147,6 +147,22 @@ def test_what_belongs_to_one_step_is_one_row():
     }
 
 
+def test_the_last_row_has_its_means_where_a_decision_ends_the_run():
+    history, rows, feed = make(log_every=4)
+    for number in range(1, 6):
+        feed.step(step(number, loss=number), fork=-1)
+    feed.read(5, 0.5, {})
+    decision = {"end": 6, "chosen": {"r": 0.2}}
+    feed.step(step(6, loss=6.0), fork=0)
+    history.rounds.append(decision)
+    feed.end_round(0, decision)
+    feed.deliver()
+    feed.finish(history)
+    assert [at for at, _ in rows] == [4, 5, 6]
+    assert "train/loss" not in rows[1][1] and rows[1][1]["eval/metric"] == 0.5
+    assert rows[2][1]["train/loss"] == 5.5 and rows[2][1]["tuner/chosen/r"] == 0.2
+
+
 def test_very_long_forks_are_thinned(monkeypatch):
     monkeypatch.setattr(feed_module, "_MOST_STEPS", 8)
     heard = Heard()

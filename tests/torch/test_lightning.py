@@ -49,11 +49,11 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+OPTIONS = ("validate", "total_steps", "monitor", "callbacks", "loggers", "log_every")
+
+
 def make(tmp_path, tuner, *, epochs=10, **kwargs):
-    callback = AutoTuneCallback(
-        tuner,
-        **{k: kwargs.pop(k) for k in ("validate", "total_steps", "monitor", "callbacks", "loggers") if k in kwargs},
-    )
+    callback = AutoTuneCallback(tuner, **{name: kwargs.pop(name) for name in OPTIONS if name in kwargs})
     others = kwargs.pop("others", ())
     return pl.Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=[*others, callback], default_root_dir=tmp_path,
@@ -247,12 +247,13 @@ def test_callbacks_loggers_and_the_tuned_values(tmp_path, loader):
     tuner = AutoTuneNet(SPACE)
     trainer = make(
         tmp_path, tuner, enable_checkpointing=False, logger=Logger(), callbacks=[stops],
-        loggers=[lambda row, step: seen.append(row)], epochs=30,
+        loggers=[lambda row, step: seen.append((step, row))], log_every=7, epochs=30,
     )  # fmt: skip
     trainer.fit(Module(), loader, loader)
     [decision] = tuner.history.rounds
     assert decision["end"] <= trainer.global_step < 180 and stops.ended
-    assert any("train/loss" in row for row in seen)
+    steps = [step for step, row in seen if "train/loss" in row]
+    assert steps[-1] == decision["forks"][decision["best"]]["end"] and sum(step % 7 == 0 for step in steps) > 1
     told = [(step, row["tuner/learning_rate"]) for step, row in rows if "tuner/learning_rate" in row]
     assert [step for step, _ in told] == [1, decision["end"]]
     assert told[1][1] == pytest.approx(decision["chosen"]["learning_rate"])

@@ -18,6 +18,7 @@ from autotunenet_torch import AutoTuneNet  # noqa: E402
 from autotunenet_torch.transformers import AutoTuneCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+OPTIONS = ("monitor", "callbacks", "loggers", "log_every")
 SPACE = {"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)}
 
 
@@ -36,9 +37,7 @@ class Rows(torch.utils.data.Dataset):
 
 def make(tmp_path, tuner, *, rows=64, trainer_class=transformers.Trainer, others=(), **kwargs):
     own = {name: kwargs.pop(name) for name in ("compute_loss_func",) if name in kwargs}
-    callback = AutoTuneCallback(
-        tuner, **{name: kwargs.pop(name) for name in ("monitor", "callbacks", "loggers") if name in kwargs}
-    )
+    callback = AutoTuneCallback(tuner, **{name: kwargs.pop(name) for name in OPTIONS if name in kwargs})
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=8,
@@ -189,13 +188,15 @@ def test_callbacks_loggers_and_the_tuned_values(tmp_path):
     stops, seen = Stops(), []
     tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)})
     trainer = make(
-        tmp_path, tuner, callbacks=[stops], loggers=[lambda row, step: seen.append(row)], logging_strategy="steps",
-        logging_steps=1,
+        tmp_path, tuner, callbacks=[stops], loggers=[lambda row, step: seen.append((step, row))], log_every=7,
+        logging_strategy="steps", logging_steps=1,
     )  # fmt: skip
     trainer.train()
     [decision] = tuner.history.rounds
     assert decision["end"] <= trainer.state.global_step < 160 and stops.ended
-    assert any("tuner/round" in row for row in seen)
+    assert any("tuner/round" in row for _, row in seen)
+    steps = [step for step, row in seen if "train/loss" in row]
+    assert steps[-1] == decision["forks"][decision["best"]]["end"] and sum(step % 7 == 0 for step in steps) > 1
     rows = trainer.state.log_history
     told = [(row["step"], row["tuner/learning_rate"]) for row in rows if "tuner/learning_rate" in row]
     assert [step for step, _ in told] == [1, decision["end"]]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...controller.fork_score import scored_from
+from ..belief import believed
 from ..explain import score_of, varied
 from ..posterior import encoded, space_of
 from .axes import label_of, spans_decades, unit_ticks, written
@@ -112,10 +113,14 @@ def _draw_scores(axis: Any, history: "History", row: dict[str, Any], look: Look)
         at = list(range(1, len(row["forks"]) + 1))
         axis.set_xticks(at)
         axis.set_xlabel("fork")
+    believes = [believed(row, place) for place in range(len(at))]
     for place, fork in enumerate(row["forks"]):
         is_best, sign = place == row["best"], "*" if place == row["best"] else "o"
         if fork["scores"]:
             value = score_of(history, row, fork["scores"][0])
+            if (held := believes[place]) is not None:
+                low, high = (score_of(history, row, end) for end in held)
+                axis.plot([at[place]] * 2, [low, high], color=inks[place], lw=1.6)
             axis.plot(at[place], value, sign, color=inks[place], mec=look.text, mew=0.5, ms=13 if is_best else 7)
         else:
             axis.plot(at[place], 0.95, "X", color=look.alarm, ms=8, transform=axis.get_xaxis_transform())
@@ -126,6 +131,7 @@ def _draw_scores(axis: Any, history: "History", row: dict[str, Any], look: Look)
             xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom", fontsize="small",
         )  # fmt: skip
         axis.margins(y=0.12)
-    axis.set_ylabel("score" if row["scored_by"] != "validation" else "validation metric")
+    what = "score" if row["scored_by"] != "validation" else "validation metric"
+    axis.set_ylabel(what + ("; bars: ± 2 sd" if any(believes) else ""))
     axis.grid(True, axis="y")
     axis.set_axisbelow(True)
