@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-# Seconds of processor time that the package may add to importing JAX and optax.
-ALLOWANCE_S = 0.3
+# Processor time that the package may take to import, of what JAX and optax take: machines differ, and from hour to hour.
+ALLOWANCE = 0.45
 UNWANTED = {
     *("torch", "flax", "gpjax", "orbax", "lightning", "ray", "transformers"),
     *("pandas", "matplotlib", "optuna", "sklearn", "scipy.stats", "rich", "tensorflow"),
@@ -13,16 +13,18 @@ UNWANTED = {
 
 PROBE = """
 import json, sys, time
+start = time.process_time()
 import jax, optax
+others = time.process_time() - start
 before = set(sys.modules)
 start = time.process_time()
 import autotunenet_jax
-seconds = time.process_time() - start
+share = (time.process_time() - start) / others
 from jax._src import xla_bridge
 print(json.dumps({
     "new": sorted(set(sys.modules) - before),
     "all": sorted(sys.modules),
-    "seconds": seconds,
+    "share": share,
     "has_backend": xla_bridge.backends_are_initialized(),
 }))
 """
@@ -49,7 +51,7 @@ def test_initialises_no_backend(imported):
 
 def test_costs_little_beyond_jax_and_optax(imported):
     # The quickest of three: a busy machine only ever adds.
-    assert min(imported["seconds"], probe()["seconds"], probe()["seconds"]) < ALLOWANCE_S
+    assert min(imported["share"], probe()["share"], probe()["share"]) < ALLOWANCE
 
 
 def test_every_public_name_is_there_and_documented():

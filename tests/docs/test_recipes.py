@@ -4,8 +4,6 @@ import pytest
 
 from tests.docs.pages import ROOT, run
 
-pytestmark = pytest.mark.soak  # half a minute a page, most of it compilation
-
 
 @pytest.mark.timeout(600)  # several kinds of runs to compile, where they are not in the cache
 @pytest.mark.filterwarnings("default")  # a reader is warned, and reads on
