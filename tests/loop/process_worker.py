@@ -16,16 +16,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 import autotunenet_jax as atn
 from tests.contract import conftest as toy
 
+# Two and three processes share them evenly.
+FEATURES, ROWS = 12, 24
 OPTIMIZER = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-TRUTH = np.random.default_rng(0).normal(size=8).astype(np.float32)
-VALID = np.random.default_rng(1).normal(size=(32, 8)).astype(np.float32)
-STOP_AT = 50
+TRUTH = np.random.default_rng(0).normal(size=FEATURES).astype(np.float32)
+VALID = np.random.default_rng(1).normal(size=(32, FEATURES)).astype(np.float32)
+STOP_AT, DIES_AT = 50, 100
 
 
 def rows(step):
     draw = np.random.default_rng(step + 1)
-    x = draw.normal(size=(16, 8)).astype(np.float32)
-    return x, (x @ TRUTH + 0.5 + 0.1 * draw.normal(size=16)).astype(np.float32)
+    x = draw.normal(size=(ROWS, FEATURES)).astype(np.float32)
+    return x, (x @ TRUTH + 0.5 + 0.1 * draw.normal(size=ROWS)).astype(np.float32)
 
 
 def loss_fn(params, x, y):
@@ -45,7 +47,7 @@ def eval_step(state):
 
 
 def new_state():
-    params = {"w": jnp.zeros(8), "b": jnp.zeros(())}
+    params = {"w": jnp.zeros(FEATURES), "b": jnp.zeros(())}
     return {"params": params, "opt": OPTIMIZER.init(params), "key": jax.random.key(0)}
 
 
@@ -69,20 +71,22 @@ def told(result):
     }
 
 
-def main(rank, world, port, folder):
+def main(rank, world, port, folder, how="stopped"):
     toy.lighten()
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", world, rank)
+    # One that has failed waits no longer than this for the others as it ends.
+    patience = {"heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
+    jax.distributed.initialize(f"127.0.0.1:{port}", world, rank, **patience)
     mesh = jax.make_mesh((world,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def place(array):
         # Parameters and their moments are spread, all else is everywhere.
-        names = ("data",) if array.shape == (8,) else ()
+        names = ("data",) if array.shape == (FEATURES,) else ()
         return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec(*names)), lambda i: array[i])
 
     def batches(step, hp):
-        mine = slice(rank * 16 // world, (rank + 1) * 16 // world)
+        mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
         over = NamedSharding(mesh, PartitionSpec("data"))
         return tuple(jax.make_array_from_process_local_data(over, array[mine]) for array in rows(step))
 
@@ -92,15 +96,27 @@ def main(rank, world, port, folder):
             os.kill(os.getpid(), signal.SIGTERM)
         return batches(step, hp)
 
+    def killed(step, hp):
+        if step == DIES_AT and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batches(step, hp)
+
     state, results = jax.tree.map(place, new_state()), []
-    results.append(fit(state, batches))
-    results.append(fit(state, stopped, snapshots=folder / "run"))
-    if rank == 0:
-        shutil.copytree(folder / "run", folder / "copy")
-    results.append(fit(state, batches, snapshots=folder / "run", resume=True))
+    if how == "killed":
+        atn.Snapshots.is_due = lambda store: True
+        fit(state, killed, snapshots=folder / "run")
+    if how == "again":
+        results.append(fit(state, batches, snapshots=folder / "run", resume=True))
+        results.append(fit(state, batches))
+    if how == "stopped":
+        results.append(fit(state, batches))
+        results.append(fit(state, stopped, snapshots=folder / "run"))
+        if rank == 0:
+            shutil.copytree(folder / "run", folder / "copy")
+        results.append(fit(state, batches, snapshots=folder / "run", resume=True))
     (folder / f"{rank}.json").write_text(json.dumps([told(result) for result in results]))
     jax.distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:3]), sys.argv[3], pathlib.Path(sys.argv[4]))
+    main(*map(int, sys.argv[1:3]), sys.argv[3], pathlib.Path(sys.argv[4]), *sys.argv[5:])
