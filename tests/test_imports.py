@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-# Processor time that the package may take to import, of what JAX and optax take: machines differ, and from hour to hour.
+# Processor time that the package may take to import, of what JAX and optax take: machines differ, hours do too.
 ALLOWANCE = 0.45
 UNWANTED = {
     *("torch", "flax", "gpjax", "orbax", "lightning", "ray", "transformers"),

@@ -21,6 +21,7 @@ from .state import (
     FORK,
     FORK_FAILED,
     FORK_FINISHED,
+    KEY_IMPL,
     OUTCOME_FORK_STARTED,
     OUTCOME_RATE_READ,
     OUTCOME_RETRIED,
@@ -76,7 +77,7 @@ def _remaining(ts: TunerState) -> Array:
 @single_kernel(static_argnums=(0,))
 def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     """Scores the stretch that ended."""
-    key, fit_key, turn_key = jax.random.split(ts.key, 3)
+    key, fit_key, turn_key = jax.random.split(jax.random.wrap_key_data(ts.key, impl=KEY_IMPL), 3)
     row, fork = ts.round.index, ts.round.fork
     is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
     in_fork = (ts.phase == FORK) & ~is_retry
@@ -101,7 +102,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
         failed=~succeeded,
     )
     knowledge = ts.knowledge._replace(observations=select(in_fork & ~is_void(ts), added, ts.knowledge.observations))
-    ts = ts._replace(key=key, round=held, knowledge=knowledge)
+    ts = ts._replace(key=jax.random.key_data(key), round=held, knowledge=knowledge)
     turn = jax.random.uniform(turn_key, (space.dims,))
     return _Ended(ts, fork_round.candidates(space, ts, turn), is_retry, fit_key)
 

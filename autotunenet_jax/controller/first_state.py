@@ -17,6 +17,7 @@ from .plan import Plan
 from .state import (
     FORK,
     FORMAT,
+    KEY_IMPL,
     OUTCOME_NONE,
     SWEEP,
     TRAIN,
@@ -86,6 +87,15 @@ def as_argument(param: Any, value: Any) -> Any:
     return np.float32(value)
 
 
+def _words(key: Array) -> Array:
+    """The key as the state holds it; a generator of another kind draws one."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if str(jax.random.key_impl(key)) != KEY_IMPL:
+        key = jax.random.key(jax.random.bits(key), impl=KEY_IMPL)
+    return jax.random.key_data(key)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _first(
     space: SearchSpace,
@@ -97,15 +107,13 @@ def _first(
     segment: Array,
     digests: Array,
 ) -> TunerState:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
     incumbent = space.snap(space.encode({**defaults(space), **given}))
     zero = jnp.zeros((), jnp.int32)
     held = empty_round(space.dims, 0)
     state = TunerState(
         format=jnp.int32(FORMAT),
         fingerprint=digests,
-        key=key,
+        key=_words(key),
         step=zero,
         data_step=zero,
         phase=phase,

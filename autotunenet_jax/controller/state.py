@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
@@ -11,6 +11,9 @@ from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
 FORMAT = 6
 """Version of the state's layout."""
+
+KEY_IMPL = "threefry2x32"
+"""Kind of the state's random key."""
 
 TRAIN, SWEEP, FORK = range(3)
 PHASES = ("train", "sweep", "fork")
@@ -220,7 +223,7 @@ class TunerState(NamedTuple):
     Attributes:
       format: Version of this layout.
       fingerprint: Digests of the space, the plan and the policy it was made with.
-      key: Typed PRNG key; split once per decision.
+      key: Words of a random key of `KEY_IMPL`, as plain numbers: any serializer takes them. Split once per decision.
       step: Training steps done, forks included: the budget spent.
       data_step: Index of the next batch.
       phase: ``TRAIN``, ``SWEEP`` or ``FORK``.
@@ -244,7 +247,7 @@ class TunerState(NamedTuple):
 
     format: Int[Array, ""]
     fingerprint: UInt32[Array, "3"]
-    key: PRNGKeyArray
+    key: UInt32[Array, "2"]
     step: Int[Array, ""]
     data_step: Int[Array, ""]
     phase: Int[Array, ""]

@@ -1,6 +1,7 @@
 """`autotune` among other transformations, libraries and kinds of parameters."""
 
 import functools
+import pickle
 import warnings
 
 import jax
@@ -225,9 +226,25 @@ def test_keys_of_both_kinds(toy, key):
         lambda learning_rate: optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(0)), optax.sgd(learning_rate))
     )(learning_rate=1e-2)
     params, opt_state, _ = toy.run(toy.wrapped(noisy, key=key))
-    assert jnp.issubdtype(opt_state.tuner.key.dtype, jax.dtypes.prng_key)
+    assert opt_state.tuner.key.dtype == jnp.uint32
     assert toy.rounds_begun(opt_state.tuner) >= 1
     assert toy.quality(params) < toy.quality(toy.make_params())
+
+
+def test_any_serializer_stores_its_state(toy, tmp_path):
+    from flax import serialization
+
+    _, opt_state, _ = toy.usual().end
+    leaves, structure = jax.tree.flatten(opt_state)
+    np.savez(tmp_path / "state.npz", *leaves)
+    stored = np.load(tmp_path / "state.npz")
+    read = [stored[f"arr_{number}"] for number in range(len(leaves))]
+    packed = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
+    for again in (pickle.loads(pickle.dumps(opt_state)), structure.unflatten(read), structure.unflatten(packed)):
+        assert jax.tree.structure(again) == structure
+        for a, b in zip(jax.tree.leaves(again), leaves, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
 
 
 def test_nnx_optimizer(toy):
