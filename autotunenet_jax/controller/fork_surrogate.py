@@ -154,22 +154,17 @@ def probability_better(judged: Judgement, challenger: Array, holder: Array) -> F
     return acquisition.normal_cdf(gain / deviation)
 
 
-def lead(judged: Judgement, challenger: Array, holder: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean and standard deviation of how much better one point is than another."""
-    return _gain(judged, holder, challenger)
-
-
 def expected_improvement(judged: Judgement, best: Array) -> Float[Array, "m"]:
     """Expected improvement of every point over point ``best``, from their joint posterior.
 
     Source: Jones, Schonlau and Welch (1998), eq. 15, with the best point's own uncertainty left in.
     """
-    gain, deviation = _gain(judged, best, slice(None))
+    gain, deviation = lead(judged, slice(None), best)
     return deviation * acquisition.expected_excess(gain / deviation)
 
 
-def _gain(judged: Judgement, best: Array, points: Array | slice) -> tuple[Array, Array]:
-    """Mean and deviation of how much lower the points are than point ``best``."""
+def lead(judged: Judgement, challenger: Array | slice, holder: Array) -> tuple[Array, Array]:
+    """Mean and standard deviation of how much better one point, or each of several, is than another."""
     mean, covariance = judged.mean, judged.covariance
-    variance = jnp.diagonal(covariance)[points] + covariance[best, best] - 2.0 * covariance[best, points]
-    return mean[best] - mean[points], jnp.sqrt(jnp.maximum(variance, 1e-12))
+    variance = jnp.diagonal(covariance)[challenger] + covariance[holder, holder] - 2.0 * covariance[holder, challenger]
+    return mean[holder] - mean[challenger], jnp.sqrt(jnp.maximum(variance, 1e-12))
