@@ -3,6 +3,7 @@
 from .checkpoint.parcel import Parcel as Parcel
 from .checkpoint.parcel import pack as pack
 from .checkpoint.parcel import unpack as unpack
+from .controller.plan import MAX_FORKS as MAX_FORKS
 from .controller.state import FORK as FORK
 from .controller.state import SWEEP as SWEEP
 from .controller.state import TRAIN as TRAIN

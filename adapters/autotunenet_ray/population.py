@@ -11,14 +11,12 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from autotunenet_jax.hosting import ForkExecutor, TrainedFork, pack, unpack
+from autotunenet_jax.hosting import MAX_FORKS, ForkExecutor, TrainedFork, pack, unpack
 
 from .member import Member
 
 _log = logging.getLogger("autotunenet")
 
-# As many as a run has forks in a round at most.
-_MOST = 8
 # How often a fork is given to members before the run trains it itself.
 _ATTEMPTS = 2
 
@@ -52,17 +50,17 @@ class Population(ForkExecutor):
       ValueError: ``members`` is out of range.
 
     Cost:
-      A round of ``k`` forks takes the time of one, besides sending a state to and from each member, and ``k`` steps
-      that the run trains itself. Decisions are those of one fork after the other, up to rounding.
+      A state is sent to each member and back for a fork, the batches of a fork once for a round; the last step of each
+      fork that is asked for is trained by the run. Decisions are those of one fork after the other, up to rounding.
 
-    Source: population based training, Jaderberg et al. 2017, section 3, whose exploit is to copy the best member's
-      state, and PB2, Parker-Holder et al. 2020, section 4, whose explore step asks a Gaussian process.
+    Source: population based training, Jaderberg et al. 2017, whose exploit is to copy the best member's state, and PB2,
+      Parker-Holder et al. 2020, whose explore step asks a Gaussian process.
     """
 
     def __init__(self, members: int = 4, *, actor_options: Mapping[str, Any] | None = None, patience: float = 120.0):
-        if isinstance(members, bool) or not isinstance(members, int) or not 2 <= members <= _MOST:
+        if isinstance(members, bool) or not isinstance(members, int) or not 2 <= members <= MAX_FORKS:
             raise ValueError(
-                f"members must be an integer from 2 to {_MOST}, the most forks of a round; got {members!r}."
+                f"members must be an integer from 2 to {MAX_FORKS}, the most forks of a round; got {members!r}."
             )
         self.count, self.lost_forks = members, 0
         self._options = {"num_cpus": 1, "max_restarts": -1, **(actor_options or {})}

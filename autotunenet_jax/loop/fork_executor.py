@@ -53,7 +53,8 @@ class ForkExecutor(abc.ABC):
         """Where forks run, in a few words for the log."""
         return f"by {type(self).__name__}"
 
-    def start(self, train_step: Callable[..., Any], state: Any, *, has_aux: bool) -> None:  # noqa: B027
+    @abc.abstractmethod
+    def start(self, train_step: Callable[..., Any], state: Any, *, has_aux: bool) -> None:
         """Makes ready, once for each run.
 
         Args:
