@@ -13,7 +13,13 @@ FOLDER = pathlib.Path(__file__).parent.parent / "examples"
 
 
 @pytest.mark.parametrize(
-    "name", ["raw_jax", "flax_nnx", pytest.param("flax_linen", marks=pytest.mark.soak), "scan_epoch", "own_loop"]
+    "name",
+    [
+        "raw_jax",
+        "flax_nnx",
+        "own_loop",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("flax_linen", "scan_epoch")),
+    ],
 )
 def test_trains(name, capsys):
     result = runpy.run_path(str(FOLDER / f"{name}.py"))["main"]()
@@ -25,6 +31,7 @@ def test_trains(name, capsys):
         assert all(result["counts"][asked] > 0 for asked in ("save", "keep", "restore"))
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("optimised")  # it trains for longer than it compiles
 @pytest.mark.timeout(300)  # three programs to compile, where they are not in the cache
 def test_quickstart_beats_a_sweep_of_nine_runs_on_test_data(capsys, monkeypatch, tmp_path):

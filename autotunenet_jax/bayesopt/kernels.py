@@ -16,8 +16,6 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float
 
-from ..compiler.stored_program import has_programs
-
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
 _SAME_OPTION = 1e-4
 # Squared distance, in lengthscales, below which two points are one; a square root at zero has no gradient.
@@ -96,9 +94,8 @@ class SurrogateConfig:
         for name, default in defaults.items():
             given = tuple(getattr(self, name)) or default
             object.__setattr__(self, name, tuple(type(default[0])(entry) for entry in given))
-        # Tracing needs it, and what is stored does not: importing takes almost a second.
-        if not has_programs():
-            _gpjax_kernels()
+        # Tracing needs it.
+        _gpjax_kernels()
 
 
 class Hyper(NamedTuple):

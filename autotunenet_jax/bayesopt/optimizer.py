@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..compiler.precision import in_float32
 from ..compiler.sequential_vmap import sequential_vmap
-from ..compiler.stored_program import stored_program
 from ..space.search_space import SearchSpace
 from .acquisition import propose
 from .kernels import Hyper, SurrogateConfig, initial_hyper
@@ -66,10 +65,6 @@ class OptimizerState(NamedTuple):
 
 def _unit(state: OptimizerState) -> Float[Array, ""]:
     return jnp.where(state.unit == 0.0, 1.0, state.unit)
-
-
-def _like_suggested(optimizer: Any, count: int | None, state: OptimizerState, time: Any) -> tuple[Any, OptimizerState]:
-    return dict.fromkeys(optimizer.space.names, "value"), state
 
 
 class BayesianOptimizer:
@@ -188,7 +183,6 @@ class BayesianOptimizer:
         return self._suggest(count, state, time)
 
     @sequential_vmap(static_argnums=(0, 1))
-    @stored_program(like=_like_suggested, static_argnums=(0, 1))
     def _suggest(self, count: int | None, state: OptimizerState, time: Any) -> tuple[dict[str, Array], OptimizerState]:
         size = 1 if count is None else count
         obs, dims = state.observations, self.space.dims

@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 from ..compiler.one_turn import when
 from ..compiler.precision import in_float32
 from ..compiler.sequential_vmap import sequential_vmap
-from ..compiler.stored_program import named, stored_program
 from ..space.search_space import SearchSpace
 from . import decision, outlook, schedule, tick, validation_monitor
 from .loss_monitor import Guard
@@ -49,7 +48,6 @@ class Core:
 
     @in_float32
     @sequential_vmap(static_argnums=(0,))
-    @stored_program(like=lambda self, ts: (ts, named(Directive), ts.round), static_argnums=(0,))
     def decide(self, ts: TunerState) -> tuple[TunerState, Directive, Round]:
         """The decision; also the round as it was decided on."""
         return decision.decide(self.space, ts)

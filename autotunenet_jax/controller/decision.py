@@ -303,13 +303,11 @@ def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[T
     """Training goes on from the best fork; where all failed, from where they started, at lower rates."""
     roles, held = roles_of(space), ts.round
     best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
-    is_first = ts.plan.range_test[held.index] > 0
-    won = roles.shifted(held.x[best], jnp.where(is_first, -fork_round.DRIFT_DECADES, 0.0))
     heights = jnp.where(fork_round.has_run(held)[:, None], held.x, 1.0)
     safer = roles.shifted(jnp.where(roles.is_rate, jnp.min(heights, axis=0), ts.incumbent), -_FAILED_DECADES)
     safer = jnp.where(ts.plan.kind[held.index] == FAST, safer, ts.incumbent)
     # A fork that met no good batch says nothing.
-    incumbent = space.snap(jnp.where(has_kept, won, jnp.where(is_void(ts), ts.incumbent, safer)))
+    incumbent = space.snap(jnp.where(has_kept, held.x[best], jnp.where(is_void(ts), ts.incumbent, safer)))
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     failed = jnp.where(is_void(ts), OUTCOME_ROUND_SKIPPED, OUTCOME_ROUND_FAILED)
     outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), failed)

@@ -15,10 +15,6 @@ from .state import FORK_FINISHED, Round, TunerState
 LINE_STEP_DECADES = 0.5
 """Step of the line search over the rates."""
 
-DRIFT_DECADES = 0.25
-"""How far below the winner of the first round the rates are set: what the first steps of a run reward is hotter than
-what the next ones do. Chosen on the bank."""
-
 PROPOSALS = 128
 """Points that compete for the next fork where more than the rates are searched."""
 

@@ -176,9 +176,7 @@ def verdict(row: Mapping[str, Any]) -> str:
         why = f"it was {ahead:.2g} ahead of the next" if ahead >= 0 else (
             f"another scored {-ahead:.2g} better, which is too little to be believed"
         )  # fmt: skip
-    moved = [name for name in names if row["chosen"][name] != best["hyperparams"][name]]
-    rest = ", a little off the fork's own: what suits a few early steps is too hot for the next" if moved else ""
-    return f"fork {row['best'] + 1} was kept, since {why}; on with {settings(row['chosen'], names)}{rest}."
+    return f"fork {row['best'] + 1} was kept, since {why}; on with {settings(row['chosen'], names)}."
 
 
 def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,12 @@
 """What an update reads from the course of the run as it begins, and writes into it as it ends; numbers alone."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
-from ..compiler.stored_program import named, stored_program
 from ..controller.state import Directive
 from .loss import interpret
 from .state import Order, Settings, in_force, no_order
@@ -70,11 +69,6 @@ def passed(settings: Settings, packed: packing.Packed) -> packing.Packed:
     return packing.pack(course._replace(lag=course.lag + 1))
 
 
-def _like_opened(settings: Settings, *_: Any) -> Opened:
-    return named(Opened, values=dict.fromkeys(settings.core.space.names, "value"), left=named(Order))
-
-
-@stored_program(like=_like_opened, static_argnums=(0, 1))
 @single_kernel(static_argnums=(0, 1))
 def opened(settings: Settings, is_silent: bool, packed: packing.Packed) -> Opened:
     """What an update begins with; ``is_silent`` where it comes without its loss."""
@@ -97,11 +91,6 @@ def opened(settings: Settings, is_silent: bool, packed: packing.Packed) -> Opene
     )
 
 
-def _like_closed(settings: Settings, packed: packing.Packed, *_: Any) -> Closed:
-    return named(Closed, packed=packed, order=named(Order))
-
-
-@stored_program(like=_like_closed, static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
 def closed(
     settings: Settings,

@@ -8,7 +8,6 @@ from jaxtyping import Array, Bool, Int
 from ..compiler import packing
 from ..compiler.one_turn import when
 from ..compiler.single_kernel import single_kernel
-from ..compiler.stored_program import named, stored_program
 from ..controller.loss_monitor import DIVERGED, SPIKE
 from ..controller.rollback import select
 from ..controller.state import FORK, OUTCOME_NONE, TRAIN, Directive, Round, TunerState
@@ -94,7 +93,6 @@ def _unpack(settings: Settings, packed: packing.Packed) -> Course:
     return packing.unpack(packed, settings.layout)
 
 
-@stored_program(like=lambda *_: ("words", "step", "level"), static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
 def _told(
     settings: Settings,
@@ -143,11 +141,6 @@ def _told(
     return ring.words_of(made), ts.step, ts.health.monitor.short * ts.health.scale
 
 
-def _like_heard(settings: Settings, packed: packing.Packed, *_: Any) -> Heard:
-    return named(Heard, packed=packed, directive=named(Directive))
-
-
-@stored_program(like=_like_heard, static_argnums=(0,))
 @single_kernel(static_argnums=(0,))
 def hear(
     settings: Settings, packed: packing.Packed, loss: Array, lag: Array, is_usable: Array, is_made: Array

@@ -1,9 +1,13 @@
 """Judges policies on tasks of the bank: paired, by family, by the tail.
 
-python -m benchmarks.bank.compare run open 0/1 policy base,argmin   # tasks, part of them, kind, names
+python -m benchmarks.bank.compare run open 0/1 base,argmin    # tasks, part of them, names
 python -m benchmarks.bank.compare report open base argmin
 python -m benchmarks.bank.compare groups open fit "known 15% lost"
-python -m benchmarks.bank.compare constants open                    # each one half and double, paired with base
+python -m benchmarks.bank.compare constants open              # each one half and double, paired with former
+
+Tasks are ``open``, ``locked``, ``again`` (the open ones from another start on other batches, held against the oracles
+of the first; differences of two policies do not see that) and ``small`` (`benchmarks.bank.small`); ``open+small`` is
+both.
 """
 
 import dataclasses
@@ -11,33 +15,40 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.bank import oracle, policy, split
+from benchmarks.bank import oracle, policy, small, split
 from benchmarks.bank.lab import Lab
-from benchmarks.bank.tasks import make
+from benchmarks.bank.tasks import Task, make
 
 RESULTS = Path(__file__).with_name("results")
 BASE = policy.Knobs()
+# The algorithm when training went on a little below the winner of the first round. What was tried, was tried beside it.
+FORMER = dataclasses.replace(BASE, drift=0.25)
 
 
 def _with(**changes: Any) -> policy.Knobs:
-    return dataclasses.replace(BASE, **changes)
+    return dataclasses.replace(FORMER, **changes)
 
 
-# What the algorithm does, what was tried in its place, and what it would do with one constant changed.
+# What the algorithm does, what was tried in its place, and what it would have done with one constant changed.
 POLICIES: dict[str, policy.Knobs] = {
     "base": BASE,
+    "no validation": dataclasses.replace(BASE, validates=False),
+    "new batches": dataclasses.replace(BASE, validates=False, rewinds=False),
+    "climbing forks": dataclasses.replace(BASE, rise=0.25),
+    "drift": FORMER,  # where the others of its table ran
+    "former": FORMER,
     "argmin": _with(judge="argmin"),
     "no second round": _with(second_forks=0),
     "never back": _with(patience=10**6),
     "back at once": _with(confirm_share=0.0),
     "linear": _with(hold=0.0),
-    "no validation": _with(validates=False),
+    "former no validation": _with(validates=False),
     "no validation unlowered": _with(validates=False, falls=0),
-    "new batches": _with(validates=False, rewinds=False),
+    "former new batches": _with(validates=False, rewinds=False),
     "new batches unlowered": _with(validates=False, rewinds=False, falls=0),
     "new batches lower": _with(validates=False, rewinds=False, drift=0.5),
     "third": _with(third_start=0.3),
@@ -46,7 +57,7 @@ POLICIES: dict[str, policy.Knobs] = {
     "shorter forks": _with(least_fork=8),
 }
 for _field in dataclasses.fields(policy.Knobs):
-    _value = getattr(BASE, _field.name)
+    _value = getattr(FORMER, _field.name)
     if isinstance(_value, float) and _value:
         for _name, _factor in (("half", 0.5), ("double", 2.0)):
             POLICIES[f"{_field.name} {_name}"] = _with(
@@ -55,8 +66,43 @@ for _field in dataclasses.fields(policy.Knobs):
 KNOWN = {f"known {waste:.0%} lost": waste for waste in (0.0, 0.1, 0.15, 0.2)}
 
 
-def run_one(i: int, name: str, record: oracle.Record, lab: Lab) -> dict[str, float]:
-    began = time.perf_counter()
+class Entry(NamedTuple):
+    """A task under a seed: the name of its results, and the oracle that they are held against."""
+
+    key: str
+    seed: int
+    record: oracle.Record
+
+    @property
+    def task(self) -> Task:
+        return small.make(self.key.split(".")[0]) if self.key in small.load() else make(int(self.key.split("-")[0]))
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.key}.json"
+
+    def read(self) -> dict[str, dict[str, float]]:
+        return json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def add(self, name: str, result: dict[str, float]) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        self.file.write_text(json.dumps({**self.read(), name: result}))
+
+
+def entries(kinds: str) -> list[Entry]:
+    found = []
+    for kind in kinds.split("+"):
+        if kind == "small":
+            found += [Entry(key, int(key.split(".")[1]), small.load()[key]) for key in small.KEYS]
+        else:
+            seed, suffix = (1, "-1") if kind == "again" else (0, "")
+            tasks = split.locked_tasks() if kind == "locked" else split.open_tasks()
+            found += [Entry(f"{i}{suffix}", seed, oracle.load()[i]) for i in tasks]
+    return found
+
+
+def run_one(entry: Entry, name: str, lab: Lab) -> dict[str, float]:
+    began, record = time.perf_counter(), entry.record
     if name in KNOWN:
         result = policy.tune(lab, BASE, rate=record["best"][2] - 0.15, waste=KNOWN[name])
     else:
@@ -72,34 +118,24 @@ def run_one(i: int, name: str, record: oracle.Record, lab: Lab) -> dict[str, flo
     }
 
 
-def tasks_of(kind: str) -> list[int]:
-    return split.open_tasks() if kind == "open" else split.locked_tasks()
-
-
-def read(i: int) -> dict[str, dict[str, float]]:
-    file = RESULTS / f"{i}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def run(kind: str, part: str, names: list[str]) -> None:
+def run(kinds: str, part: str, names: list[str]) -> None:
     number, count = map(int, part.split("/"))
-    RESULTS.mkdir(exist_ok=True)
-    for i in tasks_of(kind)[number::count]:
-        found, lab, record = read(i), None, oracle.load()[i]
+    for entry in entries(kinds)[number::count]:
+        lab = None
         for name in names:
-            if name not in found:
-                lab = lab or Lab(make(i))
-                found[name] = run_one(i, name, record, lab)
-        (RESULTS / f"{i}.json").write_text(json.dumps(found))
-        print(i, record["name"], {name: round(found[name]["test"], 3) for name in names}, flush=True)
+            if name not in entry.read():
+                lab = lab or Lab(entry.task, entry.seed)
+                entry.add(name, run_one(entry, name, lab))
+        found = entry.read()
+        print(entry.key, entry.record["name"], {name: round(found[name]["test"], 3) for name in names}, flush=True)
 
 
 def summary(rows: list[dict[str, float]]) -> str:
     """Geometric mean of the test ratio, and of a calmer one: test and validation together, within half and double."""
     test = np.array([max(row["test"], 1e-3) for row in rows])
-    calm = np.array([_calm(row) for row in rows])
+    each = np.array([calm(row) for row in rows])
     return (
-        f"{np.exp(calm.mean()):.3f} +- {calm.std() / len(calm) ** 0.5:.3f} | {np.exp(np.log(test).mean()):.3f}"
+        f"{np.exp(each.mean()):.3f} +- {each.std() / len(each) ** 0.5:.3f} | {np.exp(np.log(test).mean()):.3f}"
         f" | {np.median(test):.3f} | {np.quantile(test, 0.9):.2f} | {test.max():.2f} | {np.mean(test > 1.5):.0%}"
         f" | {np.mean([row['discarded'] for row in rows]):.1%} | {np.mean([row['off'] for row in rows]):+.2f}"
     )
@@ -108,46 +144,46 @@ def summary(rows: list[dict[str, float]]) -> str:
 def by_group(kind: str, name: str, other: str) -> None:
     """Where one policy gains on another: families, optimizers and lengths, the largest loss first."""
     groups: dict[str, list[float]] = {}
-    for i in tasks_of(kind):
-        found, record = read(i), oracle.load()[i]
+    for entry in entries(kind):
+        found, record = entry.read(), entry.record
         if name in found and other in found:
             steps = record["name"].split("steps ")[1].split()[0]
             for group in (record["family"], record["optimizer"], f"{steps} steps"):
-                groups.setdefault(group, []).append(_calm(found[name]) - _calm(found[other]))
+                groups.setdefault(group, []).append(calm(found[name]) - calm(found[other]))
     for group, gaps in sorted(groups.items(), key=lambda entry: -sum(entry[1])):
         print(f"{group:20s} {len(gaps):3d} tasks  {np.mean(gaps):+.3f}")
 
 
-def _calm(row: dict[str, float]) -> float:
+def calm(row: dict[str, float]) -> float:
     """Logarithm of the ratio, test and validation together, within half and double."""
     both = 0.5 * np.log(max(row["test"], 1e-3)) + 0.5 * np.log(max(row["val"], 1e-3))
     return float(np.clip(both, -0.7, 0.7))
 
 
 def report(kind: str, names: list[str]) -> None:
-    found = {i: read(i) for i in tasks_of(kind)}
+    found = {entry.key: entry.read() for entry in entries(kind)}
     ids = [i for i, rows in found.items() if all(name in rows for name in names)]
     print(f"{len(ids)} tasks | calm | geo | median | p90 | worst | > 1.5 | discarded | decades off")
     for name in names:
         rows = [found[i][name] for i in ids]
         line = summary(rows)
         if name != names[0]:
-            gap = np.array([_calm(found[i][name]) - _calm(found[i][names[0]]) for i in ids])
+            gap = np.array([calm(found[i][name]) - calm(found[i][names[0]]) for i in ids])
             line += f" | {gap.mean():+.3f} +- {gap.std() / len(gap) ** 0.5:.3f}"
         print(f"{name:22s} {line}")
 
 
 def constants(kind: str) -> None:
-    found = [rows for rows in map(read, tasks_of(kind)) if "base" in rows]
+    found = [rows for rows in (entry.read() for entry in entries(kind)) if "former" in rows]
     for field in dataclasses.fields(policy.Knobs):
         cells = []
         for factor in ("half", "double"):
             name = f"{field.name} {factor}"
-            gaps = np.array([_calm(rows[name]) - _calm(rows["base"]) for rows in found if name in rows])
+            gaps = np.array([calm(rows[name]) - calm(rows["former"]) for rows in found if name in rows])
             if len(gaps):
                 cells.append(f"{gaps.mean():+.3f} +- {gaps.std() / len(gaps) ** 0.5:.3f} ({len(gaps)})")
         if cells and any(gap.strip("+-0. ()") for gap in cells):
-            print(f"| {field.name} | {getattr(BASE, field.name):g} | {' | '.join(cells)} |")
+            print(f"| {field.name} | {getattr(FORMER, field.name):g} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

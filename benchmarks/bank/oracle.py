@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,12 @@ def load() -> dict[int, Record]:
     return {int(i): record for i, record in json.loads(FILE.read_text()).items()} if FILE.exists() else {}
 
 
-def _save(records: dict[int, Record]) -> None:
-    lines = [f'"{i}": {json.dumps(records[i])}' for i in sorted(records)]
-    temporary = FILE.with_suffix(".tmp")
+def save(records: Mapping[Any, Record], file: Path) -> None:
+    """One line for each, whole or not at all."""
+    lines = [f'"{key}": {json.dumps(records[key])}' for key in sorted(records)]
+    temporary = file.with_suffix(".tmp")
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(temporary, FILE)
+    os.replace(temporary, file)
 
 
 def fill(ids: range) -> None:
@@ -117,7 +119,7 @@ def fill(ids: range) -> None:
         began = time.perf_counter()
         record = sweep(Lab(make(i)))
         load.cache_clear()
-        _save({**load(), i: record})
+        save({**load(), i: record}, FILE)
         took = time.perf_counter() - began
         print(
             f"{i:4d} {took:5.1f} s  {record['name']}: {record['start'][1]:.4g} -> {record['best']}", end="", flush=True

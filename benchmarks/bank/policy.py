@@ -27,7 +27,8 @@ class Knobs:
       least_fork: Steps of the shortest fork.
       cool: Last part of a fork over which its rate falls to almost zero.
       line_step: Step of the line search.
-      drift: How far below the winner of the first round training goes on.
+      rise: First part of a fork over which its rate climbs to what it claims, from the rate before it; 0 for none.
+      drift: How far below the winner of the first round training goes on; 0 for at its rate.
       price: Least expected improvement worth another fork.
       signal: Standard deviation of the surrogate's shape, in units of the round's gain on the warped scale.
       lengthscale: Of its Matern kernel.
@@ -56,7 +57,8 @@ class Knobs:
     second_forks: int = 4
     cool: float = 0.25
     line_step: float = 0.5
-    drift: float = 0.25
+    rise: float = 0.0
+    drift: float = 0.0
     second_least: int = 2
     second_up: bool = False
     third_start: float = 0.0
@@ -211,10 +213,11 @@ class Run:
         self.discarded += n
         return float(np.clip(read_range_test(losses[0], rates), self.low, self.high))
 
-    def fork(self, x: float, n: int) -> tuple[States, float]:
-        """The state at its end, and its score."""
+    def fork(self, x: float, n: int, before: float) -> tuple[States, float]:
+        """The state at its end, and its score; ``before`` is the rate that training has got used to."""
         cool = np.clip((n - np.arange(n)) / max(round(self.knobs.cool * n), 1), 0.02, 1.0)
-        rates = 10.0**x * self.factor(self.spent + np.arange(n)) * cool
+        risen = np.minimum((np.arange(n) + 1) / (round(self.knobs.rise * n) + 1), 1.0)
+        rates = np.maximum(risen * 10.0**x, min(before, 10.0**x)) * self.factor(self.spent + np.arange(n)) * cool
         state, losses = self.lab.run(self.state, self.at, rates[None], warms_up=False)
         self.spent += n
         self.forks += 1
@@ -245,9 +248,9 @@ class Run:
                 return score, np.zeros((len(score), len(score)))
             return posterior(knobs, self.observations, np.array([*tried, *extra]), time, x)
 
-        chosen = x
+        chosen, before = x, 10.0**x if self.rounds > 1 else 0.0
         while True:
-            ends.append(self.fork(chosen, n))
+            ends.append(self.fork(chosen, n, before))
             tried = [o.x for o in self.observations[first:]]
             outward = [min(tried) - knobs.line_step, max(tried) + knobs.line_step]
             if (self.rounds == 2 and knobs.second_up) or self.rounds == 3:

@@ -3,7 +3,6 @@
 python -m benchmarks.bank.product run open 0/1 fit
 """
 
-import json
 import sys
 import time
 from typing import Any
@@ -16,7 +15,7 @@ import optax
 import autotunenet_jax as atn
 from benchmarks.bank import compare, oracle
 from benchmarks.bank.lab import Lab
-from benchmarks.bank.tasks import Task, make
+from benchmarks.bank.tasks import Task
 
 STARTS = {"fit": 0.0, "fit x.01": -2.0, "fit x100": 2.0}
 
@@ -59,10 +58,10 @@ def fit(task: Task, lab: Lab, *, start: float = 0.0, validates: bool = True, see
     )
 
 
-def run_one(i: int, name: str, record: oracle.Record) -> dict[str, float]:
-    task, began = make(i), time.perf_counter()
-    lab = Lab(task)
-    result = fit(task, lab, start=STARTS.get(name, 0.0), validates=name != "fit unvalidated")
+def run_one(entry: compare.Entry, name: str) -> dict[str, float]:
+    began, record = time.perf_counter(), entry.record
+    lab = Lab(entry.task, entry.seed)
+    result = fit(entry.task, lab, start=STARTS.get(name, 0.0), validates=name != "fit unvalidated", seed=entry.seed)
     losses = lab.evaluate(jax.tree.map(lambda a: jnp.asarray(a)[None], result.state))[0]
     return {
         "test": oracle.ratio(losses[1], record),
@@ -75,16 +74,14 @@ def run_one(i: int, name: str, record: oracle.Record) -> dict[str, float]:
     }
 
 
-def run(kind: str, part: str, names: list[str]) -> None:
+def run(kinds: str, part: str, names: list[str]) -> None:
     number, count = map(int, part.split("/"))
-    compare.RESULTS.mkdir(exist_ok=True)
-    for i in compare.tasks_of(kind)[number::count]:
-        found, record = compare.read(i), oracle.load()[i]
+    for entry in compare.entries(kinds)[number::count]:
         for name in names:
-            if name not in found:
-                found = {**compare.read(i), name: run_one(i, name, record)}
-                (compare.RESULTS / f"{i}.json").write_text(json.dumps(found))
-        print(i, record["name"], {name: round(found[name]["test"], 3) for name in names}, flush=True)
+            if name not in entry.read():
+                entry.add(name, run_one(entry, name))
+        found = entry.read()
+        print(entry.key, entry.record["name"], {name: round(found[name]["test"], 3) for name in names}, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import numpy as np
 import optax
 
 import autotunenet_jax as atn
-from autotunenet_jax.compiler import stored_program
 from autotunenet_jax.controller import fork_surrogate
 from autotunenet_jax.controller.plan import MAX_FORKS
 from benchmarks.bank import split
@@ -50,8 +49,6 @@ def _propose_at_random() -> None:
         return jnp.where(proposals, jnp.max(jnp.where(proposals, gain, -jnp.inf)) * (0.5 + 0.5 * draw), gain)
 
     fork_surrogate.expected_improvement = shuffled
-    # Programs of this must not be taken for those of the surrogate.
-    stored_program._folder = lambda: None
 
 
 def _optimizer(learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, weight_decay: Any = 0.0) -> Any:

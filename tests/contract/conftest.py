@@ -5,7 +5,6 @@ Gaussian process, the part whose compilation takes seconds in every new program,
 """
 
 import functools
-import pathlib
 import types
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.bayesopt import surrogate, trials
-from autotunenet_jax.compiler import stored_program
 
 TOTAL = 160
 
@@ -42,19 +40,14 @@ def light_predict(config, posterior, x, *, time):
 
 
 def lighten(set_attribute=setattr):
-    """Puts the light surrogate in; its programs are stored under names of their own."""
+    """Puts the light surrogate in."""
     set_attribute(surrogate, "fit", light_fit)
     set_attribute(surrogate, "predict", light_predict)
-    origin = stored_program._origin() + pathlib.Path(__file__).read_bytes()
-    set_attribute(stored_program, "_origin", lambda: origin)
-    stored_program._stored.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def light_surrogate(monkeypatch):
     lighten(monkeypatch.setattr)
-    yield
-    stored_program._stored.cache_clear()
 
 
 def data(count=256):

@@ -67,11 +67,11 @@ def test_batch_size_inside_it_changes_between_batches_only(toy):
 
     optimizer = toy.wrapped(
         optax.inject_hyperparams(factory)(learning_rate=1e-2, accumulation=4),
-        {"learning_rate": (1e-4, 1.0), "accumulation": atn.Int(1, 6)},
+        {"learning_rate": (1e-3, 1.0), "accumulation": atn.Int(1, 16)},
         800,  # long enough for a round that looks beyond the rates
     )
     step, carry, seen, emitted = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), set(), 0
-    for key in toy.draws(200):
+    for key in toy.draws(300):
         accumulated = int(inner_state.found_next(carry[1]).inner_state.mini_step)
         in_force = int(atn.hyperparams(carry[1])["accumulation"])
         carry, _ = step(carry, key)
@@ -101,7 +101,7 @@ def test_groups_are_addressed_by_path(toy):
     starts = {name: float(value) for name, value in zip(space, opt_state.course.start, strict=True)}
     assert starts == pytest.approx({"encoder/learning_rate": 1e-3, "head/learning_rate": 1e-2})
     step, carry, seen = jax.jit(toy.make_step(optimizer)), toy.start(optimizer), []
-    for key in toy.draws(80):
+    for key in toy.draws(160):
         values = atn.hyperparams(carry[1])
         assert set(values) == set(space)
         before = carry[1]

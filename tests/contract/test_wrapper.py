@@ -77,8 +77,8 @@ def test_scan_is_the_loop(toy):
     for key in toy.draws():
         carry, loss = step(carry, key)
         looped.append(loss)
-    np.testing.assert_allclose(losses, jnp.stack(looped), rtol=1e-4, atol=1e-6)
-    assert_same((params, opt_state), carry[:2])
+    np.testing.assert_allclose(losses, jnp.stack(looped), rtol=1e-3, atol=1e-5)
+    assert_same((params, opt_state), carry[:2], rtol=1e-3, atol=1e-5)
 
 
 def test_vmap_of_three_is_three_runs(toy):
@@ -109,7 +109,8 @@ def test_initialised_and_stepped_inside_jit(toy):
 def test_obeys_as_a_loop_of_ones_own_would(toy):
     """The wrapper makes exactly the copies that the directives of the pure tuner ask for."""
     inner = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-    final, opt_state, losses = toy.usual().end
+    # A run in which a fork before the last one wins.
+    final, opt_state, losses = toy.run(toy.usual().optimizer, seed=9)
 
     tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, toy.TOTAL, initial={"learning_rate": 1e-3}, capacity=33)
 
@@ -125,7 +126,7 @@ def test_obeys_as_a_loop_of_ones_own_would(toy):
     state, ts = (params, inner.init(params)), tuner.init(jax.random.key(0))
     saved = kept = state
     asked = set()
-    for key, seen in zip(toy.draws(), losses, strict=True):
+    for key, seen in zip(toy.draws(seed=9), losses, strict=True):
         state, ts, directive, loss = step(state, ts, key)
         np.testing.assert_allclose(loss, seen, rtol=1e-3, atol=1e-5)
         if directive.save:

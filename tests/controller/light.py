@@ -10,7 +10,6 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.bayesopt import quasi_random, surrogate, trials
-from autotunenet_jax.compiler import stored_program
 from autotunenet_jax.controller import fork_round
 from tests.reference.algorithm import Algorithm
 
@@ -67,8 +66,6 @@ def patch():
     context = pytest.MonkeyPatch()
     context.setattr(surrogate, "fit", fit)
     context.setattr(surrogate, "predict", predict)
-    # Programs of these must not be taken for those of the package.
-    context.setattr(stored_program, "_folder", lambda: None)
     return context
 
 

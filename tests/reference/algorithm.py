@@ -751,8 +751,7 @@ class Algorithm:
                 self.incumbent = self._shifted(np.where(self.is_rate, lowest, before), -decision._FAILED_DECADES)
         else:
             best = self.forks[self.winner]
-            is_first = self.plan.range_test[self.row] > 0
-            self.incumbent = self._shifted(best.x, -fork_round.DRIFT_DECADES) if is_first else best.x
+            self.incumbent = best.x
             if not is_current:
                 said.adopt = True
                 self.data_step = max(self.kept.data, self.saved.data)
