@@ -84,11 +84,11 @@ def test_forks_together_decide_as_forks_one_after_the_other(eval_step, trained, 
     assert not trained and "unused_steps" not in reference.history.summary
     result = fit(3, eval_step=eval_step)
     assert_alike(result, reference)
-    assert trained and all(count == found == 3 for count, found, _ in trained)
+    assert trained[0][:2] == (3, 3) and all(count == found <= 3 for count, found, _ in trained)
     forks = sum(len(row["forks"]) for row in reference.history.rounds)
     assert len(trained) < forks
     # What was trained and never asked for is told, and is no part of the budget.
-    paid = sum(count * steps for count, _, steps in trained)
+    paid = sum(3 * steps for *_, steps in trained)
     assert result.history.summary["unused_steps"] == paid - sum(heard)
 
 
@@ -180,8 +180,11 @@ class Elsewhere(ForkExecutor):
 def test_forks_trained_elsewhere_change_nothing_and_lost_ones_are_trained_again(loses):
     executor = Elsewhere(loses)
     result = fit(executor)
-    assert executor.trained and problem.same(result.state, alone().state)
+    assert executor.trained
     assert_alike(result, alone())
+    # Another program rounds otherwise.
+    for there, here in zip(*map(jax.tree.leaves, (result.state["params"], alone().state["params"])), strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-6)
     lost = sum(bool(loses(number + 1)) for number in range(executor.trained))
     assert result.history.summary["unused_steps"] >= lost * 17
 

@@ -59,8 +59,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, unstopped, call, number):
 
 
 def test_the_best_state_outlives_the_process_that_reached_it(tmp_path):
-    """Validation is worse after the interruption whatever the state, so that nothing later is better."""
-    stopped = run(interrupted_at(120, signal.SIGTERM), snapshots=tmp_path)
+    """Validation is worse after the interruption, right after a reading, so that nothing later is better."""
+    stopped = run(interrupted_at(121, signal.SIGTERM), snapshots=tmp_path)
     resumed = run(snapshots=tmp_path, resume=True, eval_step=lambda state: problem.eval_step(state) + 1.0)
     assert resumed.eval > stopped.best_eval
     assert resumed.best_eval == stopped.best_eval

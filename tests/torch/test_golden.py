@@ -65,7 +65,7 @@ def bits(tree):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 4])
 def test_same_decisions_as_the_core(seed):
     core, update, hyperparams, observe_eval = TWIN
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.1))
