@@ -262,7 +262,9 @@ def _after_fork(
         kept_data=jnp.where(wins, ts.data_step, ts.slots.kept_data),
         kept_step=jnp.where(wins, ts.step, ts.slots.kept_step),
     )
-    ts = ts._replace(round=held, slots=slots, discarded=ts.discarded + lost, health=_held(ts.health, wins))
+    ts = ts._replace(
+        round=held, slots=slots, discarded=ts.discarded + lost, health=_held(ts.health, wins, ts.plan.kind[row] != FAST)
+    )
 
     best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
     gain = jnp.where(next_forks.is_allowed, fork_surrogate.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
@@ -282,13 +284,13 @@ def _after_fork(
     return new, directive._replace(keep=wins), held
 
 
-def _held(health: Health, wins: Array) -> Health:
-    """With the level of a fork whose state is kept."""
+def _held(health: Health, wins: Array, is_slow: Array) -> Health:
+    """With the level of a fork whose state is kept; under other regularisation the loss may be higher for good."""
     level, spread = health.monitor.short, health.monitor.spread
-    is_lower = wins & (level < health.held_level)
+    is_held = wins & ((level < health.held_level) | is_slow)
     return health._replace(
-        held_level=jnp.where(is_lower, level, health.held_level),
-        held_spread=jnp.where(is_lower, spread, health.held_spread),
+        held_level=jnp.where(is_held, level, health.held_level),
+        held_spread=jnp.where(is_held, spread, health.held_spread),
     )
 
 

@@ -1,5 +1,6 @@
 """Ordinary training: what an unhealthy loss is answered with, and which snapshots are taken."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -166,3 +167,20 @@ def test_when_the_rollbacks_are_used_up_the_loss_is_taken_as_it_is_and_rounds_ar
     losses[700 : 700 + RUN] = np.nan
     rows, ts = run(tuned, told(losses))
     assert rows["directive"].outcome[700 + RUN - 1] == state.OUTCOME_ROLLBACK
+
+
+def test_regularisation_that_raises_the_training_loss_for_good_is_no_damage():
+    """Validation asks for dropout, and under it the training loss stays far above what it was."""
+    tuned, noise = tuner("both", 1000), np.random.default_rng(0).normal(size=1000)
+    update, observe = jax.jit(tuned.update), jax.jit(tuned.observe_eval)
+    ts, learnt, dropped = observe(tuned.init(jax.random.key(0)), 2.0), 0, []
+    for step in range(1000):
+        values = {name: float(value) for name, value in tuned.hyperparams(ts).items()}
+        learnt = int(ts.data_step)
+        fitted = 2.0 * np.exp(-learnt / 60)
+        ts, directive = update(ts, np.float32(0.05 + fitted + 4.0 * values["dropout"] + 0.05 * noise[step]))
+        dropped.append(values["dropout"])
+        if directive.evaluate:
+            ts = observe(ts, np.float32(1.0 + fitted - values["dropout"]))
+        assert int(directive.outcome) != state.OUTCOME_ROLLBACK, step
+    assert dropped[0] < 0.3 < dropped[-1], (dropped[0], dropped[-1])

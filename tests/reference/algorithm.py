@@ -666,7 +666,7 @@ class Algorithm:
         if wins:
             self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
             self.winner, said.keep = last, True
-            if self.monitor.short < self.held_level:
+            if self.monitor.short < self.held_level or self.plan.kind[self.row] != FAST:
                 self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
             self.kept = Copy(self.data_step, self.step)
         else:
