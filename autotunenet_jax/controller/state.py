@@ -93,7 +93,8 @@ class Health(NamedTuple):
       monitor: Running statistics of the loss.
       initial_loss: Mean of the first finite losses; NaN before there is one.
       best_level: Lowest running level of the loss so far.
-      held_level: Lowest one in ordinary training, and at the end of forks whose state was kept, since the last slow round.
+      held_level: Lowest one in ordinary training, and at the end of forks whose state was kept; in a slow round that of
+        the fork itself.
       held_spread: The spread of the loss then.
       known_level: Highest level that was found to be the data's doing; minus infinity before one.
       scale: What losses are divided by: a power of two near the first one; 0 before it.
