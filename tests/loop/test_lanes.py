@@ -84,7 +84,9 @@ def test_forks_together_decide_as_forks_one_after_the_other(eval_step, trained, 
     assert not trained and "unused_steps" not in reference.history.summary
     result = fit(3, eval_step=eval_step)
     assert_alike(result, reference)
-    assert trained[0][:2] == (3, 3) and all(count == found <= 3 for count, found, _ in trained)
+    # In the last round by loss one neighbour is left that has not run.
+    least = 2 if eval_step is None else 3
+    assert trained[0][:2] == (3, 3) and all(count == found >= least for count, found, _ in trained)
     forks = sum(len(row["forks"]) for row in reference.history.rounds)
     assert len(trained) < forks
     # What was trained and never asked for is told, and is no part of the budget.
@@ -184,7 +186,7 @@ def test_forks_trained_elsewhere_change_nothing_and_lost_ones_are_trained_again(
     assert_alike(result, alone())
     # Another program rounds otherwise.
     for there, here in zip(*map(jax.tree.leaves, (result.state["params"], alone().state["params"])), strict=True):
-        np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(there, here, rtol=1e-5, atol=1e-6)
     lost = sum(bool(loses(number + 1)) for number in range(executor.trained))
     assert result.history.summary["unused_steps"] >= lost * 17
 
