@@ -28,7 +28,8 @@ def one(lab: Lab) -> dict[str, Any]:
     """Scores of cooled forks by horizon, and losses of the best reading of runs that hold each rate and then fall."""
     run = policy.Run(lab, FORMER)
     x = run.round(run.range_test(), FORMER.first_share, FORMER.first_forks) - FORMER.drift
-    run.train(x, max(math.ceil(FORMER.second_start * run.steps) - run.spent, 0))
+    if (left := math.ceil(FORMER.second_start * run.steps) - run.spent) > 0:
+        run.train(x, left)
     steps, spent, data = run.steps, run.spent, run.data
     states = lab.repeat(run.state, len(OFFSETS))
     lengths = {max(round(horizon * steps), 12): str(horizon) for horizon in HORIZONS}

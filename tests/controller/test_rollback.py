@@ -173,11 +173,10 @@ def test_regularisation_that_raises_the_training_loss_for_good_is_no_damage():
     """Validation asks for dropout, and under it the training loss stays far above what it was."""
     tuned, noise = tuner("both", 1000), np.random.default_rng(0).normal(size=1000)
     update, observe = jax.jit(tuned.update), jax.jit(tuned.observe_eval)
-    ts, learnt, dropped = observe(tuned.init(jax.random.key(0)), 2.0), 0, []
+    ts, dropped = observe(tuned.init(jax.random.key(0)), 2.0), []
     for step in range(1000):
         values = {name: float(value) for name, value in tuned.hyperparams(ts).items()}
-        learnt = int(ts.data_step)
-        fitted = 2.0 * np.exp(-learnt / 60)
+        fitted = 2.0 * np.exp(-int(ts.data_step) / 60)
         ts, directive = update(ts, np.float32(0.05 + fitted + 4.0 * values["dropout"] + 0.05 * noise[step]))
         dropped.append(values["dropout"])
         if directive.evaluate:
