@@ -324,6 +324,7 @@ def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[T
         cools_from=jnp.full_like(ts.validation.cools_from, NEVER),
         read_at=ts.step,
         worse=jnp.zeros_like(ts.validation.worse),
+        better=jnp.zeros_like(ts.validation.better),
         keeps=jnp.zeros((), bool),
         returns=jnp.zeros((), bool),
         is_kept=is_read | stays_kept,

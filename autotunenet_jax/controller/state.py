@@ -9,7 +9,7 @@ from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 6
+FORMAT = 7
 """Version of the state's layout."""
 
 KEY_IMPL = "threefry2x32"
@@ -148,6 +148,8 @@ class Validation(NamedTuple):
       hot: The lowest one at full rate since training last went back, or was found to have cooled to a better state.
       read_at: Budget step of the last reading.
       worse: Readings in a row that were above ``hot``.
+      better: Readings in a row, at full rate, that were the lowest of all.
+      climbed_at: Budget step at which the rates last climbed; -1 before. If the last reading was then, they are on trial.
       cools_from: Budget step from which the rates fall, to see whether training is only too hot; `NEVER` otherwise.
       retreats: How often training went back to the state of the lowest.
       has_fallen: Whether the rates fell by the training loss.
@@ -161,6 +163,8 @@ class Validation(NamedTuple):
     hot: Float[Array, ""]
     read_at: Int[Array, ""]
     worse: Int[Array, ""]
+    better: Int[Array, ""]
+    climbed_at: Int[Array, ""]
     cools_from: Int[Array, ""]
     retreats: Int[Array, ""]
     has_fallen: Bool[Array, ""]
@@ -313,6 +317,8 @@ def no_validation() -> Validation:
         hot=inf,
         read_at=zero,
         worse=zero,
+        better=zero,
+        climbed_at=jnp.full((), -1, jnp.int32),
         cools_from=jnp.full((), NEVER, jnp.int32),
         retreats=zero,
         has_fallen=no,

@@ -7,12 +7,15 @@ undone, and it may rise for reasons of its own, so that rates fall by it once.
 Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPlateau's of Keras and PyTorch.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .loss_monitor import Heard
 from .plan import NEVER
 from .roles import Roles
+from .schedule import HOLD_SHARE
 from .state import FORK, TRAIN, TunerState
 
 PATIENCE = 2
@@ -20,6 +23,9 @@ PATIENCE = 2
 
 BACK_DECADES = 0.5
 """How far the rates fall where training goes back."""
+
+CLIMB_DECADES = 0.25
+"""How far the rates climb where two readings in a row are the lowest of all; what that takes is measured by the next."""
 
 ENDING_SHARE = 0.1
 """Last part of the budget, in which there is no time to better a state that is gone back to: only the last reading
@@ -99,32 +105,73 @@ def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
     )
 
 
-def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> TunerState:
+class _Reading(NamedTuple):
+    """What a metric is to the readings before it.
+
+    Attributes:
+      value: The metric; what is not finite is worse than anything.
+      counts: Whether it is far enough from the last one.
+      is_best: Whether it is the lowest.
+      is_last: Whether the run ends.
+      is_cooled: Whether it is of a state that has cooled down.
+      is_tried: Whether it is the first since the rates climbed.
+    """
+
+    value: Float[Array, ""]
+    counts: Bool[Array, ""]
+    is_best: Bool[Array, ""]
+    is_last: Bool[Array, ""]
+    is_cooled: Bool[Array, ""]
+    is_tried: Bool[Array, ""]
+
+
+def _reading(ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> _Reading:
     seen, total = ts.validation, ts.plan.total
     is_last = (total > 0) & (total - ts.step <= 1)
-    is_ending = (total > 0) & (total - ts.step < ENDING_SHARE * total)
-    # Whatever is not finite is worse than anything.
     value = jnp.where(jnp.isfinite(metric), metric, jnp.inf)
     counts = in_train & (is_last | (ts.step - seen.read_at >= _SPACING * ts.plan.check_every))
     # However close two readings are, the better state is kept.
     is_best = in_train & (value < seen.best) & (counts | ~seen.returns)
-    # A rate that is only too hot to hold shows in a state that cools to a better one: then it was worth its height.
     is_cooled = counts & (seen.cools_from < NEVER)
-    retreats = is_cooled & ~is_best & seen.is_kept
-    returns = retreats | (counts & ~is_best & is_last & seen.is_kept)
-    worse = jnp.where(counts, jnp.where(value < seen.hot, 0, seen.worse + 1), seen.worse)
-    cools = counts & ~is_cooled & (worse >= PATIENCE) & ~is_ending & jnp.isfinite(seen.best)
-    hot = jnp.where(counts & ~is_cooled, jnp.minimum(value, seen.hot), seen.hot)
+    return _Reading(value, counts, is_best, is_last, is_cooled, counts & (seen.climbed_at == seen.read_at))
+
+
+def _climbs(roles: Roles, ts: TunerState, better: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether the rates climb: reading after reading is the lowest, and training never had to go back."""
+    # Before a round, and before they fall by the schedule, the next reading is to say what came of it.
+    has_time = (ts.step < HOLD_SHARE * ts.plan.total) & (ts.segment_left > ts.plan.check_every)
+    has_room = (roles.is_rate & (ts.incumbent + CLIMB_DECADES / roles.decades <= 1.0)).any()
+    is_unhurt = (ts.validation.retreats == 0) & (ts.rollbacks == 0)
+    return (better >= PATIENCE) & has_time & has_room & is_unhurt
+
+
+def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> TunerState:
+    seen, new = ts.validation, _reading(ts, metric, in_train)
+    counts, is_best = new.counts, new.is_best
+    is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step < ENDING_SHARE * ts.plan.total)
+    # A rate that is only too hot to hold shows in a state that cools to a better one: then it was worth its height.
+    retreats = (new.is_cooled | new.is_tried) & ~is_best & seen.is_kept
+    returns = retreats | (counts & ~is_best & new.is_last & seen.is_kept)
+    is_usual = counts & ~new.is_cooled
+    worse = jnp.where(counts, jnp.where(new.value < seen.hot, 0, seen.worse + 1), seen.worse)
+    better = jnp.where(is_usual & is_best, seen.better + 1, jnp.where(counts, 0, seen.better))
+    cools = is_usual & ~retreats & (worse >= PATIENCE) & ~is_ending & jnp.isfinite(seen.best)
+    climbs = is_usual & _climbs(roles, ts, better)
+    hot = jnp.where(is_usual, jnp.minimum(new.value, seen.hot), seen.hot)
     # Back there, what was reached before is to be bettered; from a cooled state hot readings begin anew.
-    hot = jnp.where(is_cooled, jnp.where(is_best, jnp.inf, seen.best), hot)
+    hot = jnp.where(new.is_cooled, jnp.where(is_best, jnp.inf, seen.best), jnp.where(retreats, jnp.inf, hot))
+    back = jnp.where(new.is_tried, CLIMB_DECADES, BACK_DECADES)
+    shift = jnp.where(retreats, -back, jnp.where(climbs, CLIMB_DECADES, 0.0))
     return ts._replace(
-        incumbent=jnp.where(retreats, roles.shifted(ts.incumbent, -BACK_DECADES), ts.incumbent),
+        incumbent=jnp.where(shift != 0.0, roles.shifted(ts.incumbent, shift), ts.incumbent),
         validation=seen._replace(
-            best=jnp.where(is_best, value, seen.best),
+            best=jnp.where(is_best, new.value, seen.best),
             hot=hot,
             read_at=jnp.where(counts, ts.step, seen.read_at),
-            worse=jnp.where(is_cooled | cools, 0, worse),
-            cools_from=jnp.where(cools, ts.step, jnp.where(is_cooled, NEVER, seen.cools_from)),
+            worse=jnp.where(new.is_cooled | cools | retreats, 0, worse),
+            better=jnp.where(climbs, 0, better),
+            climbed_at=jnp.where(climbs, ts.step, seen.climbed_at),
+            cools_from=jnp.where(cools, ts.step, jnp.where(new.is_cooled, NEVER, seen.cools_from)),
             retreats=seen.retreats + returns,
             keeps=(seen.keeps | is_best) & ~returns,
             returns=jnp.where(counts, returns, seen.returns),

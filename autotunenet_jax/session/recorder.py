@@ -46,6 +46,7 @@ _ALWAYS = ("step", "rewound", "verdict", "outcome", "has_fallen")
 # Verdicts on steps that did not happen.
 _NOT_TAKEN = (loss_monitor.SKIPPED, loss_monitor.NON_FINITE)
 
+_CLIMBED = "The validation metric keeps improving: the rates climb by a quarter of a decade, if it goes on doing so."
 _FALLEN = "The training loss did not improve between readings: the rates fell by half a decade, once."
 _EXTENDED = "The run was given another budget: {total} steps."
 _NO_ROLLBACK = "The loss stays high and the guard has no rollback for that; it is taken as it is."
@@ -227,6 +228,10 @@ class Recorder:
         """Training goes back to its best state, by the validation metric."""
         what = "the run ends in" if is_over else "training goes on, at a lower rate, from"
         self.note(step, "retreat", f"The validation metric did not improve: {what} the best state.")
+
+    def climb(self, step: int) -> None:
+        """The rates climb, by the validation metric."""
+        self.note(step, "climb", _CLIMBED)
 
     def add_eval(
         self, step: int, value: float, *, is_settled: bool, metrics: Mapping[str, float] | None = None

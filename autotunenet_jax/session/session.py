@@ -103,7 +103,7 @@ class Session:
         self.last_eval: float | None = None
         self.best: Any = None
         self.best_eval: float | None = None
-        self._retreats, self._has_decided = 0, False
+        self._retreats, self._climbed_at, self._has_decided = 0, -1, False
         if controller.phase != TRAIN:
             recorder.begin_round(0, controller.phase)
             host.begin_round(controller.data_step)
@@ -230,7 +230,7 @@ class Session:
             with self._or_undone():
                 self.kept = self.host.copy() if keeps else self.kept
             self.evaluated_at = step
-            self._note_retreat()
+            self._note_overruling()
             # It may have moved the rates.
             if not self.is_settled:
                 self.write()
@@ -241,11 +241,13 @@ class Session:
         if is_best:
             self.best_eval, self.best_at = metric, step
 
-    def _note_retreat(self) -> None:
-        retreats = int(self.controller.state.validation.retreats)
-        if retreats > self._retreats:
-            self._retreats = retreats
+    def _note_overruling(self) -> None:
+        seen = self.controller.state.validation
+        if int(seen.retreats) > self._retreats:
             self.recorder.retreat(self.controller.step, is_over=self.is_settled)
+        if int(seen.climbed_at) > self._climbed_at:
+            self.recorder.climb(self.controller.step)
+        self._retreats, self._climbed_at = int(seen.retreats), int(seen.climbed_at)
 
     # The end.
 
@@ -331,7 +333,8 @@ class Session:
         self.is_due = books.get("is_due", False)
         self.settled_at, self.best_at = books.get("settled_at", -1), books.get("best_at", -1)
         self.is_settled = controller.step == controller.tuner.total_steps
-        self._retreats = int(controller.state.validation.retreats)
+        seen = controller.state.validation
+        self._retreats, self._climbed_at = int(seen.retreats), int(seen.climbed_at)
         total = controller.tuner.total_steps
         if books.get("total_steps", total) != total:
             self.recorder.extended(controller.step, total)

@@ -110,6 +110,7 @@ class _Reading:
         self.forks: list[ring.Ended] = []
         self.spans: list[tuple[int, int]] = []
         self.fork_start = self.retreats = 0
+        self.incumbent = np.zeros(self.space.dims, np.float32)
         # Whether the record begins in the middle of a round, which then is not told.
         self.is_partial = False
 
@@ -141,7 +142,7 @@ class _Reading:
 
     def _begin(self, first: ring.Entry) -> None:
         step, phase = int(first.step), int(first.stretch.phase)
-        self.retreats = int(first.retreats)
+        self.retreats, self.incumbent = int(first.retreats), first.stretch.incumbent
         self.fork_start = step
         if self.held.dropped:
             self.is_partial = phase != TRAIN
@@ -162,9 +163,11 @@ class _Reading:
             self._tell_loss(entry)
         elif cause == ring.MEASURED and int(entry.retreats) > self.retreats:
             self.recorder.retreat(step, is_over=is_over)
+        elif cause == ring.MEASURED and np.any(entry.stretch.incumbent > self.incumbent):
+            self.recorder.climb(step)
         elif cause == ring.EXTENDED:
             self.recorder.extended(step, int(entry.stretch.total))
-        self.retreats = int(entry.retreats)
+        self.retreats, self.incumbent = int(entry.retreats), entry.stretch.incumbent
 
     def _tell_loss(self, entry: ring.Entry) -> None:
         step, times = int(entry.step), int(entry.times)

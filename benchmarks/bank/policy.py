@@ -41,6 +41,8 @@ class Knobs:
       patience: Readings above the best one, in a row, after which training goes back to it.
       confirm_share: Length of the cool-down before that; 0 for none.
       back: How far the rate falls then.
+      climb: How far it climbs after ``patience`` readings in a row that are each the lowest, until training has had to
+        go back once; 0 for never. The next reading has to be the lowest as well, or that is undone.
       ending: Last part of the run in which it does not.
       judge: ``"gp"``, or ``"argmin"``: the best score wins and every round looks to both sides.
       validates: Whether there is a validation metric; without one forks are scored by the training losses of their
@@ -74,6 +76,7 @@ class Knobs:
     check_share: float = 0.05
     patience: int = 2
     back: float = 0.5
+    climb: float = 0.25
     ending: float = 0.1
     least_fork: int = 20
     confirm_share: float = 0.05
@@ -318,6 +321,7 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     asks_again = knobs.second_forks > 0 and not is_known
     third = knobs.third_start > 0 and not is_known
     best, hot, kept, worse = math.inf, math.inf, None, 0
+    better, is_on_trial = 0, False
     check = max(round(knobs.check_share * run.steps), 10)
     while run.spent < run.steps:
         asked = True
@@ -344,6 +348,15 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
             if is_stuck and run.went_back < knobs.falls:
                 worse, x, hot, run.went_back = 0, x - knobs.back, math.inf, run.went_back + 1
             continue
+        if is_on_trial and not metric < best:
+            is_on_trial, better, worse, hot = False, 0, 0, math.inf
+            run.state, x, run.went_back = kept, x - knobs.climb, run.went_back + 1
+            run.discarded += check
+            continue
+        is_on_trial, better = False, better + 1 if metric < best else 0
+        may_climb = knobs.climb > 0 and not asks_again and run.went_back == 0 and run.spent < knobs.hold * run.steps
+        if better >= knobs.patience and may_climb and x + knobs.climb <= run.high:
+            x, is_on_trial, better = x + knobs.climb, True, 0
         if metric < best:
             best, kept = metric, run.state
         if is_stuck and kept is not None:

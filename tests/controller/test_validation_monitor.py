@@ -47,10 +47,37 @@ def test_readings_are_asked_for_at_regular_steps_and_before_the_last():
     np.testing.assert_array_equal(asked[asked > CHECK], [*range(2 * CHECK, TOTAL, CHECK), TOTAL - 1, TOTAL])
 
 
-def test_a_metric_that_falls_changes_nothing():
-    rows = validated(LOSSES)
+def test_a_metric_that_falls_every_other_time_changes_nothing():
+    rows = validated(LOSSES + 0.5 * (STEPS // CHECK % 2 == 0))
     assert len(cooling(rows)) == len(went_back(rows)) == 0
     assert np.all(rows["incumbent"][CHECK:] == rows["incumbent"][-1])
+
+
+CLIMB = validation_monitor.CLIMB_DECADES / 5.0
+
+
+def climbed(rows):
+    return np.flatnonzero(np.diff(rows["incumbent"][CHECK:, 0]) > 0) + CHECK + 1
+
+
+def test_two_readings_in_a_row_that_are_the_lowest_let_the_rates_climb_until_they_are_to_fall():
+    rows = validated(LOSSES)
+    steps = climbed(rows)
+    # After a climb the next two readings say whether there is another, and none comes near the bound.
+    assert len(steps) >= 2 and np.all(np.diff(steps) == 2 * CHECK) and steps[-1] <= 0.6 * TOTAL
+    np.testing.assert_allclose(np.diff(rows["incumbent"][:, 0])[steps - 1], CLIMB, atol=1e-6)
+    assert rows["incumbent"].max() <= 1.0 and len(went_back(rows)) == 0
+
+
+def test_rates_that_climbed_too_high_are_taken_back_with_the_state_and_climb_no_more():
+    first = climbed(validated(LOSSES))[0]
+    metrics = np.where((STEPS > first) & (STEPS <= first + CHECK), LOSSES[first] + 0.5, LOSSES).astype(np.float32)
+    rows = validated(metrics)
+    assert climbed(rows)[0] == first
+    back = went_back(rows)[0]
+    assert back == first + CHECK and rows["slots"].kept_step[back] == first + 1
+    np.testing.assert_allclose(rows["incumbent"][back], rows["incumbent"][first - 1], atol=1e-6)
+    assert len(climbed(rows)) == len(went_back(rows)) == 1 and len(cooling(rows)) == 0
 
 
 def test_two_worse_readings_cool_the_rates_down_and_a_third_goes_back_to_the_best_state():

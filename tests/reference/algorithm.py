@@ -166,6 +166,8 @@ class Readings:
     hot: Any = LARGE
     read_at: int = 0
     worse: int = 0
+    better: int = 0
+    is_on_trial: bool = False
     cools_from: int | None = None
     keeps: bool = False
     returns: bool = False
@@ -355,15 +357,25 @@ class Algorithm:
             # The rates have cooled down: was the state only hot?
             seen.cools_from, seen.worse = None, 0
             seen.hot = LARGE if is_best else best
+            seen.better = 0
             if not is_best and seen.is_kept:
                 self.incumbent = self._shifted(self.incumbent, -validation_monitor.BACK_DECADES)
                 returns = True
+        elif seen.is_on_trial and not is_best and seen.is_kept:
+            # The rates climbed too high.
+            self.incumbent = self._shifted(self.incumbent, -validation_monitor.CLIMB_DECADES)
+            seen.hot, seen.worse, seen.better, returns = LARGE, 0, 0, True
         else:
+            seen.better = seen.better + 1 if is_best else 0
             seen.worse = 0 if value < seen.hot else seen.worse + 1
             seen.hot = min(seen.hot, value)
             is_ending = self.plan.total and self._remaining < F(validation_monitor.ENDING_SHARE) * F(self.plan.total)
             if seen.worse >= validation_monitor.PATIENCE and not is_ending and np.isfinite(best):
                 seen.cools_from, seen.worse = self.step, 0
+        seen.is_on_trial = self._may_climb(seen)
+        if seen.is_on_trial:
+            seen.better = 0
+            self.incumbent = self._shifted(self.incumbent, validation_monitor.CLIMB_DECADES)
         if is_last and not is_best and seen.is_kept:
             returns = True
         if is_best:
@@ -372,6 +384,12 @@ class Algorithm:
         if returns:
             seen.keeps = False
             self.retreats += 1
+
+    def _may_climb(self, seen: Readings) -> bool:
+        has_time = self.step < F(schedule.HOLD_SHARE) * F(self.plan.total) and self.left > self.plan.check_every
+        is_unhurt = self.retreats == 0 and self.rollbacks == 0
+        room = self.is_rate & (self.incumbent + F(validation_monitor.CLIMB_DECADES) / self.decades <= 1)
+        return bool(seen.better >= validation_monitor.PATIENCE and has_time and is_unhurt and room.any())
 
     def _limit(self) -> Any:
         if self.phase != TRAIN or self.held_level == LARGE:

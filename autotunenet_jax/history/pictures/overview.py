@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from ..history import History
 
 # What is marked of a run's events: the sign, and what it means.
-_MARKED = {"rollback": ("X", "rollback"), "retreat": ("<", "back to the best"), "fall": ("v", "rates fell")}
+_MARKED = {
+    "rollback": ("X", "rollback"),
+    "retreat": ("<", "back to the best"),
+    "fall": ("v", "rates fell"),
+    "climb": ("^", "rates climbed"),
+}
 
 # Round numbers closer than this share of the width would run into each other.
 _NUMBER_SHARE = 0.03
