@@ -41,6 +41,9 @@ POLICIES: dict[str, policy.Knobs] = {
     "new batches": dataclasses.replace(BASE, validates=False, rewinds=False),
     "no climb": dataclasses.replace(BASE, climb=0.0),
     "climb by half": dataclasses.replace(BASE, climb=0.5),
+    "one round": dataclasses.replace(BASE, second_forks=0),
+    "later round": dataclasses.replace(BASE, second_start=0.2, second_share=0.06, second_forks=3),
+    "longer first forks": dataclasses.replace(BASE, first_share=0.045),
     "climb and drift": dataclasses.replace(BASE, drift=0.25),
     "climbing forks": dataclasses.replace(BASE, rise=0.25, climb=0.0),
     "drift": FORMER,  # where the others of its table ran
