@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import gc
 import signal
 
 import hypothesis
@@ -26,6 +27,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # One compilation can take longer than hypothesis allows an example; derandomised, a failure in CI is one here.
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze():
+    """What a module compiled stays, and is not searched for garbage again and again."""
+    yield
+    gc.freeze()
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ FOLDER = pathlib.Path(__file__).parent.parent / "examples"
     "name",
     [
         "raw_jax",
-        "flax_nnx",
         "own_loop",
-        *(pytest.param(name, marks=pytest.mark.soak) for name in ("flax_linen", "scan_epoch")),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("flax_nnx", "flax_linen", "scan_epoch")),
     ],
 )
 def test_trains(name, capsys):

@@ -34,6 +34,7 @@ def test_the_controller_decides_alike():
     assert dtypes(values) == {"float32"}
 
 
+@pytest.mark.soak
 def test_an_optimizer_of_64_bits_tunes_itself():
     with jax.enable_x64(True):
         optimizer = atn.autotune(optax.adam, {"learning_rate": (1e-5, 1e-1)}, 200, learning_rate=1e-3)

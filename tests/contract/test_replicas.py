@@ -53,7 +53,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+@pytest.mark.parametrize("kind", [pytest.param("pmap", marks=pytest.mark.soak), "shard_map"])
 def test_losses_that_differ_are_averaged(kind):
     out = devices.run(RUN, kind, count=4, folders=[pathlib.Path(__file__).parent], timeout=280)
     assert (out["replicas"], out["losses"]) == (1, 4)

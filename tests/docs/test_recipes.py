@@ -5,6 +5,7 @@ import pytest
 from tests.docs.pages import ROOT, run
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)  # several kinds of runs to compile, where they are not in the cache
 @pytest.mark.filterwarnings("default")  # a reader is warned, and reads on
 def test_they_run(tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ def test_two_processes_decide_alike(tmp_path):
 
 
 @needs_processes
+@pytest.mark.soak
 def test_a_process_whose_data_end_early_follows_the_others(tmp_path):
     codes, said = launch("uneven_worker.py", tmp_path, "join")
     assert codes == [0, 0], said
@@ -60,7 +61,8 @@ def test_processes_with_other_budgets_are_refused(tmp_path):
 
 
 @needs_processes
-@pytest.mark.parametrize("how", ["whole", pytest.param("killed", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("how", ["whole", "killed"])
+@pytest.mark.soak
 def test_a_sharded_training_is_killed_and_goes_on_to_the_same_end(tmp_path, how):
     """Each rank has its part of the model, of every copy and of every snapshot."""
     pytest.importorskip("torch.distributed.fsdp", reason="without fully_shard")

@@ -17,7 +17,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
     ("name", "needs", "arguments", "says"),
     [
         ("torch_quickstart", "sklearn", ["--epochs", "10", "--quiet"], "accuracy 9"),
-        ("torch_loop", "torch", ["--steps", "120"], "validation loss"),
+        pytest.param("torch_loop", "torch", ["--steps", "120"], "validation loss", marks=LONG),
         pytest.param("torch_accelerate", "accelerate", ["--epochs", "6"], "validation loss", marks=LONG),
         pytest.param("torch_lightning", "lightning", ["--epochs", "5"], "validation loss", marks=LONG),
         pytest.param("torch_transformers", "transformers", ["--steps", "100"], "evaluation loss", marks=LONG),
