@@ -149,7 +149,7 @@ class Validation(NamedTuple):
       read_at: Budget step of the last reading.
       worse: Readings in a row that were above ``hot``.
       better: Readings in a row, at full rate, that were the lowest of all.
-      climbed_at: Budget step at which the rates last climbed; -1 before. If the last reading was then, they are on trial.
+      climbed_at: Budget step at which the rates last climbed, -1 before; if it is ``read_at``, they are on trial.
       cools_from: Budget step from which the rates fall, to see whether training is only too hot; `NEVER` otherwise.
       retreats: How often training went back to the state of the lowest.
       has_fallen: Whether the rates fell by the training loss.

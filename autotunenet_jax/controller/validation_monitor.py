@@ -1,8 +1,8 @@
 """Readings overrule: where the held-out metric does not improve, training goes back to its best state, slower.
 
-Early stopping, decay on a plateau and rewind in one. Only the order of readings counts, so any metric will do. Where
-there is none the training loss takes its place: it cannot say which state is the better one, so that nothing is
-undone, and it may rise for reasons of its own, so that rates fall by it once.
+Early stopping, decay on a plateau and rewind in one. Where every reading improves, rates climb on trial. Only the order
+of readings counts, so any metric will do. Where there is none the training loss takes its place: it cannot say which
+state is the better one, so that nothing is undone, and it may rise for reasons of its own, so that rates fall by it once.
 
 Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPlateau's of Keras and PyTorch.
 """
@@ -25,7 +25,7 @@ BACK_DECADES = 0.5
 """How far the rates fall where training goes back."""
 
 CLIMB_DECADES = 0.25
-"""How far the rates climb where two readings in a row are the lowest of all; what that takes is measured by the next."""
+"""How far the rates climb where two readings in a row are the lowest of all; the next one says whether it was right."""
 
 ENDING_SHARE = 0.1
 """Last part of the budget, in which there is no time to better a state that is gone back to: only the last reading

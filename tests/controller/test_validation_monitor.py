@@ -71,7 +71,8 @@ def test_two_readings_in_a_row_that_are_the_lowest_let_the_rates_climb_until_the
 
 def test_rates_that_climbed_too_high_are_taken_back_with_the_state_and_climb_no_more():
     first = climbed(validated(LOSSES))[0]
-    metrics = np.where((STEPS > first) & (STEPS <= first + CHECK), LOSSES[first] + 0.5, LOSSES).astype(np.float32)
+    metrics = LOSSES.copy()
+    metrics[first + 1 : first + CHECK + 1] += 0.5
     rows = validated(metrics)
     assert climbed(rows)[0] == first
     back = went_back(rows)[0]
