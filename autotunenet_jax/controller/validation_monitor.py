@@ -2,7 +2,7 @@
 
 Early stopping, decay on a plateau and rewind in one. Where every reading improves, rates climb on trial. Only the order
 of readings counts, so any metric will do. Where there is none the training loss takes its place: it cannot say which
-state is the better one, so that nothing is undone, and it may rise for reasons of its own, so that rates fall by it once.
+state is the better one, so that nothing is undone, and it may rise for reasons of its own: rates fall by it once.
 
 Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPlateau's of Keras and PyTorch.
 """
