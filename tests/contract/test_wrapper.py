@@ -288,3 +288,9 @@ def test_rising_validation_brings_the_best_state_back_at_a_lower_rate(toy):
     assert_same(past[back], past[lowest - 1], rtol=1e-5, atol=1e-6)
     assert rates[back] == pytest.approx(max(rates[lowest] - 0.125, 0.0), abs=1e-6)
     assert rates[lowest] > 0.0
+    # While every reading was the lowest they climbed, which the history tells of.
+    events = atn.history(opt_state).events
+    told = [event["step"] for event in events if event["kind"] == "climb"]
+    assert told and max(told) <= lowest
+    for at in told:
+        assert max(rates[at - 2 : at + 2]) == pytest.approx(min(rates[at - 2 : at + 2]) + 0.0625, abs=1e-6)

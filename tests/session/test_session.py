@@ -48,8 +48,8 @@ class Numbers(Host):
         return best is not None
 
 
-def begun(**options):
-    tuner = atn.AutoTuneNet(SPACE, TOTAL, **options)
+def begun(total=TOTAL, **options):
+    tuner = atn.AutoTuneNet(SPACE, total, **options)
     recorder = Recorder(atn.History(tuner.space.names), tuner.space, Progress(1, is_on=False), ())
     host = Numbers()
     return Session(host, PackedController(tuner), recorder), host
@@ -146,6 +146,24 @@ def test_a_run_ends_in_its_best_state(mode, good, bad):
     assert session.end_at_best()
     assert host.state == (-1 if goes_back else best)
     assert not any(row["is_kept"] for row in session.recorder.history.records if row["step"] > at)
+
+
+def test_the_rates_climb_while_the_metric_improves_and_the_history_says_so():
+    session, host = begun(400)
+    rates = [0.0]
+    while session.controller.step < 250:
+        host.state += 1
+        host.metric = 0.99**host.state
+        session.report(host.metric)
+        if session.wants_eval and session.controller.phase == TRAIN:
+            session.observe(host.metric)
+        rates.append(float(session.controller.state.incumbent[0]))
+    session.recorder.flush()
+    told = [row["step"] for row in session.recorder.history.events if row["kind"] == "climb"]
+    assert told
+    for step in told:
+        # A quarter of a decade of the four that the space has.
+        assert rates[step] - rates[step - 1] == pytest.approx(0.0625, abs=1e-6)
 
 
 def test_the_rates_fall_once_and_the_history_says_so():
