@@ -205,13 +205,16 @@ def _training(ts: TunerState) -> TunerState:
 
 def _after_range_test(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive]:
     """The rates are where the test says; the first fork begins from the state before it."""
-    read = space.snap(range_test.begin_at(roles_of(space), ts))
+    roles, searches = roles_of(space), ts.plan.forks[ts.round.index] > 0
+    # Where no fork looks below it, the rate is that of the fall itself.
+    lower = jnp.where(searches, 0.0, -range_test.ABOVE_FALL)
+    read = space.snap(roles.shifted(range_test.begin_at(roles, ts), lower))
     ts = ts._replace(
         incumbent=jnp.where(is_void(ts), ts.incumbent, read),
         discarded=ts.discarded + position(ts),
         data_step=ts.slots.saved_data,
     )
-    has_forks = (ts.plan.forks[ts.round.index] > 0) & ~is_void(ts)
+    has_forks = searches & ~is_void(ts)
     new = select(has_forks, _opened(space, ts), _training(ts))
     outcome = jnp.where(is_void(ts), OUTCOME_ROUND_SKIPPED, OUTCOME_RATE_READ)
     outcome = jnp.where(has_forks, OUTCOME_FORK_STARTED, outcome).astype(jnp.int32)

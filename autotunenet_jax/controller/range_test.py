@@ -13,9 +13,10 @@ from .loss_monitor import Heard
 from .roles import Roles
 from .state import Directive, RangeTest, TunerState, nothing_to_do, position
 
-# The rate to begin with lies so many decades above the middle of the fall ...
-_ABOVE_FALL = 0.3
-# ... or below where the loss blows up, where no fall stands out from noise.
+ABOVE_FALL = 0.3
+"""So many decades above the middle of the fall a line search begins."""
+
+# Or so many below where the loss blows up, where no fall stands out from noise.
 _BELOW_END = 0.8
 # The middle of the fall is half way between where these shares of it are done.
 _MARKS = (0.5, 0.9)
@@ -63,7 +64,7 @@ def read(test: RangeTest, length: Array, decades: float) -> Float[Array, ""]:
     fall = start - lowest
     done = [jnp.argmax((at < count) & (smooth <= start - share * fall)) for share in _MARKS]
     unit = jnp.maximum(length - 1, 1).astype(jnp.float32)
-    by_fall = 0.5 * (done[0] + done[1]) / unit + _ABOVE_FALL / decades
+    by_fall = 0.5 * (done[0] + done[1]) / unit + ABOVE_FALL / decades
     by_end = end / unit - _BELOW_END / decades
     stands_out = fall > _FALL_SIGMAS * noise + _ROUNDING * jnp.abs(start)
     return jnp.clip(jnp.where(stands_out, by_fall, by_end), 0.0, 1.0)

@@ -14,7 +14,7 @@ TOTAL = 400
 STEPS = np.arange(TOTAL)
 LOSSES = (2.0 * np.exp(-STEPS / 120)).astype(np.float32)
 # Falls until here, where a reading is due, and is worse from then on.
-TURN = 200
+TURN = 220
 WORSE = np.where(STEPS <= TURN, LOSSES, LOSSES[TURN] + 0.5).astype(np.float32)
 
 
@@ -83,7 +83,7 @@ def test_rates_that_climbed_too_high_are_taken_back_with_the_state_and_climb_no_
 
 def test_two_worse_readings_cool_the_rates_down_and_a_third_goes_back_to_the_best_state():
     rows = validated(WORSE)
-    # Read at 220 and 240: then the rates fall until 260.
+    # Read at 240 and 260: then the rates fall until 280.
     down = cooling(rows)[cooling(rows) < TURN + 3 * CHECK]
     assert down[0] == TURN + 2 * CHECK and down[-1] == TURN + 3 * CHECK - 1
     rates = rows["hp"]["learning_rate"][down] / rows["hp"]["learning_rate"][down[0] - 1]

@@ -126,7 +126,7 @@ class RangeTest:
         fall = start - lowest
         if fall > F(range_test._FALL_SIGMAS) * noise + F(range_test._ROUNDING) * abs(start):
             done = [next(i for i in range(count) if smooth[i] <= start - F(m) * fall) for m in range_test._MARKS]
-            share = sum(done) / 2 / max(length - 1, 1) + range_test._ABOVE_FALL / decades
+            share = sum(done) / 2 / max(length - 1, 1) + range_test.ABOVE_FALL / decades
         else:
             share = end / max(length - 1, 1) - range_test._BELOW_END / decades
         return min(max(share, 0.0), 1.0)
@@ -600,6 +600,8 @@ class Algorithm:
             if not is_void:
                 share = self.test.read(self.length, width)
                 self.incumbent = np.where(self.is_rate, F(share), self.incumbent)
+                if self.plan.forks[row] == 0:
+                    self.incumbent = self._shifted(self.incumbent, -range_test.ABOVE_FALL)
             self.discarded += ran
             self.data_step = self.saved.data
             said.restore = True
