@@ -49,6 +49,9 @@ PRICE = 0.03
 SLOW_PRICE = 0.01
 """The same for a slow fork."""
 
+UNSEEN_DECADES = 0.25
+"""How far below the first winner's rates training goes on where only the training loss judged; chosen on the bank."""
+
 # How far rates are lowered where every fork of a round failed.
 _FAILED_DECADES = 0.5
 
@@ -311,8 +314,11 @@ def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[T
     heights = jnp.where(fork_round.has_run(held)[:, None], held.x, 1.0)
     safer = roles.shifted(jnp.where(roles.is_rate, jnp.min(heights, axis=0), ts.incumbent), -_FAILED_DECADES)
     safer = jnp.where(ts.plan.kind[held.index] == FAST, safer, ts.incumbent)
+    # Later readings of a metric take hot rates back; without one nothing does.
+    is_unseen = (ts.plan.range_test[held.index] > 0) & ~held.has_eval
+    won = roles.shifted(held.x[best], jnp.where(is_unseen, -UNSEEN_DECADES, 0.0))
     # A fork that met no good batch says nothing.
-    incumbent = space.snap(jnp.where(has_kept, held.x[best], jnp.where(is_void(ts), ts.incumbent, safer)))
+    incumbent = space.snap(jnp.where(has_kept, won, jnp.where(is_void(ts), ts.incumbent, safer)))
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
     failed = jnp.where(is_void(ts), OUTCOME_ROUND_SKIPPED, OUTCOME_ROUND_FAILED)
     outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), failed)

@@ -32,11 +32,12 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     counts = (ts.round.fork == 0) & heard.is_finite & ~ts.round.has_eval
     reference = jnp.where(counts & (pos == 0), value, ts.round.reference)
     reference = jnp.where(counts & (pos == 1), 0.5 * (reference + value), reference)
-    faulted = heard.is_blue & (ts.health.retries < loss_monitor.MAX_RETRIES)
+    faulted = heard.is_blue & _may_retry(ts)
+    health = ts.health._replace(has_failed=heard.unhealthy, has_faulted=ts.health.has_faulted | faulted)
     ts = ts._replace(
         window=window,
         round=ts.round._replace(reference=reference),
-        health=ts.health._replace(has_failed=heard.unhealthy, has_faulted=faulted),
+        health=health,
     )
     directive = nothing_to_do(ts, heard.verdict)._replace(evaluate=ts.segment_left == 1)
     return ts, directive, (ts.segment_left <= 0) | heard.unhealthy
@@ -57,7 +58,12 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
     return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
 
 
+def _may_retry(ts: TunerState) -> Bool[Array, ""]:
+    return ts.health.retries < loss_monitor.MAX_RETRIES
+
+
 def spoiled(ts: TunerState) -> TunerState:
-    """The state with a running fork that cannot win: the training that it led to is not whole."""
+    """The state with a running fork that led to a training that is not whole: it begins again, or cannot win."""
     nan = jnp.full_like(ts.window.loss_sum, jnp.nan)
-    return ts._replace(window=ts.window._replace(loss_sum=nan, eval_sum=nan))
+    window = ts.window._replace(loss_sum=nan, eval_sum=nan)
+    return ts._replace(window=window, health=ts.health._replace(has_faulted=_may_retry(ts)))

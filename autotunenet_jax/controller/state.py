@@ -43,7 +43,7 @@ OUTCOMES = {
     OUTCOME_ROUND_SKIPPED: "A round was skipped: there is nothing to compare forks by, or no budget for them.",
     OUTCOME_RATE_READ: "The run is too short for forks: the rates are what the range test says.",
     OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",
-    OUTCOME_RETRIED: "The loss was not finite out of the blue; the sweep or fork began again on the data after it.",
+    OUTCOME_RETRIED: "The loss or the state was not finite out of the blue; the sweep or fork began again on the data after it.",
     OUTCOME_ACCEPTED: "The loss is as high on healthy snapshots: the data changed. Training goes on.",
 }
 

@@ -29,6 +29,7 @@ class Knobs:
       line_step: Step of the line search.
       rise: First part of a fork over which its rate climbs to what it claims, from the rate before it; 0 for none.
       drift: How far below the winner of the first round training goes on; 0 for at its rate.
+      unseen: How much further where there is no validation metric.
       price: Least expected improvement worth another fork.
       signal: Standard deviation of the surrogate's shape, in units of the round's gain on the warped scale.
       lengthscale: Of its Matern kernel.
@@ -61,6 +62,7 @@ class Knobs:
     line_step: float = 0.5
     rise: float = 0.0
     drift: float = 0.0
+    unseen: float = 0.25
     second_least: int = 2
     second_up: bool = False
     third_start: float = 0.0
@@ -316,6 +318,7 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     is_known = rate is not None
     if rate is None:
         x = run.round(run.range_test(), knobs.first_share, knobs.first_forks) - knobs.drift
+        x -= 0.0 if knobs.validates else knobs.unseen
     else:
         x, run.spent, run.discarded = rate, round(waste * run.steps), round(waste * run.steps)
     asks_again = knobs.second_forks > 0 and not is_known

@@ -130,14 +130,16 @@ def test_a_round_ends_in_the_state_of_its_best_fork():
         assert abs(by_rate.index(winner) - losses.index(min(losses))) <= 1
 
 
-def test_the_incumbent_is_that_of_the_best_fork():
-    _, _, events = tuned_run()
-    for forks in forks_of(events):
+@pytest.mark.parametrize("with_metric", [True, False])
+def test_the_incumbent_is_that_of_the_best_fork_and_a_little_lower_where_no_metric_judged_the_first_round(with_metric):
+    _, _, events = tuned_run(with_metric)
+    for number, forks in enumerate(forks_of(events)):
         begun = len(forks[0].saved.steps)
         winner = [fork for fork in forks if fork.directive.keep][-1]
         claimed = np.log10(max(rate for rate, _ in winner.before.steps[begun:]))
         in_force = -5.0 + 5.0 * forks[-1].incumbent[0]
-        assert claimed == pytest.approx(in_force, abs=0.01)
+        lower = 0.25 if number == 0 and not with_metric else 0.0
+        assert claimed - in_force == pytest.approx(lower, abs=0.01)
 
 
 def test_the_range_test_leaves_no_trace():

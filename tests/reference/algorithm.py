@@ -771,7 +771,8 @@ class Algorithm:
                 self.incumbent = self._shifted(np.where(self.is_rate, lowest, before), -decision._FAILED_DECADES)
         else:
             best = self.forks[self.winner]
-            self.incumbent = best.x
+            is_unseen = self.plan.range_test[self.row] > 0 and not self.has_eval
+            self.incumbent = self._shifted(best.x, -decision.UNSEEN_DECADES) if is_unseen else best.x
             if not is_current:
                 said.adopt = True
                 self.data_step = max(self.kept.data, self.saved.data)

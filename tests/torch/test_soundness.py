@@ -92,10 +92,15 @@ def test_the_tuner_hears_that_a_state_was_not_fit_to_be_copied():
     _, _, tuner = run(faults={130: infinite_moment})
     state = tuner._session.controller.state
     assert int(state.health.bad_steps) == 1
-    fork = tuner.history.rounds[0]["forks"][1]
+
+
+def test_a_fork_that_damage_met_is_tried_again():
+    _, _, whole = run(faults={})
+    fork = whole.history.rounds[0]["forks"][1]
     _, _, tuner = run(faults={fork["end"] - 1: infinite_moment})
-    statuses = [fork["status"] for fork in tuner.history.rounds[0]["forks"]]
-    assert statuses[1] == "failed" and statuses.count("failed") == 1
+    again = tuner.history.rounds[0]["forks"][1]
+    assert again["status"] != "failed" and again["hyperparams"] == fork["hyperparams"]
+    assert [event["step"] for event in tuner.history.events if event["kind"] == "retry"] == [fork["end"]]
 
 
 @pytest.mark.parametrize("at", [STEPS - 1, STEPS - 2])
