@@ -107,8 +107,10 @@ class SoundSession(Session):
 
     def observe(self, metric: float) -> None:
         """Takes in a validation metric of the present state; one of a state that is not whole is worse than any."""
-        before = self.kept
-        super().observe(metric if self._looked() else math.nan)
+        before, is_whole = self.kept, self._looked()
+        if not is_whole and self.controller.phase == FORK:
+            self.controller.spoil_fork()
+        super().observe(metric if is_whole else math.nan)
         if self.kept is not before:
             self._made["kept"] = self.controller.step
 

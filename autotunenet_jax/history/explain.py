@@ -176,9 +176,10 @@ def verdict(row: Mapping[str, Any]) -> str:
         why = f"it was {ahead:.2g} ahead of the next" if ahead >= 0 else (
             f"another scored {-ahead:.2g} better, which is too little to be believed"
         )  # fmt: skip
-    moved = any(row["chosen"][name] != best["hyperparams"][name] for name in names)
-    rest = ", a little lower, since no validation metric judged" if moved else ""
-    return f"fork {row['best'] + 1} was kept, since {why}; on with {settings(row['chosen'], names)}{rest}."
+    chosen = settings(row["chosen"], names)
+    is_lower = row["scored_by"] != "validation" and chosen != settings(best["hyperparams"], names)
+    rest = ", a little lower, since no validation metric has judged" if is_lower else ""
+    return f"fork {row['best'] + 1} was kept, since {why}; on with {chosen}{rest}."
 
 
 def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[str]:
