@@ -83,6 +83,9 @@ class AutoTuneCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attaches, after Lightning has put a checkpoint back if there is one."""
+        if trainer.fast_dev_run:
+            _LOGGER.info("AutoTuneNet: fast_dev_run is too short to tune anything; training goes on as it is")
+            return
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 f"AutoTuneCallback tunes one optimizer; configure_optimizers gave {len(trainer.optimizers)}. "
@@ -143,6 +146,8 @@ class AutoTuneCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reports the loss once per optimizer step: the mean over the batches accumulated into it."""
+        if not self._is_attached:
+            return
         self._take_back(trainer)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
@@ -208,7 +213,8 @@ class AutoTuneCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends before the budget does in the best state so far."""
         self._leave(trainer)
-        self.tuner.finish()
+        if self._is_attached:
+            self.tuner.finish()
         if self._has_saved:
             self._write_history(trainer)
 

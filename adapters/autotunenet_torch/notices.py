@@ -13,6 +13,16 @@ _OVERWRITTEN = (
     "Something else sets {names} besides the tuner, such as a scheduler made after attach or the optimizer itself: "
     "what is tuned is not what is in force. Hand the scheduler to attach, or leave the name out of param_space."
 )
+_IDLE = (
+    "The optimizer that the tuner is attached to has made no step in the first {calls} calls of step: what is tuned "
+    "changes nothing. Attach the optimizer that trains, anew where it is made anew."
+)
+_SELDOM = (
+    "step was called {calls} times, and the optimizer made {asked} steps: call it once per optimizer step, after "
+    "optimizer.step(), and with accumulated gradients after the last part alone."
+)
+# Calls of step after which it is looked whether the optimizer steps too; a GradScaler skips up to 24 at first.
+_FIRST_CALLS = 60
 
 
 class Notices:
@@ -56,6 +66,11 @@ class Notices:
             self._has_told_overwritten = True
             self.tell("overwritten", _OVERWRITTEN.format(names=", ".join(names)))
 
+    def of_steps(self, calls: int, asked: int) -> None:
+        """Says that the optimizer steps less often than `AutoTuneNet.step` is called."""
+        if calls == _FIRST_CALLS and 2 * asked <= calls:
+            self.tell("no steps", (_SELDOM if asked else _IDLE).format(calls=calls, asked=asked))
+
     def after(self, report: Report) -> None:
         """Looks at the run after decisions, metrics and the last step."""
         session = self._session
@@ -77,6 +92,7 @@ class Notices:
 
     def _look(self, *, is_over: bool) -> None:
         session = self._session
-        controller, rounds = session.controller, session.recorder.history.rounds
+        controller, history = session.controller, session.recorder.history
         asked = {"outside": self._outside, "is_over": is_over, "how": self._how}
-        self._teller.tell(controller.step, notices(controller.tuner, controller.state, rounds=rounds, **asked))
+        rows = {"rounds": history.rounds, "evals": history.evals}
+        self._teller.tell(controller.step, notices(controller.tuner, controller.state, **rows, **asked))

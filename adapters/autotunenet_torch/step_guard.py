@@ -21,6 +21,7 @@ class StepGuard:
     Attributes:
       loss: Loss of the step to come, where the loop knows it before: a step with one that is not finite is skipped
         too. Taken off after the step.
+      asked: Steps that the optimizers were asked for so far, skipped ones included.
 
     Args:
       optimizers: Watched; a step of the first that is asked for one includes those of the others.
@@ -33,7 +34,7 @@ class StepGuard:
         self._is_sharded = is_sharded
         self.loss: torch.Tensor | float | None = None
         self._hidden: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        self._taken = self._skipped = 0
+        self.asked = self._taken = self._skipped = 0
         self._outer: torch.optim.Optimizer | None = None
         self._hooks: list[Any] = []
         for optimizer in optimizers:
@@ -59,6 +60,7 @@ class StepGuard:
             return None
         self._show()  # after a step that failed
         self._outer = optimizer
+        self.asked += 1
         if getattr(optimizer, "grad_scale", None) is not None:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)

@@ -232,7 +232,7 @@ class AutoTuneNet:
         self._session = engine.sound_session.SoundSession(
             self._host, engine.hosting.PackedController(core, seed=self._seed), recorder
         )
-        self._guard = StepGuard(state.optimizers, is_sharded=self._host.is_sharded)
+        self._guard, self._calls = StepGuard(state.optimizers, is_sharded=self._host.is_sharded), 0
         self._leave_joins = distributed.follow_joins(model, self._follow)
         self._notices = engine.notices.Notices(self._session, outside=outside, through=self._through, how=self._how)
         if core.total_steps is not None and self._options["decay"] is None:
@@ -268,6 +268,8 @@ class AutoTuneNet:
           a run. Reading a loss on a GPU waits for it.
         """
         report = self._report(distributed.to_float(loss, name="loss"))
+        self._calls += 1
+        self._notices.of_steps(self._calls, self._guard.asked)
         self._notices.after(report)
         self._attached().recorder.deliver()
 

@@ -85,7 +85,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
     in_fork = (ts.phase == FORK) & ~is_retry
     held = ts.round
-    has_eval, score, reference = fork_score.score(ts, is_opening=in_fork & (fork == 0))
+    has_eval, score, reference = fork_score.score(ts, is_opening=in_fork & ~fork_round.finished(held).any())
     succeeded = in_fork & ~ts.health.has_failed & jnp.isfinite(score)
     is_fork = in_fork & (jnp.arange(MAX_FORKS) == fork)
     held = held._replace(

@@ -50,7 +50,8 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
       Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
     """
     window, held = ts.window, ts.round
-    has_eval = jnp.where(is_opening, window.eval_count > 0, held.has_eval)
+    # A metric that is not finite, where the training loss is, is no more than no metric.
+    has_eval = jnp.where(is_opening, (window.eval_count > 0) & jnp.isfinite(window.eval_sum), held.has_eval)
     # A slow hyperparameter is never judged by the training loss.
     by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.loss_sum / window.loss_count, jnp.nan)
     value = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)

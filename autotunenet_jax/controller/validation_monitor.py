@@ -150,16 +150,19 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
     counts, is_best = new.counts, new.is_best
     is_ending = (ts.plan.total > 0) & (ts.plan.total - ts.step < ENDING_SHARE * ts.plan.total)
     # A rate that is only too hot to hold shows in a state that cools to a better one: then it was worth its height.
-    retreats = (new.is_cooled | new.is_tried) & ~is_best & seen.is_kept
-    returns = retreats | (counts & ~is_best & new.is_last & seen.is_kept)
+    is_above = ~jnp.isfinite(new.value) | (new.value > seen.best)
+    retreats = ((new.is_cooled & is_above) | (new.is_tried & ~is_best)) & seen.is_kept
+    returns = retreats | (counts & is_above & new.is_last & seen.is_kept)
     is_usual = counts & ~new.is_cooled
-    worse = jnp.where(counts, jnp.where(new.value < seen.hot, 0, seen.worse + 1), seen.worse)
+    # A reading that equals the lowest, as of an accuracy that is full, says nothing against the state.
+    is_worse = ~jnp.isfinite(new.value) | (new.value > seen.hot)
+    worse = jnp.where(counts, jnp.where(is_worse, seen.worse + 1, 0), seen.worse)
     better = jnp.where(is_usual & is_best, seen.better + 1, jnp.where(counts, 0, seen.better))
     cools = is_usual & ~retreats & (worse >= PATIENCE) & ~is_ending & jnp.isfinite(seen.best)
     climbs = is_usual & _climbs(roles, ts, better)
     hot = jnp.where(is_usual, jnp.minimum(new.value, seen.hot), seen.hot)
     # Back there, what was reached before is to be bettered; from a cooled state hot readings begin anew.
-    hot = jnp.where(new.is_cooled, jnp.where(is_best, jnp.inf, seen.best), jnp.where(retreats, jnp.inf, hot))
+    hot = jnp.where(new.is_cooled, jnp.where(is_above, seen.best, jnp.inf), jnp.where(retreats, jnp.inf, hot))
     back = jnp.where(new.is_tried, CLIMB_DECADES, BACK_DECADES)
     shift = jnp.where(retreats, -back, jnp.where(climbs, CLIMB_DECADES, 0.0))
     return ts._replace(

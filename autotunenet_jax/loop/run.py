@@ -356,7 +356,8 @@ class Run:
         if is_over or noticed != self._noticed:
             self._noticed = noticed
             self.recorder.flush()
-            found = notices(self.controller.tuner, self.controller.state, rounds=history.rounds, is_over=is_over)
+            rows = {"rounds": history.rounds, "evals": history.evals}
+            found = notices(self.controller.tuner, self.controller.state, **rows, is_over=is_over)
             self.notices.tell(self.controller.step, found)
 
     def end(self, *, is_whole: bool) -> None:

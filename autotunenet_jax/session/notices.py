@@ -22,6 +22,9 @@ _MANY_ROLLBACKS = 5
 # So many bad steps are told of where they are a hundredth of all, and ten times as many in any case.
 _BAD_STEPS, _BAD_SHARE = 10, 0.01
 
+# So many metrics that are not finite are told of where they are such a share of all.
+_UNUSABLE, _UNUSABLE_SHARE = 2, 0.2
+
 # A value this close to a bound, in decades (of which a linear range counts four), lies at it.
 _AT_BOUND_DECADES = 0.05
 
@@ -51,6 +54,7 @@ def notices(
     ts: TunerState,
     *,
     rounds: Sequence[Mapping[str, Any]],
+    evals: Sequence[Mapping[str, Any]] = (),
     outside: Mapping[str, Any] | None = None,
     is_over: bool = False,
     how: str = HOW,
@@ -63,6 +67,7 @@ def notices(
       tuner: The tuner.
       ts: Its state.
       rounds: `History.rounds`.
+      evals: `History.evals`.
       outside: Values that the user's objects had and that lie outside the ranges, by name: the run starts elsewhere.
       is_over: Whether the run has ended.
       how: How a metric is reported in the user's framework.
@@ -73,7 +78,7 @@ def notices(
     is_late = is_over or (total is not None and step >= _MISSED_SHARE * total)
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
-    found += _rollbacks(int(ts.rollbacks), step)
+    found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
     if is_late and step:
         found += _no_metric(tuner, ts, how)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
@@ -115,6 +120,18 @@ def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
     return [Notice("many rollbacks", message)]
 
 
+def _unusable(evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
+    unusable = sum(not math.isfinite(row["value"]) for row in evals)
+    if unusable < max(_UNUSABLE, _UNUSABLE_SHARE * len(evals)):
+        return []
+    message = (
+        f"{unusable} of {len(evals)} validation metrics were not finite. A round that begins with such a one compares "
+        "its forks by their training loss; elsewhere the state counts as worse than any. Look for corrupt rows in the "
+        "validation data, or a metric that divides by zero."
+    )
+    return [Notice("unusable metrics", message)]
+
+
 def of_slow(space: SearchSpace, how: str) -> list[Notice]:
     """That slow hyperparameters stay put for want of a metric, if there are any; ``how`` one is reported."""
     slow = [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
@@ -133,7 +150,7 @@ def _no_metric(tuner: AutoTuneNet, ts: TunerState, how: str) -> list[Notice]:
         return []
     found = of_slow(tuner.space, how)
     if tuner.mode == "max":
-        message = 'mode="max" is about a validation metric, and none came; the training loss is minimised. '
+        message = 'mode="max" is about a validation metric, and no finite one came; the training loss is minimised. '
         found.append(Notice("nothing to maximise", f"{message}{how}, or leave mode out."))
     return found
 

@@ -244,7 +244,9 @@ class Session:
     def _note_overruling(self) -> None:
         seen = self.controller.state.validation
         if int(seen.retreats) > self._retreats:
-            self.recorder.retreat(self.controller.step, is_over=self.is_settled)
+            total = self.controller.tuner.total_steps
+            is_over = self.is_settled or (total is not None and self.controller.step >= total - 1)
+            self.recorder.retreat(self.controller.step, is_over=is_over)
         if int(seen.climbed_at) > self._climbed_at:
             self.recorder.climb(self.controller.step)
         self._retreats, self._climbed_at = int(seen.retreats), int(seen.climbed_at)

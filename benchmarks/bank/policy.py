@@ -344,7 +344,7 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
             continue
         loss = run.train(x, check)
         metric = run.metric(run.state) if knobs.validates else loss
-        worse = 0 if metric < hot else worse + 1
+        worse = 0 if metric <= hot else worse + 1
         hot = min(hot, metric)
         is_stuck = worse >= knobs.patience and run.steps - run.spent >= knobs.ending * run.steps
         if not knobs.validates:

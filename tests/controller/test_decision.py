@@ -47,7 +47,7 @@ def compiled(core):
     return jax.jit(lambda ts, loss: (*core.update(ts, loss), core.hyperparams(ts))), jax.jit(core.observe_eval)
 
 
-def lived(tuned, count, *, with_metric=True, loss_of=None):
+def lived(tuned, count, *, with_metric=True, loss_of=None, metric_of=Trained.loss):
     """A loop that does what it is told, and nothing else; the events at which it was told something."""
     update, observe = compiled(tuned.core)
     hyperparams = jax.jit(tuned.hyperparams)
@@ -57,7 +57,7 @@ def lived(tuned, count, *, with_metric=True, loss_of=None):
     for step in range(count):
         phase = int(ts.phase)
         if asked and with_metric:
-            ts = observe(ts, jnp.float32(trained.loss()))
+            ts = observe(ts, jnp.float32(metric_of(trained)))
         rate = hyperparams(ts)["learning_rate"]
         loss = trained.loss() if loss_of is None else loss_of(trained, phase)
         trained = trained.after(rate, batch)
@@ -134,12 +134,35 @@ def test_a_round_ends_in_the_state_of_its_best_fork():
 def test_the_incumbent_is_that_of_the_best_fork_and_a_little_lower_where_no_metric_judged_the_first_round(with_metric):
     _, _, events = tuned_run(with_metric)
     for number, forks in enumerate(forks_of(events)):
-        begun = len(forks[0].saved.steps)
         winner = [fork for fork in forks if fork.directive.keep][-1]
-        claimed = np.log10(max(rate for rate, _ in winner.before.steps[begun:]))
+        claimed = np.log10(claimed_rate(winner))
         in_force = -5.0 + 5.0 * forks[-1].incumbent[0]
         lower = 0.25 if number == 0 and not with_metric else 0.0
         assert claimed - in_force == pytest.approx(lower, abs=0.01)
+
+
+def test_metrics_that_are_not_finite_are_no_more_than_none():
+    rounds = forks_of(tuned_run(with_metric=False)[2])
+    others = forks_of(lived(tuner("rate", 400), 400, metric_of=lambda trained: np.nan)[2])
+    assert [[fork.before for fork in forks] for forks in others] == [[fork.before for fork in forks] for forks in rounds]
+
+
+def claimed_rate(fork):
+    return max(rate for rate, _ in fork.before.steps[len(fork.saved.steps) :])
+
+
+def test_a_first_fork_that_breaks_leaves_the_round_to_its_metric():
+    broken = 0.9 * claimed_rate(forks_of(tuned_run()[2])[0][0])
+
+    def breaks(trained, phase):
+        is_hot = phase == state.FORK and trained.steps and trained.steps[-1][0] > broken
+        return 1e4 if is_hot else trained.loss()
+
+    forks, *_ = forks_of(lived(tuner("rate", 400), 400, loss_of=breaks)[2])
+    winner = [fork for fork in forks if fork.directive.keep][-1]
+    assert not forks[0].directive.keep and winner is not forks[0]
+    # By the metric: without one the rate would be a little below the winner's.
+    assert np.log10(claimed_rate(winner)) == pytest.approx(-5.0 + 5.0 * forks[-1].incumbent[0], abs=0.01)
 
 
 def test_the_range_test_leaves_no_trace():

@@ -15,7 +15,7 @@ STEPS = np.arange(TOTAL)
 LOSSES = (2.0 * np.exp(-STEPS / 120)).astype(np.float32)
 # Falls until here, where a reading is due, and is worse from then on.
 TURN = 220
-WORSE = np.where(STEPS <= TURN, LOSSES, LOSSES[TURN] + 0.5).astype(np.float32)
+WORSE = np.where(STEPS <= TURN, LOSSES, LOSSES[TURN] + 0.5 + 1e-3 * (STEPS - TURN)).astype(np.float32)
 
 
 def tuned():
@@ -118,6 +118,14 @@ def test_hot_readings_begin_anew_after_a_state_that_cooled_to_a_better_one():
     rows = validated(metrics)
     assert len(cooling(rows)) > CHECK
     assert cooling(rows)[CHECK] >= TURN + 6 * CHECK
+
+
+@pytest.mark.parametrize("turn", [0, TURN])
+def test_readings_that_are_equal_say_nothing_against_a_state(turn):
+    """An accuracy that is full, or counts what has not been learnt yet."""
+    rows = validated(np.where(STEPS <= turn, LOSSES, LOSSES[turn]))
+    assert len(cooling(rows)) == len(went_back(rows)) == 0
+    assert np.all(rows["incumbent"][TURN + CHECK :] == rows["incumbent"][-1])
 
 
 def test_the_run_ends_in_the_state_of_the_lowest_reading():

@@ -351,14 +351,15 @@ class Algorithm:
     def _read(self, value: Any, is_last: bool) -> None:
         seen = self.readings
         is_best, best = value < seen.best, seen.best
+        is_above = value == LARGE or value > best
         returns = False
         seen.read_at = self.step
         if seen.cools_from is not None:
             # The rates have cooled down: was the state only hot?
             seen.cools_from, seen.worse = None, 0
-            seen.hot = LARGE if is_best else best
+            seen.hot = best if is_above else LARGE
             seen.better = 0
-            if not is_best and seen.is_kept:
+            if is_above and seen.is_kept:
                 self.incumbent = self._shifted(self.incumbent, -validation_monitor.BACK_DECADES)
                 returns = True
         elif seen.is_on_trial and not is_best and seen.is_kept:
@@ -367,7 +368,7 @@ class Algorithm:
             seen.hot, seen.worse, seen.better, returns = LARGE, 0, 0, True
         else:
             seen.better = seen.better + 1 if is_best else 0
-            seen.worse = 0 if value < seen.hot else seen.worse + 1
+            seen.worse = seen.worse + 1 if value == LARGE or value > seen.hot else 0
             seen.hot = min(seen.hot, value)
             is_ending = self.plan.total and self._remaining < F(validation_monitor.ENDING_SHARE) * F(self.plan.total)
             if seen.worse >= validation_monitor.PATIENCE and not is_ending and np.isfinite(best):
@@ -376,7 +377,7 @@ class Algorithm:
         if seen.is_on_trial:
             seen.better = 0
             self.incumbent = self._shifted(self.incumbent, validation_monitor.CLIMB_DECADES)
-        if is_last and not is_best and seen.is_kept:
+        if is_last and is_above and seen.is_kept:
             returns = True
         if is_best:
             seen.best, seen.keeps, seen.is_kept = value, True, False
@@ -649,8 +650,8 @@ class Algorithm:
         row, kind, fork = self.row, self.plan.kind[self.row], self.forks[-1]
         # It met no good batch, and says nothing.
         self.is_void = ran == 0
-        if len(self.forks) == 1:
-            self.has_eval = bool(self.scored_metrics)
+        if not any(earlier.status == names.FORK_FINISHED for earlier in self.forks[:-1]):
+            self.has_eval = bool(self.scored_metrics) and bool(np.isfinite(self.scored_metrics[-1]))
             if self.has_eval:
                 self.reference = self.metric_level
         score = UNKNOWN

@@ -52,6 +52,14 @@ def test_many_rollbacks():
     assert "6 times" in notices(*made(step=300, rollbacks=6, level=1.0), rounds=[])[0].message
 
 
+@pytest.mark.parametrize(("unusable", "good", "is_told"), [(1, 1, False), (2, 0, True), (2, 8, True), (2, 9, False)])
+def test_metrics_that_are_not_finite(unusable, good, is_told):
+    evals = [{"value": float("nan")}] * unusable + [{"value": 0.3}] * good
+    found = notices(*made(step=300, level=1.0), rounds=[], evals=evals)
+    assert [notice.kind for notice in found] == ["unusable metrics"] * is_told
+    assert not is_told or f"{unusable} of {len(evals)} validation metrics" in found[0].message
+
+
 def test_a_metric_that_never_came_is_missed_late():
     assert kinds(*made(step=100), rounds=[]) == []
     assert kinds(*made(step=400, mode="max"), rounds=[]) == ["no metric", "nothing to maximise"]

@@ -74,6 +74,12 @@ def test_tunes_and_records(tmp_path, loader):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(tuner.hyperparams["learning_rate"])
 
 
+def test_a_smoke_test_goes_on_without_the_tuner(tmp_path, loader):
+    trainer = make(tmp_path, AutoTuneNet(SPACE), fast_dev_run=True)
+    trainer.fit(Module(), loader, loader)
+    assert trainer.global_step == 1
+
+
 def test_slow_hyperparameters_by_a_validation_of_ones_own(tmp_path, loader):
     batch = next(iter(loader))
     tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}, max_share=0.6)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import pytest
 
@@ -54,6 +55,43 @@ def test_repairs_a_terrible_rate():
     assert history.to_dict()["records"][0].keys() >= {"step", "loss", "phase", "fork", "is_kept", "learning_rate"}
     assert len(history.to_pandas()) == len(history.records)
     assert float(history.schedule()["learning_rate"](0)) > 0
+
+
+def test_an_optimizer_that_never_steps_is_told_of():
+    model, optimizer, tuner = make()
+    tuner.attach(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+    with pytest.warns(UserWarning, match="has made no step in the first 60 calls") as told:
+        for _ in range(STEPS):
+            train_one(model, optimizer, tuner)
+    assert len([warning for warning in told if "call" in str(warning.message)]) == 1
+
+
+def test_calls_for_parts_of_a_step_are_told_of():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    with pytest.warns(UserWarning, match="called 60 times, and the optimizer made 15 steps"):
+        for call in range(60):
+            loss = loss_of(model, torch.randn(16, 6))
+            (loss / 4).backward()
+            if call % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+            tuner.step(loss)
+
+
+def test_a_metric_that_is_never_finite_is_told_of_and_tunes_as_none_does():
+    found = []
+    for validate in (None, lambda: math.nan):
+        torch.manual_seed(3)
+        model, optimizer, tuner = make()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            tuner.attach(model, optimizer, validate=validate)
+            for _ in range(STEPS):
+                train_one(model, optimizer, tuner)
+        assert any("validation metrics were not finite" in str(w.message) for w in told) == (validate is not None)
+        found.append([row["chosen"] for row in tuner.history.rounds])
+    assert found[0] == found[1]
 
 
 def test_forks_start_bit_for_bit_alike(training_bits, bits):
