@@ -224,9 +224,9 @@ def run_fit(
 
 
 def rate_at(records: list[dict[str, Any]], step: float) -> float:
-    """The rate in ordinary training nearest to a step."""
-    rows = [row for row in records if row["phase"] == "train"] or records
-    return float(min(rows, key=lambda row: abs(row["step"] - step))["learning_rate"])
+    """The usual rate of ordinary training about a step, over more steps than a cool-down or a trial lasts."""
+    rows = [row for row in records if row["phase"] == "train" and abs(row["step"] - step) <= 0.16 * step]
+    return float(np.median([row["learning_rate"] for row in rows or records]))
 
 
 @functools.cache
