@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from . import loss_monitor
+from . import loss_monitor, window
 from .loss_monitor import Heard
 from .plan import FAST
 from .schedule import COOL_SHARE
@@ -24,10 +24,7 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     pos = position(ts) - 1
     is_scored = heard.is_finite & (pos >= scored_from(ts.segment_length))
     value = heard.value * ts.health.scale
-    window = ts.window._replace(
-        loss_sum=ts.window.loss_sum + jnp.where(is_scored, value, 0.0),
-        loss_count=ts.window.loss_count + is_scored,
-    )
+    scored = window.with_loss(ts.window, value, is_scored)
     # The first two losses of a round's first fork come before any fork could differ: where all of them start.
     counts = (ts.round.fork == 0) & heard.is_finite & ~ts.round.has_eval
     reference = jnp.where(counts & (pos == 0), value, ts.round.reference)
@@ -35,7 +32,7 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     faulted = heard.is_blue & _may_retry(ts)
     health = ts.health._replace(has_failed=heard.unhealthy, has_faulted=ts.health.has_faulted | faulted)
     ts = ts._replace(
-        window=window,
+        window=scored,
         round=ts.round._replace(reference=reference),
         health=health,
     )
@@ -49,12 +46,12 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
     Returns:
       Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
     """
-    window, held = ts.window, ts.round
+    sums, held = ts.window, ts.round
     # A metric that is not finite, where the training loss is, is no more than no metric.
-    has_eval = jnp.where(is_opening, (window.eval_count > 0) & jnp.isfinite(window.eval_sum), held.has_eval)
+    has_eval = jnp.where(is_opening, (sums.eval_count > 0) & jnp.isfinite(sums.eval_sum), held.has_eval)
     # A slow hyperparameter is never judged by the training loss.
-    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.loss_sum / window.loss_count, jnp.nan)
-    value = jnp.where(has_eval, window.eval_sum / window.eval_count, by_loss)
+    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.mean(sums), jnp.nan)
+    value = jnp.where(has_eval, sums.eval_sum / sums.eval_count, by_loss)
     reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
     return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
 
@@ -66,5 +63,5 @@ def _may_retry(ts: TunerState) -> Bool[Array, ""]:
 def spoiled(ts: TunerState) -> TunerState:
     """The state with a running fork that led to a training that is not whole: it begins again, or cannot win."""
     nan = jnp.full_like(ts.window.loss_sum, jnp.nan)
-    window = ts.window._replace(loss_sum=nan, eval_sum=nan)
-    return ts._replace(window=window, health=ts.health._replace(has_faulted=_may_retry(ts)))
+    sums = ts.window._replace(loss_sum=nan, eval_sum=nan)
+    return ts._replace(window=sums, health=ts.health._replace(has_faulted=_may_retry(ts)))

@@ -32,6 +32,11 @@ def _median(a: Array, b: Array, c: Array) -> Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
+def _median_of_five(a: Array, b: Array, c: Array, d: Array, e: Array) -> Array:
+    lower = jnp.maximum(jnp.minimum(a, b), jnp.minimum(c, d))
+    return _median(lower, jnp.minimum(jnp.maximum(a, b), jnp.maximum(c, d)), e)
+
+
 def _limit(test: RangeTest, lowest: Array) -> tuple[Array, Array, Array]:
     """What the loss was to begin with, its noise, and above what it has blown up."""
     first = test.losses[: _FIRST + 2]
@@ -44,8 +49,8 @@ def is_blown(test: RangeTest) -> Bool[Array, ""]:
     """Whether the rates have gone past those worth trying; the remaining steps would teach nothing."""
     at = np.arange(test.losses.size)
     lowest = jnp.min(jnp.where(at < test.count, test.losses, jnp.inf))
-    last = [test.losses[jnp.maximum(test.count - k, 0)] for k in (1, 2, 3)]
-    return (test.count > _FIRST + 2) & (_median(*last) > _limit(test, lowest)[2])
+    last = [test.losses[jnp.maximum(test.count - k, 0)] for k in range(1, 6)]
+    return (test.count > _FIRST + 2) & (_median_of_five(*last) > _limit(test, lowest)[2])
 
 
 def read(test: RangeTest, length: Array, decades: float) -> Float[Array, ""]:
@@ -58,8 +63,8 @@ def read(test: RangeTest, length: Array, decades: float) -> Float[Array, ""]:
     smooth = sum(calm[jnp.clip(at + k, 0, count - 1)] for k in (-1, 0, 1)) / 3.0
     used = jnp.where(at < count, smooth, jnp.inf)
     start, noise, limit = _limit(test, jnp.min(used))
-    has_blown = (at < count) & (smooth > limit)
-    end = jnp.where(jnp.any(has_blown), jnp.argmax(has_blown), count - 1)
+    # From where it does not come back.
+    end = jnp.minimum(jnp.max(jnp.where((at < count) & (smooth <= limit), at + 1, 0)), count - 1)
     lowest = jnp.min(jnp.where(at < jnp.maximum(end, 1), used, jnp.inf))
     fall = start - lowest
     done = [jnp.argmax((at < count) & (smooth <= start - share * fall)) for share in _MARKS]

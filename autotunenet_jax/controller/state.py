@@ -9,7 +9,7 @@ from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 7
+FORMAT = 8
 """Version of the state's layout."""
 
 KEY_IMPL = "threefry2x32"
@@ -43,7 +43,7 @@ OUTCOMES = {
     OUTCOME_ROUND_SKIPPED: "A round was skipped: there is nothing to compare forks by, or no budget for them.",
     OUTCOME_RATE_READ: "The run is too short for forks: the rates are what the range test says.",
     OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",
-    OUTCOME_RETRIED: "The loss or the state was not finite out of the blue; the sweep or fork began again on the data after it.",
+    OUTCOME_RETRIED: "Loss or state was not finite out of the blue; the sweep or fork began again on later data.",
     OUTCOME_ACCEPTED: "The loss is as high on healthy snapshots: the data changed. Training goes on.",
 }
 
@@ -131,9 +131,13 @@ class RangeTest(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Sums over the scored part of the running fork; of losses also over training since the last reading."""
+    """Sums over the scored part of the running fork; of losses also over training since the last reading.
+
+    ``highest`` is the highest of these losses, which is not in their sum.
+    """
 
     loss_sum: Float[Array, ""]
+    highest: Float[Array, ""]
     loss_count: Float[Array, ""]
     eval_sum: Float[Array, ""]
     eval_count: Float[Array, ""]
@@ -304,7 +308,7 @@ def empty_range_test() -> RangeTest:
 def empty_window() -> Window:
     """Sums over nothing."""
     zero = jnp.zeros((), jnp.float32)
-    return Window(zero, zero, zero, zero)
+    return Window(zero, jnp.full((), -jnp.inf), zero, zero, zero)
 
 
 def no_validation() -> Validation:

@@ -10,8 +10,10 @@ Source: Prechelt, "Early stopping, but when?" (1998); the decay is ReduceLROnPla
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from . import window
 from .loss_monitor import Heard
 from .plan import NEVER
 from .roles import Roles
@@ -82,12 +84,11 @@ def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerStat
 
 def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
     """Takes a training loss in: where there is no metric, the mean between two readings is one."""
-    seen, plan, window = ts.validation, ts.plan, ts.window
-    total = window.loss_sum + jnp.where(heard.is_finite, heard.value, 0.0)
-    count = window.loss_count + heard.is_finite
+    seen, plan, sums = ts.validation, ts.plan, window.with_loss(ts.window, heard.value, heard.is_finite)
     is_over = ts.step % plan.check_every == 0
-    counts = is_over & jnp.isnan(seen.level) & (plan.total > 0) & (count >= _SPACING * plan.check_every)
-    value = total / count
+    has_enough = sums.loss_count >= _SPACING * plan.check_every
+    counts = is_over & jnp.isnan(seen.level) & (plan.total > 0) & has_enough
+    value = window.mean(sums)
     worse = jnp.where(value < seen.hot, 0, seen.worse + 1)
     is_ending = plan.total - ts.step < ENDING_SHARE * plan.total
     falls = counts & (worse >= PATIENCE) & ~is_ending & ~seen.has_fallen
@@ -96,7 +97,7 @@ def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
     begins = is_over | heard.unhealthy
     return ts._replace(
         incumbent=jnp.where(falls, roles.shifted(ts.incumbent, -BACK_DECADES), ts.incumbent),
-        window=window._replace(loss_sum=jnp.where(begins, 0.0, total), loss_count=jnp.where(begins, 0.0, count)),
+        window=optax.tree.where(begins, window.without_losses(sums), sums),
         validation=seen._replace(
             hot=jnp.where(counts, hot, seen.hot),
             worse=jnp.where(counts, jnp.where(falls, 0, worse), seen.worse),

@@ -175,6 +175,7 @@ def _init(
         attempts=zero,
         is_reverted=jnp.zeros((), bool),
         largest=jnp.zeros((), jnp.float32),
+        accidents=zero,
         drift=memory_drift.init() if options["memory"] == "drift" else None,
     )
     state = AutotuneState(

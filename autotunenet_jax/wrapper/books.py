@@ -15,8 +15,8 @@ from .state import Order, Settings, in_force, no_order
 # that stops them for good must not stop training with them.
 MAX_ATTEMPTS = 64
 
-# Gradients whose norm is so many times the largest before are an accident, unless they go on: with each that is passed
-# over ten times as much is taken for usual. Measured on small networks (both losses, with and without momentum, warm-up
+# Gradients whose norm is so many times the largest before are an accident, unless they go on: with each in a row that is
+# passed over ten times as much is taken for usual. Measured on small networks (both losses, with and without momentum, warm-up
 # and a last layer of zeros, rates from 1e-3 to 1) and on sparse rows: training that goes well sees at most 2.7 times,
 # from zeros 8.4; only what explodes at once, by a rate of 1, sees more than 140.
 _OUT_OF_LINE, _YIELDING = 1e3, 10.0
@@ -36,6 +36,7 @@ class Opened(NamedTuple):
       is_returning: Whether they may not be there yet.
       lag: Steps since a loss was last reported.
       largest: The largest norm of the gradients so far.
+      accidents: Gradients in a row that were out of line with it.
     """
 
     values: dict[str, Array]
@@ -46,6 +47,7 @@ class Opened(NamedTuple):
     is_returning: Array
     lag: Array
     largest: Array
+    accidents: Array
 
 
 class Closed(NamedTuple):
@@ -88,6 +90,7 @@ def opened(settings: Settings, is_silent: bool, packed: packing.Packed) -> Opene
         is_returning=(home > 0) & (attempts > 0),
         lag=course.lag,
         largest=course.largest,
+        accidents=course.accidents,
     )
 
 
@@ -123,8 +126,8 @@ def closed(
     ts = course.tuner
     is_over = (ts.plan.total > 0) & (ts.step >= ts.plan.total)
     no = jnp.zeros((), bool)
-    faded, norm = _MEMORY * opened.largest, jnp.sqrt(square)
-    seen = jnp.where(is_in_line(opened.largest, square), jnp.maximum(norm, faded), _YIELDING * opened.largest)
+    largest = jnp.maximum(jnp.sqrt(square), _MEMORY * opened.largest)
+    is_usual, is_unknown = is_in_line(opened, square), away | ~jnp.isfinite(square)
     course = course._replace(
         order=no_order(),
         lag=past.lag + 1 if directive is None else jnp.zeros_like(past.lag),
@@ -132,15 +135,17 @@ def closed(
         home=jnp.where(returns, _home(order), jnp.where(away, opened.home, 0)),
         attempts=jnp.where(returns, MAX_ATTEMPTS, jnp.where(away, opened.attempts - 1, 0)),
         is_reverted=is_back | ~is_taken,
-        largest=jnp.where(away | ~jnp.isfinite(square), opened.largest, seen),
+        largest=jnp.where(is_unknown | ~is_usual, opened.largest, largest),
+        accidents=jnp.where(is_unknown, opened.accidents, jnp.where(is_usual, 0, opened.accidents + 1)),
     )
     asked = order.save | order.keep | is_back | is_over
     return Closed(packed=packing.pack(course), order=order, is_asked=asked)
 
 
-def is_in_line(largest: Array, square: Array) -> Array:
-    """Whether gradients of that squared norm are no accident, after some of that largest norm."""
-    return (largest == 0.0) | (jnp.sqrt(square) <= _OUT_OF_LINE * largest)
+def is_in_line(opened: Opened, square: Array) -> Array:
+    """Whether gradients of that squared norm are no accident, after those before."""
+    limit = _OUT_OF_LINE * opened.largest * _YIELDING ** opened.accidents.astype(jnp.float32)
+    return (opened.largest == 0.0) | (jnp.sqrt(square) <= limit)
 
 
 def _home(order: Order) -> Array:

@@ -72,6 +72,7 @@ class Course(NamedTuple):
       attempts: Updates left for getting there.
       is_reverted: Whether the last update was not the optimizer's: not made, or a way back.
       largest: Largest norm of the gradients so far, forgotten slowly.
+      accidents: Gradients in a row that were out of line with it.
       drift: Running levels of the loss; None but in drift mode.
     """
 
@@ -84,6 +85,7 @@ class Course(NamedTuple):
     attempts: Int[Array, ""]
     is_reverted: Bool[Array, ""]
     largest: Float[Array, ""]
+    accidents: Int[Array, ""]
     drift: memory_drift.Drift | None
 
 

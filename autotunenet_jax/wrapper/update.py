@@ -64,7 +64,7 @@ def update(
         opened=opened,
         square=square,
         is_finite=is_finite,
-        is_fit=is_finite & books.is_in_line(opened.largest, square),
+        is_fit=is_finite & books.is_in_line(opened, square),
         heard=None,
     )
     is_taken, new, inner = _usual(given, room, state)

@@ -69,6 +69,14 @@ def test_one_wild_batch_moves_it_little(at, value):
     assert found(losses) == pytest.approx(EXPECTED, abs=0.3)
 
 
+@pytest.mark.parametrize("pair", [(8, 9), (9, 10), (9, 11), (14, 16), (24, 25), (40, 42), (50, 51)])
+@pytest.mark.parametrize("height", [2.0, 30.0, 1e8])
+def test_a_pair_of_wild_batches_is_no_blow_up(pair, height):
+    losses = losses_of(fall, noise=0.01)
+    losses[list(pair)] += height
+    assert found(losses) == pytest.approx(EXPECTED, abs=0.4)
+
+
 def test_what_comes_after_a_blow_up_does_not_matter():
     losses = losses_of(lambda rate: fall(rate) + blowing_up(rate) - 3.0, noise=0.01)
     assert found(losses) == pytest.approx(EXPECTED, abs=0.2)

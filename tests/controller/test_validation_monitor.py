@@ -123,7 +123,7 @@ def test_hot_readings_begin_anew_after_a_state_that_cooled_to_a_better_one():
 @pytest.mark.parametrize("turn", [0, TURN])
 def test_readings_that_are_equal_say_nothing_against_a_state(turn):
     """An accuracy that is full, or counts what has not been learnt yet."""
-    rows = validated(np.where(STEPS <= turn, LOSSES, LOSSES[turn]))
+    rows = validated(np.where(turn >= STEPS, LOSSES, LOSSES[turn]))
     assert len(cooling(rows)) == len(went_back(rows)) == 0
     assert np.all(rows["incumbent"][TURN + CHECK :] == rows["incumbent"][-1])
 

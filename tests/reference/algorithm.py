@@ -112,7 +112,7 @@ class RangeTest:
         """Whether the loss is well above where it began."""
         if self.count <= range_test._FIRST + 2:
             return False
-        return bool(np.median(self.losses[self.count - 3 : self.count]) > self._limit(self.losses[: self.count].min()))
+        return bool(np.median(self.losses[self.count - 5 : self.count]) > self._limit(self.losses[: self.count].min()))
 
     def read(self, length: int, decades: float) -> float:
         """Where to begin, as a share of the range."""
@@ -121,7 +121,7 @@ class RangeTest:
         smooth = [sum(medians[max(min(i + k, count - 1), 0)] for k in (-1, 0, 1)) / F(3) for i in range(count)]
         start, noise = self._start()
         limit = self._limit(min(smooth))
-        end = next((i for i in range(count) if smooth[i] > limit), count - 1)
+        end = min(max((i + 1 for i in range(count) if smooth[i] <= limit), default=0), count - 1)
         lowest = min(smooth[: max(end, 1)])
         fall = start - lowest
         if fall > F(range_test._FALL_SIGMAS) * noise + F(range_test._ROUNDING) * abs(start):
@@ -130,6 +130,12 @@ class RangeTest:
         else:
             share = end / max(length - 1, 1) - range_test._BELOW_END / decades
         return min(max(share, 0.0), 1.0)
+
+
+def mean_but_highest(losses: list[Any]) -> Any:
+    """The highest loss may be a bad batch's."""
+    counted = sorted(losses)[:-1] if len(losses) > 2 else losses
+    return F(sum(counted, ZERO)) / F(len(counted))
 
 
 def magnitude(value: Any) -> Any:
@@ -407,7 +413,7 @@ class Algorithm:
         is_over = self.step % self.plan.check_every == 0
         has_enough = len(self.scored) >= F(validation_monitor._SPACING) * F(self.plan.check_every)
         if is_over and has_enough and self.plan.total and not np.isfinite(self.metric_level):
-            value, seen = F(sum(self.scored, ZERO)) / F(len(self.scored)), self.readings
+            value, seen = mean_but_highest(self.scored), self.readings
             seen.worse = 0 if value < seen.hot else seen.worse + 1
             seen.hot = min(seen.hot, value)
             is_ending = self._remaining < F(validation_monitor.ENDING_SHARE) * F(self.plan.total)
@@ -658,7 +664,7 @@ class Algorithm:
         if self.has_eval and self.scored_metrics:
             score = self.scored_metrics[-1]
         elif not self.has_eval and kind == FAST and self.scored:
-            score = F(sum(self.scored, ZERO)) / F(len(self.scored))
+            score = mean_but_highest(self.scored)
         if not np.isfinite(self.reference):
             self.reference = score
         succeeded = not fork_failed and bool(np.isfinite(score))

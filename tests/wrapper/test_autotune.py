@@ -240,3 +240,24 @@ def test_values_of_a_stack_of_states_have_its_axes():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
     values = atn.hyperparams(stacked)["learning_rate"]
     assert values.tolist() == [float(atn.hyperparams(one)["learning_rate"])] * 3
+
+
+def test_gradients_out_of_line_are_passed_over_unless_they_go_on():
+    total = 200
+    optimizer = atn.autotune(optax.adam, {"learning_rate": (1e-4, 1e-1)}, total, learning_rate=1e-3)
+    params = {"w": jnp.ones(3)}
+
+    @jax.jit
+    def moments(scales):
+        def step(carry, scale):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: jnp.mean((p["w"] - 2.0) ** 2))(params)
+            updates, state = optimizer.update(jax.tree.map(lambda g: scale * g, grads), state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), jnp.max(optax.tree.get(state.inner, "nu")["w"])
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), scales)[1]
+
+    now_and_then = jnp.where(jnp.arange(total) % 20 == 10, 1e8, 1.0)
+    assert float(jnp.max(moments(now_and_then))) < 1.0
+    from_then_on = jnp.where(jnp.arange(total) >= 150, 1e8, 1.0)
+    assert float(jnp.max(moments(from_then_on)[:150])) < 1.0 < 1e9 < float(moments(from_then_on)[-1])
