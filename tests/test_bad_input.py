@@ -138,8 +138,19 @@ def test_an_optimizer_without_injected_hyperparameters():
         ({"steps": 1000}, ValueError, "exceeds"),
         ({"eval_every": 0}, ValueError, "at least 1"),
         ({"tuner": atn.AutoTuneNet(problem.SPACE)}, ValueError, "steps="),
+        ({"resume": True}, ValueError, "Give snapshots="),
+        ({"monitor": "loss"}, ValueError, "there is no eval_step"),
+        ({"snapshots": 5}, TypeError, "a folder or a Snapshots; got int"),
+        ({"key": 3}, TypeError, r"jax.random.key\(0\); got int"),
     ],
 )
 def test_bad_arguments_of_fit(options, error, says):
     with pytest.raises(error, match=says):
         fit(**options)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", jnp.ones(1), [0.5]])
+def test_a_metric_that_is_no_scalar(value):
+    optimizer = atn.autotune(optax.adam, problem.SPACE, 100, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="the metric must be a scalar; got"):
+        atn.observe_eval(optimizer.init(jnp.ones(3)), value)

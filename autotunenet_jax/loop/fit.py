@@ -111,6 +111,18 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None, resu
     return total
 
 
+def _check_companions(*, monitor: Any, eval_step: Any, resume: Any, snapshots: Any, key: Any) -> None:
+    """Arguments that mean something only beside another one, or are of another type than they look."""
+    if monitor is not None and eval_step is None:
+        raise ValueError(f"monitor={monitor!r} names an entry of what eval_step returns, and there is no eval_step.")
+    if resume and snapshots is None:
+        raise ValueError(f"resume={resume!r} goes on from snapshots, and none are kept. Give snapshots=, a folder.")
+    if snapshots is not None and not isinstance(snapshots, str | os.PathLike | Snapshots):
+        raise TypeError(f"snapshots must be a folder or a Snapshots; got {type(snapshots).__name__}.")
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"key must be a random key, such as jax.random.key(0); got {type(key).__name__}.")
+
+
 def _check_lanes(at_once: int | str | ForkExecutor, tuner: AutoTuneNet, read: set[str], processes: Processes) -> None:
     """Whether forks can share their batches, and a process."""
     if at_once == 1:
@@ -223,6 +235,7 @@ def fit(
       ``log_every`` steps, the numbers for callbacks and loggers.
     """
     total = _check_arguments(tuner, steps, eval_every, resume)
+    _check_companions(monitor=monitor, eval_step=eval_step, resume=resume, snapshots=snapshots, key=key)
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
     at_once = check_parallel_forks(parallel_forks)

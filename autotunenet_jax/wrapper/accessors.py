@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from ..compiler import packing
@@ -158,9 +159,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
     Raises:
       ValueError: There is no tuned optimizer in it, or the loss is not a scalar.
     """
-    loss = jnp.asarray(loss)
-    if loss.shape != ():
-        raise ValueError(f"the loss must be a scalar; got shape {loss.shape}. Average it over the batch first.")
+    loss = _scalar(loss, "loss")
 
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
@@ -169,6 +168,16 @@ def observe(opt_state: Any, loss: Any) -> Any:
         return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)
+
+
+def _scalar(value: Any, name: str) -> Array:
+    """A loss or a metric as an array; its value may not be known yet."""
+    is_number = isinstance(value, int | float | np.generic) or hasattr(value, "dtype")
+    array = jnp.asarray(value) if is_number else None
+    if array is None or array.shape != ():
+        found = type(value).__name__ if array is None else f"shape {array.shape}"
+        raise ValueError(f"the {name} must be a scalar; got {found}. Average it over the batch first.")
+    return array
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -210,13 +219,14 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
       What was given, with the metric taken in.
 
     Raises:
-      ValueError: There is no tuned optimizer in it.
+      ValueError: There is no tuned optimizer in it, or the metric is not a scalar.
     """
+    metric = _scalar(metric, "metric").astype(jnp.float32)
 
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
             return state
-        packed, record = _observe_eval(state.settings, state.packed, state.record, jnp.asarray(metric, jnp.float32))
+        packed, record = _observe_eval(state.settings, state.packed, state.record, metric)
         return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)

@@ -15,10 +15,10 @@ from .state import Order, Settings, in_force, no_order
 # that stops them for good must not stop training with them.
 MAX_ATTEMPTS = 64
 
-# Gradients whose norm is so many times the largest before are an accident, unless they go on: with each in a row that is
-# passed over ten times as much is taken for usual. Measured on small networks (both losses, with and without momentum, warm-up
-# and a last layer of zeros, rates from 1e-3 to 1) and on sparse rows: training that goes well sees at most 2.7 times,
-# from zeros 8.4; only what explodes at once, by a rate of 1, sees more than 140.
+# Gradients whose norm is so many times the largest before are an accident, unless they go on: with each in a row that
+# is passed over ten times as much is taken for usual. Measured on small networks (both losses, with and without
+# momentum, warm-up and a last layer of zeros, rates from 1e-3 to 1) and on sparse rows: training that goes well sees
+# at most 2.7 times, from zeros 8.4; only what explodes at once, by a rate of 1, sees more than 140.
 _OUT_OF_LINE, _YIELDING = 1e3, 10.0
 # What was seen counts less with time.
 _MEMORY = 0.999

@@ -44,6 +44,12 @@ _SHORTENED = (
 )
 
 
+_SPENT = (
+    "autotune has had more updates than its total_steps: nothing is tuned any more, and a decayed rate is zero. "
+    "Give it the number of updates that are made, or extend its budget by autotunenet_jax.extend."
+)
+
+
 def warn(state: AutotuneState, *, stacklevel: int) -> None:
     """Says what there is to say, to the caller ``stacklevel`` calls above."""
     if not state.settings.is_on:
@@ -82,6 +88,8 @@ def _texts(state: AutotuneState) -> Iterator[str]:
     if number(tuner.rollbacks) > _MANY_ROLLBACKS:
         yield _ROLLBACKS
     total = number(tuner.plan.total)
+    if total and step > total:
+        yield _SPENT
     if total and step >= _SLOW_SHARE * total and np.isnan(number(tuner.validation.level)):
         yield from (notice.message for notice in of_slow(space, _HOW))
     if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:

@@ -30,6 +30,7 @@ class Knobs:
       rise: First part of a fork over which its rate climbs to what it claims, from the rate before it; 0 for none.
       drift: How far below the winner of the first round training goes on; 0 for at its rate.
       unseen: How much further where there is no validation metric.
+      trimmed: The highest losses of a fork, so many, that count for nothing in its score where there is none.
       price: Least expected improvement worth another fork.
       signal: Standard deviation of the surrogate's shape, in units of the round's gain on the warped scale.
       lengthscale: Of its Matern kernel.
@@ -63,6 +64,7 @@ class Knobs:
     rise: float = 0.0
     drift: float = 0.0
     unseen: float = 0.25
+    trimmed: int = 1
     second_least: int = 2
     second_up: bool = False
     third_start: float = 0.0
@@ -179,8 +181,8 @@ def read_range_test(losses: np.ndarray, rates: np.ndarray) -> float:
     start = np.mean(calm[1:7])
     noise = math.sqrt(0.5 * np.mean(np.diff(values[:8]) ** 2))
     limit = start + max(4.0 * noise, 0.5 * max(start - smooth.min(), 0.0))
-    blown = np.flatnonzero(smooth > limit)
-    end = int(blown[0]) if len(blown) else n - 1
+    fine = np.flatnonzero(smooth <= limit)
+    end = min(int(fine[-1]) + 1, n - 1) if len(fine) else 0
     fall = start - smooth[: max(end, 1)].min()
     if not fall > 3.0 * noise:
         return float(rates[end]) - 0.8
@@ -226,10 +228,10 @@ class Run:
         state, losses = self.lab.run(self.state, self.at, rates[None], warms_up=False)
         self.spent += n
         self.forks += 1
-        tail = losses[0, -max(round(self.knobs.cool * n), 2) :]
+        tail = np.sort(losses[0, -max(round(self.knobs.cool * n), 2) :])
         if math.isnan(self.reference):
             self.reference = float(np.mean(losses[0, :2]))
-        score = self.metric(state) if self.knobs.validates else float(np.mean(tail))
+        score = self.metric(state) if self.knobs.validates else float(np.mean(tail[: len(tail) - self.knobs.trimmed]))
         fine = np.isfinite(losses).all() and np.isfinite(score) and score < WORST
         self.observations.append(
             Observation(x, score - self.reference if fine else math.inf, self.rounds, math.log1p((self.data + n) / 10))
