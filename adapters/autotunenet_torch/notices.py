@@ -93,6 +93,13 @@ class Notices:
     def _look(self, *, is_over: bool) -> None:
         session = self._session
         controller, history = session.controller, session.recorder.history
-        asked = {"outside": self._outside, "is_over": is_over, "how": self._how}
-        rows = {"rounds": history.rounds, "evals": history.evals}
-        self._teller.tell(controller.step, notices(controller.tuner, controller.state, **rows, **asked))
+        found = notices(
+            controller.tuner,
+            controller.state,
+            rounds=history.rounds,
+            evals=history.evals,
+            outside=self._outside,
+            is_over=is_over,
+            how=self._how,
+        )
+        self._teller.tell(controller.step, found)

@@ -356,8 +356,8 @@ class Run:
         if is_over or noticed != self._noticed:
             self._noticed = noticed
             self.recorder.flush()
-            rows = {"rounds": history.rounds, "evals": history.evals}
-            found = notices(self.controller.tuner, self.controller.state, **rows, is_over=is_over)
+            tuner, ts = self.controller.tuner, self.controller.state
+            found = notices(tuner, ts, rounds=history.rounds, evals=history.evals, is_over=is_over)
             self.notices.tell(self.controller.step, found)
 
     def end(self, *, is_whole: bool) -> None:
