@@ -97,6 +97,38 @@ def bad_batches_without_validation(way: str) -> Outcome:
     return tasks.verdict(run(way, faults, validates=False), plain_of(way, faults), 1.07, "plain with skips")
 
 
+def _without_validation(way: str, faults: list[tasks.Faults]) -> Outcome:
+    """Against plain training, which meets none of the faults."""
+    ratios = []
+    for seed, each in enumerate(faults):
+        ended = run(way, each, validates=False, seed=seed)
+        ratios.append(ended.loss / plain_of(way, seed=seed) if ended.is_finite else math.inf)
+    return tasks.of_seeds(ratios, typical=1.1, worst=1.15)
+
+
+def _every(period: int, offset: int, name: str, size: float) -> tasks.Faults:
+    return lambda position, call: (name, size) if position % period == offset else ("none", 1.0)
+
+
+def _tenfold(steps: tuple[int, ...]) -> tasks.Faults:
+    return lambda position, call: ("scale", 10.0) if call in steps else ("none", 1.0)
+
+
+@case("A", *WAYS)
+def one_loss_in_20_is_told_tenfold(way: str) -> Outcome:
+    return _without_validation(way, [_every(20, offset, "scale", 10.0) for offset in (7, 13, 19)])
+
+
+@case("A", *WAYS)
+def two_losses_of_the_range_test_are_told_tenfold(way: str) -> Outcome:
+    return _without_validation(way, [_tenfold(pair) for pair in ((9, 10), (9, 11), (13, 14))])
+
+
+@case("A", "autotune")
+def one_gradient_in_83_is_an_accident(way: str) -> Outcome:
+    return _without_validation(way, [_every(83, offset, "grad", 1e8) for offset in (41, 60, 80)])
+
+
 @case("A", *WAYS, short=("fit",))
 def _1000_NaN_in_a_row(way: str) -> Outcome:  # noqa: N802
     total = 1500
