@@ -50,7 +50,7 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
     # A metric that is not finite, where the training loss is, is no more than no metric.
     has_eval = jnp.where(is_opening, (sums.eval_count > 0) & jnp.isfinite(sums.eval_sum), held.has_eval)
     # A slow hyperparameter is never judged by the training loss.
-    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.mean(sums), jnp.nan)
+    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.robust_mean(sums), jnp.nan)
     value = jnp.where(has_eval, sums.eval_sum / sums.eval_count, by_loss)
     reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
     return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)

@@ -133,10 +133,11 @@ class RangeTest(NamedTuple):
 class Window(NamedTuple):
     """Sums over the scored part of the running fork; of losses also over training since the last reading.
 
-    ``highest`` is the highest of these losses, which is not in their sum.
+    ``highest`` is the highest of these losses, which is neither in their sum nor in that of their squares.
     """
 
     loss_sum: Float[Array, ""]
+    squares: Float[Array, ""]
     highest: Float[Array, ""]
     loss_count: Float[Array, ""]
     eval_sum: Float[Array, ""]
@@ -308,7 +309,7 @@ def empty_range_test() -> RangeTest:
 def empty_window() -> Window:
     """Sums over nothing."""
     zero = jnp.zeros((), jnp.float32)
-    return Window(zero, jnp.full((), -jnp.inf), zero, zero, zero)
+    return Window(zero, zero, jnp.full((), -jnp.inf), zero, zero, zero)
 
 
 def no_validation() -> Validation:

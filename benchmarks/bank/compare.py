@@ -12,6 +12,7 @@ both.
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).with_name("results")
 BASE = policy.Knobs()
 # The algorithm when training went on a little below the winner of the first round and rates did not climb. What was
 # tried, was tried beside it.
-FORMER = dataclasses.replace(BASE, drift=0.25, climb=0.0, unseen=0.0, trimmed=0)
+FORMER = dataclasses.replace(BASE, drift=0.25, climb=0.0, unseen=0.0, reach=math.inf)
 
 
 def _with(**changes: Any) -> policy.Knobs:
@@ -39,10 +40,10 @@ POLICIES: dict[str, policy.Knobs] = {
     "base": BASE,
     "no validation": dataclasses.replace(BASE, validates=False),
     "new batches": dataclasses.replace(BASE, validates=False, rewinds=False),
-    "no validation untrimmed": dataclasses.replace(BASE, validates=False, trimmed=0),
-    "new batches untrimmed": dataclasses.replace(BASE, validates=False, rewinds=False, trimmed=0),
-    "no validation as high": dataclasses.replace(BASE, validates=False, trimmed=0, unseen=0.0),
-    "new batches as high": dataclasses.replace(BASE, validates=False, rewinds=False, trimmed=0, unseen=0.0),
+    "no validation unclipped": dataclasses.replace(BASE, validates=False, reach=math.inf),
+    "new batches unclipped": dataclasses.replace(BASE, validates=False, rewinds=False, reach=math.inf),
+    "no validation as high": dataclasses.replace(BASE, validates=False, reach=math.inf, unseen=0.0),
+    "new batches as high": dataclasses.replace(BASE, validates=False, rewinds=False, reach=math.inf, unseen=0.0),
     "no climb": dataclasses.replace(BASE, climb=0.0),
     "climb by half": dataclasses.replace(BASE, climb=0.5),
     "one round": dataclasses.replace(BASE, second_forks=0),

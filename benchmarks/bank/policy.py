@@ -30,7 +30,7 @@ class Knobs:
       rise: First part of a fork over which its rate climbs to what it claims, from the rate before it; 0 for none.
       drift: How far below the winner of the first round training goes on; 0 for at its rate.
       unseen: How much further where there is no validation metric.
-      trimmed: The highest losses of a fork, so many, that count for nothing in its score where there is none.
+      reach: Standard deviations above the others up to which the highest loss counts in a score, where there is none.
       price: Least expected improvement worth another fork.
       signal: Standard deviation of the surrogate's shape, in units of the round's gain on the warped scale.
       lengthscale: Of its Matern kernel.
@@ -64,7 +64,7 @@ class Knobs:
     rise: float = 0.0
     drift: float = 0.0
     unseen: float = 0.25
-    trimmed: int = 1
+    reach: float = 4.0
     second_least: int = 2
     second_up: bool = False
     third_start: float = 0.0
@@ -229,9 +229,11 @@ class Run:
         self.spent += n
         self.forks += 1
         tail = np.sort(losses[0, -max(round(self.knobs.cool * n), 2) :])
+        if np.isfinite(tail).all():
+            tail[-1] = min(tail[-1], np.mean(tail[:-1]) + self.knobs.reach * np.std(tail[:-1]))
         if math.isnan(self.reference):
             self.reference = float(np.mean(losses[0, :2]))
-        score = self.metric(state) if self.knobs.validates else float(np.mean(tail[: len(tail) - self.knobs.trimmed]))
+        score = self.metric(state) if self.knobs.validates else float(np.mean(tail))
         fine = np.isfinite(losses).all() and np.isfinite(score) and score < WORST
         self.observations.append(
             Observation(x, score - self.reference if fine else math.inf, self.rounds, math.log1p((self.data + n) / 10))

@@ -132,10 +132,12 @@ class RangeTest:
         return min(max(share, 0.0), 1.0)
 
 
-def mean_but_highest(losses: list[Any]) -> Any:
-    """The highest loss may be a bad batch's."""
-    counted = sorted(losses)[:-1] if len(losses) > 2 else losses
-    return F(sum(counted, ZERO)) / F(len(counted))
+def mean_of_usual(losses: list[Any]) -> Any:
+    """The highest loss may be a bad batch's: it counts up to four standard deviations above the others."""
+    *others, highest = sorted(losses)
+    if len(others) > 1:
+        highest = min(highest, F(np.mean(others, dtype=np.float64) + 4 * np.std(others, dtype=np.float64)))
+    return F(sum(others, ZERO) + highest) / F(len(losses))
 
 
 def magnitude(value: Any) -> Any:
@@ -413,7 +415,7 @@ class Algorithm:
         is_over = self.step % self.plan.check_every == 0
         has_enough = len(self.scored) >= F(validation_monitor._SPACING) * F(self.plan.check_every)
         if is_over and has_enough and self.plan.total and not np.isfinite(self.metric_level):
-            value, seen = mean_but_highest(self.scored), self.readings
+            value, seen = F(sum(self.scored, ZERO)) / F(len(self.scored)), self.readings
             seen.worse = 0 if value < seen.hot else seen.worse + 1
             seen.hot = min(seen.hot, value)
             is_ending = self._remaining < F(validation_monitor.ENDING_SHARE) * F(self.plan.total)
@@ -664,7 +666,7 @@ class Algorithm:
         if self.has_eval and self.scored_metrics:
             score = self.scored_metrics[-1]
         elif not self.has_eval and kind == FAST and self.scored:
-            score = mean_but_highest(self.scored)
+            score = mean_of_usual(self.scored)
         if not np.isfinite(self.reference):
             self.reference = score
         succeeded = not fork_failed and bool(np.isfinite(score))
