@@ -64,7 +64,7 @@ def is_heard(ts: TunerState, metric: Float[Array, ""]) -> Bool[Array, ""]:
 def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerState:
     """Takes a validation metric in; in a fork's last step it is its score."""
     is_score = (ts.phase == FORK) & (ts.segment_left == 1)
-    # A metric that is not finite makes the fork's score NaN, and so the fork a failure.
+    # One that is not finite makes the fork a failure; of a round's first it stands for none.
     window = ts.window._replace(
         eval_sum=jnp.where(is_score, ts.window.eval_sum + metric, ts.window.eval_sum),
         eval_count=jnp.where(is_score, ts.window.eval_count + 1.0, ts.window.eval_count),

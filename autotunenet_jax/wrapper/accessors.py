@@ -213,7 +213,8 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
 
     Args:
       opt_state: As for `observe`.
-      metric: Scalar. One that is not finite says that training is broken; where none was asked for, it says nothing.
+      metric: Scalar. One that is not finite says that training is broken; where none was asked for, and in the first
+        fork of a round, it says nothing.
 
     Returns:
       What was given, with the metric taken in.
