@@ -309,7 +309,7 @@ def empty_range_test() -> RangeTest:
 def empty_window() -> Window:
     """Sums over nothing."""
     zero = jnp.zeros((), jnp.float32)
-    return Window(zero, zero, jnp.full((), -jnp.inf), zero, zero, zero)
+    return Window(zero, zero, jnp.full((), -jnp.inf, jnp.float32), zero, zero, zero)
 
 
 def no_validation() -> Validation:
