@@ -85,6 +85,7 @@ class AutoTuneCallback(pl.Callback):
         """Attaches, after Lightning has put a checkpoint back if there is one."""
         if trainer.fast_dev_run:
             _LOGGER.info("AutoTuneNet: fast_dev_run is too short to tune anything; training goes on as it is")
+            self._is_attached = False
             return
         if len(trainer.optimizers) != 1:
             raise ValueError(

@@ -106,7 +106,10 @@ class SoundSession(Session):
         recorder.note(controller.step, "rollback", message)
 
     def observe(self, metric: float) -> None:
-        """Takes in a validation metric of the present state; one of a state that is not whole is worse than any."""
+        """Takes in a validation metric of the present state.
+
+        One of a state that is not whole is worse than any, and a fork that led to such a state begins again.
+        """
         before, is_whole = self.kept, self._looked()
         if not is_whole and self.controller.phase == FORK:
             self.controller.spoil_fork()

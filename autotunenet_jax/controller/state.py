@@ -102,7 +102,8 @@ class Health(NamedTuple):
       bad_run: Losses in a row that are not finite.
       bad_steps: Those of the whole run.
       has_failed: The running fork ended early because training became unhealthy.
-      has_faulted: The running range test or fork ended on a non-finite loss that nothing led up to: the data's fault.
+      has_faulted: The running range test or fork ended on a non-finite loss that nothing led up to, or in a state that
+        is not whole: not its own fault.
       retries: Times it began again for that reason.
       since_rollback: Steps since the last rollback.
     """

@@ -199,7 +199,7 @@ class PackedController:
         return bool(self._replace(packed, said).directive.keep)
 
     def spoil_fork(self) -> None:
-        """Lets the running fork fail: the training that it led to is not whole."""
+        """Lets the running fork begin again, or fail: the training that it led to is not whole."""
         self._catch_up()
         self._packed = self._programs.spoil(self._packed)
 

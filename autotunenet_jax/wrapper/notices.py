@@ -42,8 +42,6 @@ _SHORTENED = (
     f"a way back to a snapshot takes more than {_LONG_WAY} updates, in which nothing is learned: something after "
     "autotune in the chain shortens them, such as clipping or reduce_on_plateau. Put it into the optimizer inside."
 )
-
-
 _SPENT = (
     "autotune has had more updates than its total_steps: nothing is tuned any more, and a decayed rate is zero. "
     "Give it the number of updates that are made, or extend its budget by autotunenet_jax.extend."

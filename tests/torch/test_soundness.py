@@ -94,10 +94,11 @@ def test_the_tuner_hears_that_a_state_was_not_fit_to_be_copied():
     assert int(state.health.bad_steps) == 1
 
 
-def test_a_fork_that_damage_met_is_tried_again():
-    _, _, whole = run(faults={})
+@pytest.mark.parametrize(("fault", "before", "validates"), [(infinite_moment, 1, False), (infinite_statistic, 6, True)])
+def test_a_fork_that_damage_met_is_tried_again(fault, before, validates):
+    _, _, whole = run(faults={}, validates=validates)
     fork = whole.history.rounds[0]["forks"][1]
-    _, _, tuner = run(faults={fork["end"] - 1: infinite_moment})
+    _, _, tuner = run(faults={fork["end"] - before: fault}, validates=validates)
     again = tuner.history.rounds[0]["forks"][1]
     assert again["status"] != "failed" and again["hyperparams"] == fork["hyperparams"]
     assert [event["step"] for event in tuner.history.events if event["kind"] == "retry"] == [fork["end"]]

@@ -91,6 +91,7 @@ def test_a_metric_that_is_never_finite_is_told_of_and_tunes_as_none_does():
                 train_one(model, optimizer, tuner)
         assert any("validation metrics were not finite" in str(w.message) for w in told) == (validate is not None)
         found.append([row["chosen"] for row in tuner.history.rounds])
+        assert "a little lower, since no validation metric has judged" in tuner.history.rounds[0]["verdict"]
     assert found[0] == found[1]
 
 
