@@ -145,6 +145,8 @@ def test_a_run_ends_in_its_best_state(mode, good, bad):
     goes_back = bool(session.controller.state.validation.returns)
     assert session.end_at_best()
     assert host.state == (-1 if goes_back else best)
+    said = [row["message"] for row in session.recorder.history.events if row["kind"] == "retreat"]
+    assert said and all("the run ends in" in message.lower() for message in said)
     assert not any(row["is_kept"] for row in session.recorder.history.records if row["step"] > at)
 
 
