@@ -16,7 +16,7 @@ def environment(count, *folders):
     devices or cores. With two for each device there is one left for every program, whatever waits.
     """
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
-    flags = f"--xla_force_host_platform_device_count={count}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(2 * count), "PYTHONPATH": path}
 
 

@@ -24,10 +24,11 @@ def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, exten
             f"the state is one of {parts} parts of a training, and here there are {here}. Go on with as many processes "
             "as it was saved with, each with its own part."
         )
-    if state["space"] != tuner.space.fingerprint():
+    # By the digest that fingerprints begin with: states of earlier versions hold no more.
+    if state["space"][:16] != tuner.space.fingerprint()[:16]:
         raise ValueError(
-            "the state is of another search space. Make the AutoTuneNet with the param_space, bounds included, that it "
-            "had when the state was saved."
+            f"the state is of another search space: {state['space']} in the state, {tuner.space.fingerprint()} here. "
+            "Make the AutoTuneNet with the param_space, bounds included, that it had when the state was saved."
         )
     if state["total_steps"] != tuner.total_steps and not extend:
         raise ValueError(

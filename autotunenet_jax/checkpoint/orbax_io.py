@@ -69,6 +69,11 @@ def write_snapshot(
     return dataclasses.replace(record, manifest_crc32=write_json(folder / MANIFEST_NAME, body))
 
 
+def _is_alike(space: str, recorded: str) -> bool:
+    # Folders of earlier versions hold the digest with which a fingerprint begins.
+    return space == recorded or (len(recorded) == 16 and space.startswith(f"{recorded} "))
+
+
 def read_snapshot(
     root: pathlib.Path,
     record: SnapshotRecord,
@@ -88,7 +93,7 @@ def read_snapshot(
     path = root / record.folder_name
     where = f"Snapshot {record.id} (step {record.step}) in {root}"
     body = verified_manifest(root, record)
-    if None not in (space, record.space) and space != record.space:
+    if space is not None and record.space is not None and not _is_alike(space, record.space):
         raise SnapshotMismatchError(
             f"{where} is of another search space: {record.space} in the snapshot, {space} given. Nothing was loaded. "
             "Give the space it was saved with, or use another folder."

@@ -234,5 +234,9 @@ class SearchSpace:
         return self.snap(jax.random.uniform(key, (*shape, self.dims)))
 
     def fingerprint(self) -> str:
-        """A short digest of names, bounds and types: equal exactly when two spaces are interchangeable."""
-        return hashlib.sha256(repr(self.params).encode()).hexdigest()[:16]
+        """A digest of names, bounds and types, and what they are in words, cut to 400 characters.
+
+        Equal exactly when two spaces are interchangeable.
+        """
+        digest = hashlib.sha256(repr(self.params).encode()).hexdigest()[:16]
+        return f"{digest} {self!r}"[:400]

@@ -287,7 +287,7 @@ def test_another_space_is_refused(saved):
     space = atn.SearchSpace({"learning_rate": atn.Float(1e-5, 1e-1)})
     with (
         atn.Snapshots(folder, space=space, read_only=True) as store,
-        pytest.raises(atn.SnapshotMismatchError, match=space.fingerprint()),
+        pytest.raises(atn.SnapshotMismatchError, match=r"learning_rate=Float\(1e-05, 0.1\)"),
     ):
         store.restore(tree)
 
