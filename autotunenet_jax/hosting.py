@@ -1,5 +1,6 @@
 """What a training loop of another framework, or who trains forks elsewhere, needs; see ``docs/add_a_framework.md``."""
 
+from .arguments import whole_number as whole_number
 from .checkpoint.parcel import Parcel as Parcel
 from .checkpoint.parcel import pack as pack
 from .checkpoint.parcel import unpack as unpack
@@ -11,7 +12,6 @@ from .loop.fork_executor import ForkExecutor as ForkExecutor
 from .loop.fork_executor import TrainedFork as TrainedFork
 from .loop.fork_executor import train_fork as train_fork
 from .session.batches import BatchWindow as BatchWindow
-from .session.feed import check_log_every as check_log_every
 from .session.host import Host as Host
 from .session.notices import Notice as Notice
 from .session.notices import Notices as Notices

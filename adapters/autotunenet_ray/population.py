@@ -11,7 +11,7 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from autotunenet_jax.hosting import MAX_FORKS, ForkExecutor, TrainedFork, pack, unpack
+from autotunenet_jax.hosting import MAX_FORKS, ForkExecutor, TrainedFork, pack, unpack, whole_number
 
 from .member import Member
 
@@ -58,11 +58,8 @@ class Population(ForkExecutor):
     """
 
     def __init__(self, members: int = 4, *, actor_options: Mapping[str, Any] | None = None, patience: float = 120.0):
-        if isinstance(members, bool) or not isinstance(members, int) or not 2 <= members <= MAX_FORKS:
-            raise ValueError(
-                f"members must be an integer from 2 to {MAX_FORKS}, the most forks of a round; got {members!r}."
-            )
-        self.count, self.lost_forks = members, 0
+        # A round has no more forks.
+        self.count, self.lost_forks = whole_number("members", members, least=2, most=MAX_FORKS), 0
         self._options = {"num_cpus": 1, "max_restarts": -1, **(actor_options or {})}
         self._patience, self._waits = patience, 0.0
         self._actors: list[Any] = []

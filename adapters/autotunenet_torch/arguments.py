@@ -154,6 +154,12 @@ def budget(
             "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) or "
             "AutoTuneNet(total_steps=...): the number of optimizer steps of the whole run."
         )
+    if total < 1:
+        found = f"{len(loader)} batches" if hasattr(loader, "__len__") else "no batch"  # type: ignore[arg-type]
+        raise ValueError(
+            f"the train_loader gives {found} a pass, which makes no optimizer step in {epochs} epochs with "
+            f"accumulate={accumulate}. Check the data set, drop_last and accumulate."
+        )
     if planned is not None and planned != total:
         warnings.warn(
             f"the tuner was given total_steps={planned}, and this training takes {total} optimizer steps: it is "

@@ -21,6 +21,8 @@ _HOW = (
     "monitor=...)"
 )
 _LOGGER = logging.getLogger("lightning.pytorch.autotunenet")
+# What says when Lightning validates.
+_WHEN = ("val_check_batch", "check_val_every_n_epoch", "_val_check_time_interval")
 # Where callbacks look at metrics.
 _LOOKS = ("on_validation_end", "on_train_epoch_end", "on_train_batch_end")
 
@@ -73,12 +75,12 @@ class AutoTuneCallback(pl.Callback):
         self.tuner, self.monitor = tuner, monitor
         self._validate, self._total_steps = validate, total_steps
         self._callbacks, self._loggers, self._extends = list(callbacks), list(loggers), extend
-        self._log_every = hosting.check_log_every(log_every)
+        self._log_every = hosting.whole_number("log_every", log_every)
         self._pending: Mapping[str, Any] | None = None
         self._losses: list[torch.Tensor] = []
         self._steps = 0
         self._is_attached = self._has_saved = False
-        self._asked: Any = None
+        self._asked: dict[str, Any] | None = None
         self._is_regular = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,7 +100,7 @@ class AutoTuneCallback(pl.Callback):
                 f"{trainer.ckpt_path} holds no state of AutoTuneCallback, so the tuner cannot go on from step "
                 f"{self._steps}. Resume from a checkpoint that was saved with the callback, or load the weights alone."
             )
-        expected = trainer.estimated_stepping_batches
+        expected = _expected_steps(trainer)
         # A second fit goes on counting, and the tuner plans what is left.
         done = 0 if self._pending is not None else self._steps
         total = self._total_steps or (int(expected) - done if math.isfinite(expected) else None)
@@ -112,6 +114,7 @@ class AutoTuneCallback(pl.Callback):
             getattr(trainer.precision_plugin, "scaler", None),
             total_steps=total,
             validate=None if validate is None else lambda: validate(pl_module),
+            aux=_averages(trainer),
             callbacks=[*self._callbacks, *([chosen] if trainer.loggers else [])],
             loggers=self._loggers if distributed.rank() == 0 else (),
             log_every=self._log_every,
@@ -170,16 +173,20 @@ class AutoTuneCallback(pl.Callback):
 
     def _ask(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Has Lightning validate after this batch, unless it does so anyway."""
-        every = trainer.val_check_batch
+        every, epochs, seconds = (getattr(trainer, name, None) for name in _WHEN)
         epoch_loop = trainer.fit_loop.epoch_loop
-        done = epoch_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+        done = epoch_loop.total_batch_idx if epochs is None else batch_idx
         is_due = epoch_loop.batch_progress.is_last_batch or not every or (every < math.inf and (done + 1) % every == 0)
+        is_due &= seconds is None and (epochs is None or (trainer.current_epoch + 1) % epochs == 0)
         if trainer.enable_validation and not is_due:
-            self._asked, trainer.val_check_batch = every, 1
+            self._asked = dict(zip(_WHEN, (every, epochs, seconds), strict=True))
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, 1
+            trainer._val_check_time_interval = None
 
     def _take_back(self, trainer: pl.Trainer) -> None:
-        if self._asked is not None:
-            trainer.val_check_batch, self._asked = self._asked, None
+        for name, value in (self._asked or {}).items():
+            setattr(trainer, name, value)
+        self._asked = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes whether the metrics to come are those of the training that lives on, at a regular time."""
@@ -248,6 +255,24 @@ class AutoTuneCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remembers the tuner's state until training starts."""
         self._pending = state_dict or None
+
+
+def _expected_steps(trainer: pl.Trainer) -> float:
+    """Optimizer steps of the whole run, also where gradients are accumulated over more batches in later epochs."""
+    expected, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    for callback in trainer.callbacks:
+        epochs = trainer.max_epochs or -1
+        if isinstance(callback, pl.callbacks.GradientAccumulationScheduler) and epochs > 0 and math.isfinite(batches):
+            steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+            expected = steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+    return expected
+
+
+def _averages(trainer: pl.Trainer) -> list[Any]:
+    """The averages of the weights that callbacks hold beside the module."""
+    kind = getattr(pl.callbacks, "WeightAveraging", ())
+    models = [getattr(held, "_average_model", None) for held in trainer.callbacks if isinstance(held, kind)]
+    return [model for model in models if model is not None]
 
 
 @contextlib.contextmanager

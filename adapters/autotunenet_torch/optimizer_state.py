@@ -38,6 +38,12 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _mode(optimizer: torch.optim.Optimizer) -> bool | None:
+    """Whether one that has modes, as schedule-free ones do, stands in that for training; None where it has none."""
+    has_modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    return optimizer.param_groups[0].get("train_mode") if has_modes else None
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return not isinstance(value, nn.Parameter) and not value.requires_grad
@@ -85,10 +91,17 @@ class Whole:
         return [_copy_out(part, device, self._owns(number, "state")) for number, part in enumerate(self.parts)]
 
     def copy_back(self, saved: list[dict[str, Any]], device: Any) -> None:
-        """Puts copies back. Groups that were added since stay, without state."""
+        """Puts copies back, after the parameters. Groups that were added since stay, without state.
+
+        A mode in which an optimizer holds other parameters than it trains is that of the moment, not of the copy.
+        """
+        modes = [_mode(part) for part in self.parts]
         owners = [self._owns(number, "state") for number in range(len(self.parts))]
         for part, values, owns in zip(self.parts, saved, owners, strict=True):
             _copy_back(part, values, device, owns)
+        for part, mode in zip(self.parts, modes, strict=True):
+            if _mode(part) != mode:
+                getattr(part, "train" if mode else "eval")()
 
 
 def _copy_out(optimizer: torch.optim.Optimizer, device: Any, has_state: bool) -> dict[str, Any]:

@@ -129,13 +129,26 @@ def restore_together(store: atn.Snapshots) -> tuple[int, Any] | None:
     """`restore` on every process of a distributed training: the latest step that all of them have.
 
     Processes write on their own, so one that is killed may be a snapshot behind the others.
+
+    Raises:
+      SnapshotDamagedError, SnapshotMismatchError: As `restore`, on every process where it is so on one.
     """
-    found = restore(store)
+    at_most = math.inf
     while True:
-        steps = [int(step) for (step,) in distributed.gather(-1 if found is None else found[0])]
+        found, failure = None, None
+        try:
+            found = restore(store, at_most=at_most)
+        except (atn.SnapshotDamagedError, atn.SnapshotMismatchError) as error:
+            failure = error
+        told = distributed.gather(-1 if found is None else found[0], failure is not None)
+        if failure is not None:
+            raise failure
+        if lost := [rank for rank, (_, has_failed) in enumerate(told) if has_failed]:
+            raise atn.SnapshotDamagedError(f"Rank {lost[0]} has no sound snapshot to go on from; see its error.")
+        steps = [int(step) for step, _ in told]
         if len(set(steps)) == 1:
             return found
-        found = restore(store, at_most=min(steps))
+        at_most = min(steps)
 
 
 def open_store(snapshots: Any, tuner: Any) -> tuple[atn.Snapshots | None, bool]:

@@ -18,15 +18,12 @@ class SoundSession(Session):
     A step whose loss is not finite has not happened: what it left behind is put back. A state is looked at before it
     may be copied; one that is not finite is not copied, the newest copy comes back in its place, and the controller is
     told that the step did not happen. The state of the best metric is copied when it is measured.
-
-    Attributes:
-      mended: States put back so far besides the guard's rollbacks.
     """
 
     host: TorchHost
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.mended = self._mends = 0
+        self._mends = 0
         self._is_sound: bool | None = None
         self._is_reporting = False
         self._made = {"saved": 0, "kept": 0}

@@ -111,8 +111,8 @@ class Trainer:
         counts = {"epochs": epochs, "steps": steps, "accumulate": accumulate, "eval_every": eval_every}
         counts["log_every"] = log_every
         for name, value in counts.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+            if value is not None:
+                engine.hosting.whole_number(name, value)
         if precision != "fp32" and precision not in _AUTOCAST:
             raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16'; got {precision!r}.")
         if clip_norm is not None and not clip_norm > 0:
@@ -129,6 +129,7 @@ class Trainer:
         self._loss_options: dict[str, Any] = {}
         self._batch_size: int | None = None
         self.model: Any = None
+        self._val_loader: Iterable[Any] | None = None
         self._tuner: Any = None
         self._session: SoundSession | None = None
         self._boundary: StepBoundary | None = None
@@ -203,6 +204,11 @@ class Trainer:
             )
         self._prepare_lazy(train_loader)
         self.optimizer = self._optimizer(tuner)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the loss several times a step, by a closure that Trainer does not give. Train it in a "
+                "loop of your own, with AutoTuneNet.attach and step."
+            )
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         source = ReplayBuffer(train_loader)

@@ -53,6 +53,7 @@ class TrainingState:
       optimizer: Its optimizer.
       schedulers: With ``state_dict`` and ``load_state_dict``.
       scaler: The gradient scaler, if any.
+      aux: Whatever else goes back with the training: objects with ``state_dict`` and ``load_state_dict``.
       device: Where copies live; None for the device of each tensor.
 
     Raises:
@@ -66,11 +67,12 @@ class TrainingState:
         *,
         schedulers: Sequence[Any] = (),
         scaler: Any = None,
+        aux: Sequence[Any] = (),
         device: Any = None,
     ):
         self.model, self.optimizer, self.schedulers, self.scaler = model, optimizer, list(schedulers), scaler
         self._optimizers = optimizer_state.Whole(optimizer)
-        self._device = device
+        self._aux, self._device = list(aux), device
         if next(model.parameters(), None) is None:
             raise ValueError("the model has no parameters, so there is nothing to train. Is it the right module?")
         lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
@@ -119,6 +121,7 @@ class TrainingState:
                 "optimizer": self._optimizers.copy_out(self._device),
                 "schedulers": [clone(scheduler.state_dict()) for scheduler in self.schedulers],
                 "scaler": clone(self.scaler.state_dict()) if self.scaler is not None else {},
+                "aux": [clone(dict(held.state_dict()), self._device) for held in self._aux],
                 "rng": random_state.capture(),
             }
 
@@ -134,6 +137,8 @@ class TrainingState:
                 scheduler.load_state_dict(clone(state))
             if self.scaler is not None:
                 self.scaler.load_state_dict(clone(saved["scaler"]))
+            for held, state in zip(self._aux, saved.get("aux", ()), strict=False):
+                held.load_state_dict(clone(state))
             random_state.restore(saved["rng"])
 
     def _tensors_back(self, saved: dict[str, Any]) -> None:

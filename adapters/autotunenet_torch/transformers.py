@@ -67,7 +67,7 @@ class AutoTuneCallback(TrainerCallback):
     ):
         self.tuner, self.monitor = tuner, monitor
         self._callbacks, self._loggers, self._extends = list(callbacks), list(loggers), extend
-        self._log_every = hosting.check_log_every(log_every)
+        self._log_every = hosting.whole_number("log_every", log_every)
         self._losses: list[torch.Tensor] = []
         self._undo: list[Callable[[], None]] = []
         self._is_asked = self._is_training = self._has_many = self._has_saved = False
@@ -156,10 +156,17 @@ class AutoTuneCallback(TrainerCallback):
             self.tuner.step(torch.stack(self._losses).sum())
         self._losses.clear()
         self._is_asked = False
-        if self.tuner.wants_validation and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-            self._is_asked = not control.should_evaluate
-            control.should_evaluate = True
+        strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+        is_due = control.should_evaluate or (strategy == "epoch" and float(state.epoch or 0.5).is_integer())
+        if self.tuner.wants_validation and strategy != "no" and not is_due:
+            self._is_asked = control.should_evaluate = True
         return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What the Trainer evaluates now, it evaluates of itself."""
+        self._is_asked = False
 
     def on_evaluate(
         self,

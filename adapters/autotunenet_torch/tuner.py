@@ -147,6 +147,7 @@ class AutoTuneNet:
         loss_fn: Any = None,
         loader: Any = None,
         validate: Callable[[], Any] | None = None,
+        aux: Sequence[Any] = (),
         targets: Mapping[str, Any] | None = None,
         callbacks: Sequence[atn.Callback | Callable[[dict[str, Any]], None]] = (),
         loggers: Sequence[Any] = (),
@@ -169,6 +170,9 @@ class AutoTuneNet:
           loader: The training data loader, when its ``batch_size`` is tuned.
           validate: Called without arguments whenever the tuner wants the validation metric of the present state. Every
             module ends in the mode it was in. Without it, watch `wants_validation` and call `validate`.
+          aux: Whatever else changes with the training and lies outside the model, such as an average of the weights
+            (``torch.optim.swa_utils.AveragedModel``): objects with ``state_dict`` and ``load_state_dict``, which go
+            back with losing forks and rollbacks.
           targets: Further setters, besides the constructor's.
           callbacks: Each an `autotunenet_jax.Callback`, or a function called with the record of each round as it ends.
             `autotunenet_jax.StopTraining` comes out of `step` or `validate`: leave the loop then, and call `finish`.
@@ -191,8 +195,9 @@ class AutoTuneNet:
         schedulers = lr_schedulers.as_list(scheduler)
         sharding.check(model)
         total_steps = self.total_steps if total_steps is None else total_steps
+        scaler = arguments.live_scaler(scaler)
         state = TrainingState(
-            model, optimizer, schedulers=schedulers, scaler=arguments.live_scaler(scaler), device=self._snapshot_device
+            model, optimizer, schedulers=schedulers, scaler=scaler, aux=aux, device=self._snapshot_device
         )
         arguments.check_belongs(model, optimizer)
         setters = {**(targets or {}), **self._setters}

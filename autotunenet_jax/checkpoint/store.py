@@ -13,12 +13,13 @@ import pathlib
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from ..arguments import whole_number
+from ..user_warning import warn
 from .entries import DamagedFileError
 from .errors import NoSnapshotError, SnapshotDamagedError, SnapshotWarning
 from .folder import SnapshotFolder
@@ -31,8 +32,6 @@ _log = logging.getLogger(__name__)
 
 # Index, manifest and what Orbax writes beside the arrays.
 _SPARE_BYTES = 2**20
-# Warnings point at the line that called a method: this many frames up from `_tell`, past the method and its lock.
-_CALLER = 4
 # Steps run slower while a snapshot is being written (benchmarks/faults.py): write a tenth of the time at most.
 _WRITING_SHARE = 0.1
 
@@ -84,15 +83,13 @@ class Snapshots:
         overhead: float = 0.01,
         interval_s: float = 30.0,
     ):
-        if keep < 1 or keep_best < 0:
-            raise ValueError(f"keep must be at least 1 and keep_best at least 0; got {keep} and {keep_best}.")
         if mode not in ("min", "max"):
             raise ValueError(f'mode must be "min" or "max"; got {mode!r}.')
         if not 0.0 < overhead < 1.0 or not interval_s >= 0.0:
             raise ValueError(
                 f"overhead must be in (0, 1) and interval_s not negative; got {overhead} and {interval_s}."
             )
-        self._keep, self._keep_best = keep, keep_best
+        self._keep, self._keep_best = whole_number("keep", keep), whole_number("keep_best", keep_best, least=0)
         self._mode: Literal["min", "max"] = mode
         self._space: str | None = space.fingerprint() if hasattr(space, "fingerprint") else space
         self._overhead, self._interval_s = overhead, interval_s
@@ -278,7 +275,7 @@ class Snapshots:
         self._messages.clear()
         self._folder.messages.clear()
         for message in messages:
-            warnings.warn(message, SnapshotWarning, stacklevel=_CALLER)
+            warn(message, SnapshotWarning)
 
     def _check_writable(self) -> None:
         if self._is_closed or self._folder.is_read_only:

@@ -1,6 +1,7 @@
 """``inspect``: what happened in a run, whether it is well, and which snapshots there are."""
 
 import datetime
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def _health(history: History) -> str:
         lines.append(f"Health: {where}, loss {row['loss']:.4g}, {values}; the run {_state(history)}.")
     evals = [row for row in history.evals if row.get("is_settled", True)]
     if evals:
-        best = (min if history.mode == "min" else max)(evals, key=lambda row: row["value"])
+        sign = 1.0 if history.mode == "min" else -1.0
+        best = min(evals, key=lambda row: sign * row["value"] if math.isfinite(row["value"]) else math.inf)
         lines.append(
             f"Validation: {evals[-1]['value']:.4g} at step {evals[-1]['step']}; the best of {len(evals)} readings was "
             f"{best['value']:.4g} at step {best['step']}."
@@ -70,11 +72,11 @@ def _state(history: History) -> str:
     if not history.summary:
         return "is under way, or ended by force"
     step, total = history.summary["steps"], history.summary.get("total_steps") or 0
-    if step >= total:
+    if total and step >= total:
         return "ended"
     # Where a framework owns the loop, a record that breaks off is no sign that nobody goes on with it.
     is_told = any(event["kind"] in ("stop", "data") and event["step"] == step for event in history.events)
-    return f"stopped at step {step} of {total}{'' if is_told else ', or is under way'}"
+    return f"stopped at step {step}{f' of {total}' if total else ''}{'' if is_told else ', or is under way'}"
 
 
 def _show_snapshots(where: pathlib.Path, history: History | None) -> list[str]:

@@ -16,7 +16,7 @@ from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
 from . import loss_monitor, rollback, schedule, validation_monitor
 from .plan import NEVER
-from .state import TRAIN, TunerState
+from .state import TRAIN, TunerState, later
 from .tick import FIRST_LOSSES, above_start, half_way_back
 
 MOST = 16
@@ -93,10 +93,7 @@ def outlook(
     """What lies ahead of a state. Pure; O(1)."""
 
     def in_force(steps: Array) -> dict[str, Array]:
-        since = jnp.minimum(ts.health.since_rollback + steps, NEVER)
-        health = ts.health._replace(since_rollback=since)
-        later = {"step": ts.step + steps, "data_step": ts.data_step + steps, "segment_left": ts.segment_left - steps}
-        values = schedule.in_force(space, shape, warmup_steps, ts._replace(health=health, **later))
+        values = schedule.in_force(space, shape, warmup_steps, later(ts, steps))
         return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
 
     # One after the other: side by side they would be rounded otherwise than each by itself.

@@ -368,6 +368,17 @@ def nothing_to_do(ts: TunerState, verdict: Array | int = loss_monitor.HEALTHY) -
     )
 
 
+def later(ts: TunerState, steps: Array) -> TunerState:
+    """The state ``steps`` quiet steps later: time passes, and nothing is heard."""
+    since = jnp.minimum(ts.health.since_rollback + steps, NEVER)
+    return ts._replace(
+        step=ts.step + steps,
+        data_step=ts.data_step + steps,
+        segment_left=ts.segment_left - steps,
+        health=ts.health._replace(since_rollback=since),
+    )
+
+
 def position(ts: TunerState) -> Int[Array, ""]:
     """Steps already taken in the running segment."""
     return ts.segment_length - ts.segment_left

@@ -4,10 +4,12 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from ..arguments import scalar, whole_number
 from ..compiler.precision import in_float32
 from ..space.search_space import SearchSpace
 from . import plan as planning
@@ -33,6 +35,8 @@ def _check_total_steps(total_steps: Any) -> int | None:
 
 
 def _check_initial(space: SearchSpace, initial: Mapping[str, Any] | None) -> dict[str, Any]:
+    if initial is not None and not isinstance(initial, Mapping):
+        raise TypeError(f"initial must be a mapping from names to values to start from; got {initial!r}.")
     initial = dict(initial or {})
     for name, value in initial.items():
         if name not in space:
@@ -121,13 +125,10 @@ class AutoTuneNet:
             raise ValueError(f"max_share must lie strictly between 0 and 1; got {max_share!r}.")
         if guard is not None and not isinstance(guard, Guard):
             raise TypeError(f"guard must be a Guard; got {guard!r}.")
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be an integer of at least 0; got {warmup_steps!r}.")
-        least = 4 * planning.MAX_FORKS
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < least:
-            raise ValueError(f"capacity must be an integer of at least {least}; got {capacity!r}.")
+        most = None if self.total_steps is None else self.total_steps - 1
+        warmup_steps = whole_number("warmup_steps", warmup_steps, least=0, most=most)
         self.mode: Literal["min", "max"] = mode
-        self.capacity = capacity
+        self.capacity = whole_number("capacity", capacity, least=4 * planning.MAX_FORKS)
         self.recipe = recipe or planning.Recipe()
         self.max_share = max_share
         self.plan = planning.make(self.space, self.total_steps, recipe=self.recipe, share=max_share)
@@ -155,8 +156,11 @@ class AutoTuneNet:
           start: Values to start from where ``initial`` names none; arrays under jit too.
 
         Raises:
+          TypeError: ``key`` is no random key.
           ValueError: ``jax_debug_nans`` or ``jax_debug_infs`` is on: NaN and infinity stand for what is not known yet.
         """
+        if not hasattr(key, "dtype") or (np.shape(key) == () and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+            raise TypeError(f"key must be a random key, such as jax.random.key(0); got {key!r}.")
         return first_state(
             self.space,
             self.capacity,
@@ -265,16 +269,24 @@ class AutoTuneNet:
 
         Returns:
           The next state, and what the loop must do before its next step.
+
+        Raises:
+          TypeError: The loss is no real number.
+          ValueError: It is no scalar.
         """
-        return self.core.update(ts, loss)
+        return self.core.update(ts, scalar("loss", loss))
 
     def observe_eval(self, ts: TunerState, metric: Any) -> TunerState:
         """Takes in a validation metric of the current training state, in the direction of ``mode``. Pure; O(1).
 
         Forks are compared by it when it is reported each time `Directive.evaluate` asks for it. One that is not finite
         says that the state is broken; where none was asked for, it says nothing.
+
+        Raises:
+          TypeError: The metric is no real number.
+          ValueError: It is no scalar.
         """
-        metric = jnp.asarray(metric, jnp.float32)
+        metric = scalar("metric", metric).astype(jnp.float32)
         told = self.core.observe_eval(ts, -metric if self.mode == "max" else metric)
         return select(validation_monitor.is_heard(ts, metric), told, ts)
 

@@ -11,8 +11,8 @@ from ..checkpoint.errors import SnapshotMismatchError
 from ..checkpoint.spread import gathered, is_spread
 from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet
-from ..session.notices import warn
 from ..session.signals import Stop
+from ..user_warning import warn
 from .processes import Processes
 from .run import Run
 

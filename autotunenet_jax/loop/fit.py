@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, PRNGKeyArray
 
+from ..arguments import whole_number
 from ..checkpoint.store import Snapshots
 from ..controller import AutoTuneNet, hyperparams_jit
 from ..controller.roles import roles_of
@@ -98,9 +99,9 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None, resu
     if resume not in (True, False, "extend"):
         raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
     for name, value in (("steps", steps), ("eval_every", eval_every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, or None; got {value!r}.")
-    total = steps if steps is not None else tuner.total_steps
+        if value is not None:
+            whole_number(name, value)
+    total = tuner.total_steps if steps is None else int(steps)
     if total is None:
         raise ValueError("an open-ended tuner has no total_steps; tell fit how long to train with steps=.")
     if tuner.total_steps is not None and total > tuner.total_steps:
@@ -322,7 +323,7 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Durable, pr
         run.recorder.note(step, ending.kind, message, level=level)
     run.end(is_whole=not ending.is_cut_short)
     ts = run.controller.state
-    run.recorder.finish(step, int(ts.rollbacks), total=int(ts.plan.total))
+    run.recorder.finish(step, int(ts.rollbacks) + run.session.mended, total=total)
     if run.lanes.is_on:
         run.lanes.release()
         run.recorder.history.summary["unused_steps"] = run.lanes.unused_steps

@@ -71,12 +71,13 @@ class Processes:
 
     def gather(self, *values: float) -> np.ndarray:
         """What each process has to say, one row for each."""
-        row = np.array(values, np.float32)
+        row = np.array(values, np.float64)
         if not self.is_several:
             return row[None]
         from jax.experimental.multihost_utils import process_allgather
 
-        return np.asarray(process_allgather(row))
+        # As bytes, of which JAX keeps all.
+        return np.asarray(process_allgather(row.view(np.uint8))).view(np.float64)
 
     def agree(self, step: int, *, is_due: bool, is_asked: bool) -> Agreement:
         """What is done at a step that all have come to. Waits for the steps under way where there are several.

@@ -201,6 +201,8 @@ def check_eval_step(eval_step: Callable[..., Any], state: Any, *, monitor: str |
     if monitor is not None:
         raise ValueError(f"monitor={monitor!r} names an entry of a dict, and eval_step returns no dict. Leave it out.")
     is_array = isinstance(metric, jax.ShapeDtypeStruct)
+    if is_array and metric.shape == () and jnp.issubdtype(metric.dtype, jnp.integer):
+        raise ValueError(f"eval_step must return a real number; it returned dtype {metric.dtype}. Cast it to float32.")
     if not is_array or metric.shape != () or not jnp.issubdtype(metric.dtype, jnp.floating):
         raise ValueError(
             "eval_step must return one real scalar, the validation metric, or a dict of them; it returned "

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from ..arguments import whole_number
 from ..history.history import History
 
 
@@ -184,11 +185,9 @@ class EarlyStopping(Callback):
     """
 
     def __init__(self, *, patience: int, min_delta: float = 0.0):
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience must be an integer of at least 1 reading; got {patience!r}.")
         if not 0.0 <= min_delta < math.inf:
             raise ValueError(f"min_delta must be a finite number of at least 0; got {min_delta!r}.")
-        self.patience, self.min_delta = patience, float(min_delta)
+        self.patience, self.min_delta = whole_number("patience", patience), float(min_delta)
         self._begin(1.0)
 
     def _begin(self, sign: float) -> None:

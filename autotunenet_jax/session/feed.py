@@ -7,23 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..arguments import whole_number
 from ..history.history import History
 from ..history.loggers import as_writers
 from .callbacks import Reading, Rewind, Step, StopTraining, as_callbacks, hears_steps
 
 # Of a fork with more steps than this, every other one is remembered, and so on.
 _MOST_STEPS = 4096
-
-
-def check_log_every(log_every: Any) -> int:
-    """Whether a number of steps between two rows is one.
-
-    Raises:
-      ValueError: It is not.
-    """
-    if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1:
-        raise ValueError(f"log_every must be an integer of at least 1 step; got {log_every!r}.")
-    return log_every
 
 
 _KINDS: dict[str, Any] = {"on_step": Step, "on_validation": Reading, "on_rewind": Rewind}
@@ -79,7 +69,7 @@ class Feed:
 
     def __init__(self, history: History, callbacks: Any, loggers: Any, *, log_every: int):
         self._history, self._callbacks, self._writers = history, as_callbacks(callbacks), as_writers(loggers)
-        self.log_every = check_log_every(log_every)
+        self.log_every = whole_number("log_every", log_every)
         # Step of the last row, and that of the last one before a resumed run was cut off; None in a new run.
         self._written, self._after = -1, None
         self.hears_steps = bool(self._writers) or any(map(hears_steps, self._callbacks))
@@ -259,6 +249,7 @@ class Feed:
         forks = {str(fork): [held.steps, held.stride] for fork, held in self._forks.items()}
         block = self._block
         counts = {"block": [block.step, block.sums, block.held], "rewinds": self._rewinds, "written": self._written}
+        counts["discarded"] = self._discarded
         rows = [[step, row] for step, row in self._rows.items()]
         states = [[type(callback).__name__, callback.state_dict()] for callback in self._callbacks]
         # Before it has begun, a resumed run has its callbacks' states still to give back.
@@ -288,6 +279,7 @@ class Feed:
             int(fork): _Fork([Step(*row) for row in rows], stride) for fork, (rows, stride) in data["forks"].items()
         }
         self._forks, self._rewinds, self._states = kept, data["rewinds"], list(data["states"])
+        self._discarded = data.get("discarded", 0)
         # Where nothing had been written, whatever lies there is of another run.
         self._written, self._after = data["written"], data["written"] if data["written"] >= 0 else None
         self._block.step, self._block.sums, self._block.held = data["block"]

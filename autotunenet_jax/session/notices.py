@@ -2,8 +2,6 @@
 
 import functools
 import math
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ from ..controller.core import Core
 from ..controller.roles import roles_of
 from ..controller.state import TunerState
 from ..space.search_space import Choice, SearchSpace
+from ..user_warning import warn
 from .recorder import LOGGER, Recorder
 
 # From so many rollbacks on, something is wrong that going back does not mend.
@@ -33,8 +32,6 @@ _MISSED_SHARE = 0.3
 
 HOW = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
 """How a metric is reported."""
-
-_PACKAGES = ("autotunenet_jax", "autotunenet_torch", "autotunenet_flax")
 
 
 class Notice(NamedTuple):
@@ -191,14 +188,6 @@ def _bound(space: SearchSpace, name: str, side: str) -> Notice:
     return Notice(f"bound of {name}", message)
 
 
-def warn(message: str) -> None:
-    """Warns, pointing at the user's line, however deep in the library it is called."""
-    level, frame = 1, sys._getframe(0)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in _PACKAGES:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
-
-
 class Notices:
     """Tells each kind of notice once a run, also of a run that is resumed: what was told is in its history.
 
@@ -209,10 +198,13 @@ class Notices:
 
     def __init__(self, recorder: Recorder, *, through: Callable[[str], None] = warn):
         self._recorder, self._through = recorder, through
+        self._told: set[str] = set()
 
     def tell(self, step: int, found: Iterable[Notice]) -> None:
         """Tells those that have not been told."""
+        self._told |= {event["kind"] for event in self._recorder.history.events}
         for notice in found:
-            if all(event["kind"] != notice.kind for event in self._recorder.history.events):
+            if notice.kind not in self._told:
+                self._told.add(notice.kind)
                 self._recorder.record(step, notice.kind, notice.message)
                 self._through(notice.message)

@@ -93,6 +93,7 @@ class Session:
       best_eval: Its metric; None before a finite one.
       best_at: Its budget step; -1 before one.
       is_settled: Whether the run has been brought to its end.
+      mended: Copies put back so far besides the guard's rollbacks.
     """
 
     def __init__(self, host: Host, controller: Any, recorder: Recorder):
@@ -104,6 +105,7 @@ class Session:
         self.best: Any = None
         self.best_eval: float | None = None
         self._retreats, self._climbed_at, self._has_decided = 0, -1, False
+        self.mended = 0
         if controller.phase != TRAIN:
             recorder.begin_round(0, controller.phase)
             host.begin_round(controller.data_step)
@@ -219,12 +221,16 @@ class Session:
         return metric is not None
 
     def observe(self, metric: float) -> None:
-        """Takes in a validation metric of the present state, in the tuner's direction."""
+        """Takes in a validation metric of the present state, in the tuner's direction.
+
+        One state has one metric: while training goes on, another one of the same step is ignored.
+        """
         controller, step = self.controller, self.controller.step
+        if self.evaluated_at == step and not self.is_settled:
+            return
         is_settled = controller.phase == TRAIN or step == 0 or self.is_settled
         is_best = is_settled and is_better(metric, self.best_eval, controller.tuner.mode)
         best = self.host.keep_best() if is_best else self.best
-        # One state has one metric.
         if self.evaluated_at != step:
             keeps = controller.observe_eval(metric)
             with self._or_undone():
@@ -287,6 +293,7 @@ class Session:
     def _go_back(self, step: int, copy: Any, *, why: str) -> None:
         self.host.restore(copy, rewinds=False)
         self.recorder.history.discard(max(step, 0), self.controller.step)
+        self.mended += 1
         message = f"{why}; that of step {max(step, 0)} was restored."
         self.recorder.note(self.controller.step, "rollback", message)
 

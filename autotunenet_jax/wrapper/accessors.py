@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool
 
+from ..arguments import scalar
 from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
 from ..controller.state import Directive
@@ -125,7 +125,7 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
         return injection.injected_hyperparams(_tree_of(opt_state))
     state = _unboxed(state)
     budget.check(state)
-    notices.warn(state, stacklevel=2)
+    notices.tell(state)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
         state = state._replace(snapshots=None, record=None)
@@ -159,7 +159,7 @@ def observe(opt_state: Any, loss: Any) -> Any:
     Raises:
       ValueError: There is no tuned optimizer in it, or the loss is not a scalar.
     """
-    loss = _scalar(loss, "loss")
+    loss = scalar("loss", loss)
 
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:
@@ -168,16 +168,6 @@ def observe(opt_state: Any, loss: Any) -> Any:
         return state._replace(packed=packed, record=record)
 
     return _told(opt_state, tell)
-
-
-def _scalar(value: Any, name: str) -> Array:
-    """A loss or a metric as an array; its value may not be known yet."""
-    is_number = isinstance(value, int | float | np.generic) or hasattr(value, "dtype")
-    array = jnp.asarray(value) if is_number else None
-    if array is None or array.shape != ():
-        found = type(value).__name__ if array is None else f"shape {array.shape}"
-        raise ValueError(f"the {name} must be a scalar; got {found}. Average it over the batch first.")
-    return array
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -222,7 +212,7 @@ def observe_eval(opt_state: Any, metric: Any) -> Any:
     Raises:
       ValueError: There is no tuned optimizer in it, or the metric is not a scalar.
     """
-    metric = _scalar(metric, "metric").astype(jnp.float32)
+    metric = scalar("metric", metric).astype(jnp.float32)
 
     def tell(state: AutotuneState) -> AutotuneState:
         if not state.settings.is_on:

@@ -132,11 +132,12 @@ def autotune(
     else:
         inner = build(optimizer, tuner, arguments)
     options = {"core": tuner.core, "memory": memory, "is_max": mode == "max", "is_on": bool(enabled)}
-    options |= {"max_share": max_share, "digests": digests_of(tuner)}
+    digests = digests_of(tuner)
+    options |= {"max_share": max_share, "digests": digests, "made_by": digests}
     # The protocols of optax name their arguments; a partial hides them from the type checker.
     seen = trees.as_seen if is_given else _as_is
     init: Any = functools.partial(_init, inner, tuner, options, key, seen, aux_state.leaves_of(aux))
-    bound: Any = functools.partial(update, inner, seen, axis_name)
+    bound: Any = functools.partial(update, inner, seen, axis_name, digests)
     return optax.GradientTransformationExtraArgs(init, bound)
 
 

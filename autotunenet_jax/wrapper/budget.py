@@ -1,6 +1,7 @@
 """Whose state it is, and `extend`: the run of a tuned optimizer with another budget."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,10 +27,14 @@ def digests_of(tuner: AutoTuneNet) -> tuple[int, ...]:
     return tuple(int(digest) for digest in tuner._fingerprint())
 
 
-def check(state: AutotuneState) -> None:
+def check(state: AutotuneState, digests: tuple[int, ...] | None = None) -> None:
     """Whether the arrays of a state are of the budget, space and policy that its optimizer was made with.
 
     Looks on the host alone, and only at what is there; never waits for the device.
+
+    Args:
+      state: That.
+      digests: Of the optimizer that is to go on with it, where that is known.
 
     Raises:
       ValueError: They are of another one; the message says in what.
@@ -37,11 +42,18 @@ def check(state: AutotuneState) -> None:
     settings = state.settings
     if not settings.is_on:
         return
+    if digests is not None and digests != settings.digests:
+        # Where the budget was extended, whoever began the run may go on with it.
+        _refuse(settings.made_by or settings.digests, digests)
     place, first = packing.positions(settings.layout).tuner.fingerprint
     found = [packing.read_number(state.packed, (place, first + k)) for k in range(len(PARTS))]
     if any(digest is None for digest in found):
         return
-    parts = [part for part, a, b in zip(PARTS, found, settings.digests, strict=True) if int(a) != b]
+    _refuse(found, settings.digests)
+
+
+def _refuse(found: Sequence[Any], wanted: tuple[int, ...]) -> None:
+    parts = [part for part, a, b in zip(PARTS, found, wanted, strict=True) if int(a) != b]
     if parts:
         raise ValueError(
             f"the state of autotune was made with another {' and '.join(parts)}. Make the optimizer as it was when the "

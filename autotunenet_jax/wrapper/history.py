@@ -317,8 +317,7 @@ def _in_force_at(
     def one(held: ring.Stretch, begin: Array, done: Array, paused: Array) -> dict[str, Array]:
         heard = jnp.where(has_told, jnp.minimum(done, 1), 0)
         ts: TunerState = ring.with_stretch(course.tuner, held, begin)
-        since = ts.health.since_rollback + jnp.where(has_told, done, 0)
-        ts = ts._replace(segment_left=ts.segment_left + paused, health=ts.health._replace(since_rollback=since))
+        ts = ts._replace(segment_left=ts.segment_left + paused)
         past = course._replace(tuner=advanced(ts, heard), lag=done - heard)
         return in_force(settings, past, is_silent=~has_told)
 

@@ -40,10 +40,9 @@ def build(factory: Any, tuner: AutoTuneNet, arguments: dict[str, Any]) -> optax.
         elif name not in arguments:
             arguments[name] = default
         if isinstance(arguments[name], str | bool) or callable(arguments[name]):
-            raise ValueError(
-                f"{name!r} is tuned, so it must start as a number; got {arguments[name]!r}. "
-                "The tuner has a schedule of its own."
-            )
+            kind = type(arguments[name]).__name__
+            why = "The tuner has a schedule of its own." if callable(arguments[name]) else f"A {kind} cannot be tuned."
+            raise ValueError(f"{name!r} is tuned, so it must start as a number; got {arguments[name]!r}. {why}")
     bound = signature.bind(**arguments)
     bound.apply_defaults()
     static = [name for name in bound.arguments if name not in tuned]

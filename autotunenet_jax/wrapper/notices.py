@@ -1,6 +1,5 @@
 """What the user of a tuned optimizer is told, where the host looks anyway; never waits for the device."""
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from ..compiler import cpu_queue, packing
 from ..controller.state import TRAIN
 from ..session.notices import of_slow
+from ..user_warning import warn
 from .books import MAX_ATTEMPTS
 from .state import AutotuneState
 
@@ -48,19 +48,19 @@ _SPENT = (
 )
 
 
-def warn(state: AutotuneState, *, stacklevel: int) -> None:
-    """Says what there is to say, to the caller ``stacklevel`` calls above."""
+def tell(state: AutotuneState) -> None:
+    """Warns of what there is to say."""
     if not state.settings.is_on:
         return
     for text in _texts(state):
-        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+        warn(text)
 
 
-def warn_of_queue(updates: Any, *, stacklevel: int) -> None:
-    """Says that steps on several devices may hang, where they may, to the caller ``stacklevel`` calls above."""
+def tell_of_queue(updates: Any) -> None:
+    """Warns that steps on several devices may hang, where they may."""
     text = cpu_queue.hazard(updates)
     if text is not None:
-        warnings.warn(f"autotune: {text}", UserWarning, stacklevel=stacklevel + 1)
+        warn(f"autotune: {text}")
 
 
 def _texts(state: AutotuneState) -> Iterator[str]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ..compiler import packing
 from ..controller.core import Core
 from ..controller.rollback import select
-from ..controller.state import FORK, TRAIN, TunerState
+from ..controller.state import FORK, TRAIN, TunerState, later
 from ..controller.validation_monitor import is_heard, kept_at_once
 from ..space import injection
 from . import memory_drift, ring
@@ -33,6 +33,7 @@ class Settings:
       layout: How the course of the run is packed.
       max_share: As the user gave it.
       digests: Fingerprint of space, plan and policy: a state of another optimizer is one of another structure.
+      made_by: That of the optimizer which began the run; another one where the budget was extended since.
     """
 
     core: Core
@@ -42,6 +43,7 @@ class Settings:
     layout: packing.Layout
     max_share: float | None = None
     digests: tuple[int, ...] = ()
+    made_by: tuple[int, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -142,11 +144,8 @@ def no_order() -> Order:
 
 def advanced(ts: TunerState, steps: Array) -> TunerState:
     """The tuner's state ``steps`` unreported steps later: time passes, and a stretch waits for a loss to end it."""
-    return ts._replace(
-        step=ts.step + steps,
-        data_step=ts.data_step + steps,
-        segment_left=jnp.where(steps > 0, jnp.maximum(ts.segment_left - steps, 1), ts.segment_left),
-    )
+    after = later(ts, steps)
+    return after._replace(segment_left=jnp.where(steps > 0, jnp.maximum(after.segment_left, 1), ts.segment_left))
 
 
 def in_force(settings: Settings, course: Course, *, is_silent: bool | Array = False) -> dict[str, Array]:

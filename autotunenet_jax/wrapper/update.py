@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from ..arguments import scalar
 from ..compiler.one_turn import usually, when
 from . import aux_state, books, budget, notices, trees
 from .loss import hear
@@ -20,6 +21,7 @@ def update(
     optimizer: Any,
     seen: Callable[[Any], Any],
     axis_name: Any,
+    digests: tuple[int, ...],
     updates: Any,
     state: AutotuneState,
     params: Any = None,
@@ -28,16 +30,30 @@ def update(
     aux: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, AutotuneState]:
-    """The update of `autotune`, which binds the inner optimizer, how that sees parameters, and the axis of replicas.
+    """The update of `autotune`, which binds all but the last arguments.
+
+    Args:
+      optimizer: The inner one.
+      seen: How that sees parameters.
+      axis_name: The axis of replicas.
+      digests: The fingerprint of whoever updates.
+      updates: Gradients; they and what follows are those of optax, with ``aux`` as in `autotune`.
+      state: Likewise.
+      params: Likewise.
+      value: The loss.
+      aux: State that goes back with the parameters.
+      extra_args: What the inner optimizer takes besides.
 
     Raises:
-      ValueError: No parameters, a loss that is no scalar, or ``aux`` of another structure than before.
+      TypeError: A loss that is no real number.
+      ValueError: A state of another optimizer, no parameters, a loss that is no scalar, or ``aux`` of another structure
+        than before.
     """
-    budget.check(state)
+    budget.check(state, digests)
     _check(state, params, value, axis_name)
-    notices.warn_of_queue(updates, stacklevel=2)
+    notices.tell_of_queue(updates)
     if value is None:
-        notices.warn(state, stacklevel=2)
+        notices.tell(state)
     settings = state.settings
     step = functools.partial(_step, optimizer, seen, extra_args if value is None else {**extra_args, "value": value})
     if not settings.is_on:
@@ -122,12 +138,7 @@ def _check(state: AutotuneState, params: Any, value: Any, axis_name: Any) -> Non
         )
     if value is None:
         return
-    value = jnp.asarray(value)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(
-            f"value must be the loss, a real scalar; got shape {value.shape} of {value.dtype}. "
-            "Average it over the batch first."
-        )
+    value = scalar("loss, value,", value)
     # Known where jax.shard_map checks it; where not, a mean and a loss of one replica look the same.
     kind = getattr(jax.typeof(value), "mat", None)
     differs = getattr(kind, "varying", frozenset()) - set(axis_name if isinstance(axis_name, tuple) else (axis_name,))

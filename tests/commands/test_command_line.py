@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def test_inspect_tells_all_and_changes_nothing(run, capsys):
     out, err = capsys.readouterr()
     assert contents(folder) == before and not err
     assert made.explain() in out
-    assert "Health: step 140 (train)" in out and "the run ended" in out and "Validation:" in out
+    assert "Health: step 140 (train)" in out and "the run stopped at step 140" in out and "Validation:" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()[:8].isdigit()}
     for record in listed(folder):
         line = rows[record.folder_name]
@@ -161,7 +162,7 @@ def test_inspect_names_the_checkpoints_of_a_framework(framework, tmp_path, capsy
     [
         ({}, [], "is under way, or ended by force."),
         ({"steps": 140, "total_steps": 140}, [], "ended."),
-        ({"steps": 140, "total_steps": None}, [], "ended."),
+        ({"steps": 140, "total_steps": None}, [], "stopped at step 140, or is under way."),
         ({"steps": 140, "total_steps": 800}, [], "stopped at step 140 of 800, or is under way."),
         (
             {"steps": 140, "total_steps": 800},
@@ -177,6 +178,14 @@ def test_inspect_says_where_a_run_stands(summary, events, state, tmp_path, capsy
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"; the run {state}" in out and "none lie here either." in out
+
+
+def test_inspect_names_the_best_reading_that_is_a_number(tmp_path, capsys):
+    made = history(1)
+    made.evals = [{"step": step, "value": value} for step, value in ((10, math.nan), (20, 0.5), (30, 0.4))]
+    made.to_json(tmp_path / "history.json")
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "the best of 3 readings was 0.4 at step 30" in capsys.readouterr().out
 
 
 def test_replay_prints_what_was_in_force(run, capsys):

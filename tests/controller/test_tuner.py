@@ -26,7 +26,7 @@ RATE = SPACES["rate"]
         ({"mode": "maximise"}, ValueError, "mode must be 'min' or 'max'; got 'maximise'"),
         ({"max_share": 1.0}, ValueError, "max_share must lie strictly between 0 and 1; got 1.0"),
         ({"guard": 6.0}, TypeError, "guard must be a Guard; got 6.0"),
-        ({"warmup_steps": -1}, ValueError, "warmup_steps must be an integer of at least 0; got -1"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps must be an integer from 0 to 999; got -1"),
         ({"capacity": 8}, ValueError, "capacity must be an integer of at least 32; got 8"),
         ({"decay": "step"}, ValueError, "decay must be one of"),
     ],
@@ -34,6 +34,28 @@ RATE = SPACES["rate"]
 def test_bad_arguments_name_the_rule(options, error, says):
     with pytest.raises(error, match=says):
         atn.AutoTuneNet(RATE, **{"total_steps": 1000, **options})
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "says"),
+    [
+        (np.ones(1), ValueError, r"scalar; got shape \(1,\).*Average"),
+        (None, TypeError, "the loss must be a real number; got NoneType"),
+        ("1.0", TypeError, "the loss must be a real number; got str"),
+        (1j * np.ones(()), TypeError, "the loss must be a real number; got complex128"),
+    ],
+)
+def test_a_loss_that_is_none(loss, error, says):
+    tuned = tuner()
+    with pytest.raises(error, match=says):
+        tuned.update(tuned.init(jax.random.key(0)), loss)
+
+
+def test_numbers_of_numpy_are_as_good_and_a_seed_is_no_key():
+    tuned = atn.AutoTuneNet(RATE, np.int64(1000), warmup_steps=np.int32(10), capacity=np.int64(40))
+    assert (tuned.total_steps, tuned.core.warmup_steps, tuned.capacity) == (1000, 10, 40)
+    with pytest.raises(TypeError, match=r"such as jax\.random\.key\(0\); got 0"):
+        tuned.init(0)
 
 
 def test_a_run_starts_where_it_is_told_to():

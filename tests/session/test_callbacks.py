@@ -78,7 +78,7 @@ def test_it_counts_on_in_another_process_and_anew_in_another_run():
 
 @pytest.mark.parametrize("options", [{"patience": 0}, {"patience": 1.5}, {"patience": True}])
 def test_a_patience_out_of_range(options):
-    with pytest.raises(ValueError, match="at least 1 reading"):
+    with pytest.raises(ValueError, match="patience must be an integer of at least 1"):
         atn.EarlyStopping(**options)
 
 

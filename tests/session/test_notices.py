@@ -10,8 +10,9 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.loop.progress import Progress
-from autotunenet_jax.session.notices import Notices, notices, warn
+from autotunenet_jax.session.notices import Notices, notices
 from autotunenet_jax.session.recorder import Recorder
+from autotunenet_jax.user_warning import warn
 
 SPACE = {"learning_rate": (1e-4, 1e-1), "weight_decay": (1e-5, 1e-1), "dropout": (0.0, 0.5)}
 
@@ -106,6 +107,16 @@ def test_each_is_told_once_also_after_a_resume(caplog):
         recorder.load(books, step=0)
     assert len(told) == 1 and not caplog.messages
     assert [(event["step"], event["kind"]) for event in recorder.history.events] == [(300, "many rollbacks")]
+
+
+def test_each_is_told_once_where_a_history_holds_no_more_events(monkeypatch):
+    history, told = atn.History(("learning_rate",)), []
+    recorder = Recorder(history, atn.SearchSpace(SPACE), Progress(1, is_on=False), ())
+    monkeypatch.setattr(recorder, "record", lambda *event: None)
+    teller = Notices(recorder, through=told.append)
+    for step in (300, 310):
+        teller.tell(step, notices(*made(step=step, rollbacks=6, level=1.0), rounds=[]))
+    assert len(told) == 1
 
 
 def test_a_warning_points_at_the_users_line():

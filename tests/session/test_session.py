@@ -150,6 +150,17 @@ def test_a_run_ends_in_its_best_state(mode, good, bad):
     assert not any(row["is_kept"] for row in session.recorder.history.records if row["step"] > at)
 
 
+def test_a_state_has_one_metric():
+    session, host = begun()
+    heard = []
+    session.recorder.history.evals.clear()
+    in_training(session, host)
+    for metric in (1.0, 2.0, 0.5):
+        session.observe(metric)
+        heard.append([row["value"] for row in session.recorder.history.evals])
+    assert heard == [[1.0]] * 3 and session.best_eval == 1.0
+
+
 def test_the_rates_climb_while_the_metric_improves_and_the_history_says_so():
     session, host = begun(400)
     rates = [0.0]

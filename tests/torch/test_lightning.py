@@ -74,6 +74,31 @@ def test_tunes_and_records(tmp_path, loader):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(tuner.hyperparams["learning_rate"])
 
 
+def test_forks_are_validated_in_epochs_that_lightning_leaves_out(tmp_path, loader):
+    tuner = AutoTuneNet(SPACE)
+    trainer = make(tmp_path, tuner, enable_checkpointing=False, check_val_every_n_epoch=3, epochs=30)
+    trainer.fit(Module(), loader, loader)
+    ended = [fork["status"] for row in tuner.history.rounds for fork in row["forks"]]
+    assert len(ended) > 3 and set(ended) == {"kept", "lost"}, ended
+    assert (trainer.check_val_every_n_epoch, trainer.val_check_batch) == (3, 12)
+
+
+@pytest.mark.skipif(not hasattr(pl.callbacks, "WeightAveraging"), reason="this version of Lightning has none")
+def test_an_average_of_the_weights_goes_back_with_losing_forks(tmp_path, loader):
+    averaging = pl.callbacks.WeightAveraging()
+    trainer = make(tmp_path, AutoTuneNet(SPACE), others=[averaging], enable_checkpointing=False, epochs=30)
+    trainer.fit(Module(), loader, loader)
+    assert 0 < int(averaging._average_model.n_averaged) < 0.9 * trainer.global_step
+
+
+def test_the_budget_where_later_epochs_accumulate_more(tmp_path, loader):
+    tuner = AutoTuneNet(SPACE)
+    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 4: 2})
+    trainer = make(tmp_path, tuner, others=[scheduler], enable_checkpointing=False, epochs=20)
+    trainer.fit(Module(), loader)
+    assert tuner.history.summary["steps"] == tuner.history.summary["total_steps"] == 4 * 12 + 16 * 6
+
+
 def test_a_smoke_test_goes_on_without_the_tuner(tmp_path, loader):
     trainer = make(tmp_path, AutoTuneNet(SPACE), fast_dev_run=True)
     trainer.fit(Module(), loader, loader)

@@ -230,6 +230,65 @@ def test_whatever_an_optimizer_keeps_comes_back(make, bits):
     assert ends[0] == ends[1]
 
 
+class Moded(torch.optim.SGD):
+    """Doubles its parameters for validation, where a schedule-free optimizer puts averaged ones in their place."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["train_mode"] = True
+
+    def _turn(self, mode, factor):
+        group = self.param_groups[0]
+        if group["train_mode"] != mode:
+            for p in group["params"]:
+                p.data.mul_(factor)
+        group["train_mode"] = mode
+
+    def train(self):
+        self._turn(True, 0.5)
+
+    def eval(self):
+        self._turn(False, 2.0)
+
+
+@pytest.mark.parametrize("copied", ["train", "eval"])
+@pytest.mark.parametrize("now", ["train", "eval"])
+def test_the_mode_of_an_optimizer_is_that_of_the_moment(copied, now):
+    model = torch.nn.Linear(3, 2)
+    optimizer, weight = Moded(model.parameters()), model.weight.detach().clone()
+    state = TrainingState(model, optimizer)
+    getattr(optimizer, copied)()
+    saved = state.copy_out()
+    optimizer.train()
+    torch.nn.init.zeros_(model.weight)
+    getattr(optimizer, now)()
+    state.copy_back(saved)
+    assert optimizer.param_groups[0]["train_mode"] == (now == "train")
+    assert torch.equal(model.weight, weight if now == "train" else 2.0 * weight)
+
+
+def test_an_average_beside_the_model_goes_back_with_it(bits):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    state = TrainingState(model, optimizer, aux=[average])
+
+    def train():
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().mean().backward()
+            optimizer.step()
+            average.update_parameters(model)
+
+    train()
+    saved = state.copy_out()
+    before = bits(average.state_dict())
+    train()
+    assert bits(average.state_dict()) != before
+    state.copy_back(saved)
+    assert bits(average.state_dict()) == before
+
+
 BUFFERS = {
     "expanded": lambda: torch.arange(3.0).view(3, 1).expand(3, 4),
     "coo": lambda: torch.eye(4).to_sparse(),

@@ -130,6 +130,23 @@ def test_early_stopping_and_the_best_model_see_no_fork(tmp_path):
     assert trainer.state.best_metric == min(seen)
 
 
+def test_the_end_of_an_epoch_is_evaluated_once_and_everyone_sees_it(tmp_path):
+    """Ten steps an epoch; the tuner asks for a reading every ten."""
+    tuner, seen, steps = AutoTuneNet({"learning_rate": (1e-4, 1.0)}), [], []
+    stopping = transformers.EarlyStoppingCallback(100)
+    stopping.on_evaluate = lambda args, state, control, metrics, **kwargs: seen.append(state.global_step)
+    counting = transformers.TrainerCallback()
+    counting.on_evaluate = lambda args, state, control, **kwargs: steps.append(state.global_step)
+    trainer = make(
+        tmp_path, tuner, rows=80, others=[stopping, counting], eval_strategy="epoch", save_strategy="epoch",
+        metric_for_best_model="loss", load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer.train()
+    settled = [row["step"] for row in tuner.history.evals if row["is_settled"] and row["step"] % 10 == 0]
+    assert len(settled) > 3 and [step for step in settled if step] == seen
+    assert len(steps) == len(set(steps)) and trainer.state.best_metric < math.inf
+
+
 def test_a_metric_that_is_not_there_is_refused(tmp_path):
     trainer = make(tmp_path, AutoTuneNet({"learning_rate": (1e-4, 1.0)}), monitor="eval_f1", eval_steps=5)
     with pytest.raises(ValueError, match=r"monitor='eval_f1'.*eval_loss"):

@@ -10,7 +10,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.space import injection
-from autotunenet_jax.wrapper import trees
+from autotunenet_jax.wrapper import budget, trees
 
 SPACE = {"learning_rate": (1e-4, 1.0)}
 PARAMS = {"w": jnp.arange(3.0), "b": jnp.zeros(2)}
@@ -126,10 +126,28 @@ def test_update_checks_its_arguments(tuned):
     optimizer, state = tuned
     with pytest.raises(ValueError, match="needs the parameters"):
         optimizer.update(PARAMS, state, value=jnp.float32(1.0))
-    with pytest.raises(ValueError, match=r"real scalar; got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"value, must be a scalar; got shape \(3,\)"):
         optimizer.update(PARAMS, state, PARAMS, value=jnp.ones(3))
     with pytest.raises(ValueError, match=r"scalar; got shape \(2,\)"):
         atn.observe(state, jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "options", "part"),
+    [(200, {}, "plan"), (100, {"mode": "max"}, "policy"), (100, {"warmup_steps": 5}, "policy")],
+)
+def test_a_state_of_another_optimizer_is_refused(tuned, total_steps, options, part):
+    other = atn.autotune(injected(), SPACE, total_steps, **options)
+    with pytest.raises(ValueError, match=f"made with another {part}"):
+        other.update(PARAMS, tuned[1], PARAMS, value=jnp.float32(1.0))
+
+
+def test_an_extended_state_is_one_of_either_budget(tuned):
+    state = atn.extend(tuned[1], total_steps=200)
+    for total_steps in (100, 200):
+        budget.check(state, budget.digests_of(atn.AutoTuneNet(SPACE, total_steps)))
+    with pytest.raises(ValueError, match="made with another plan"):
+        budget.check(state, budget.digests_of(atn.AutoTuneNet(SPACE, 300)))
 
 
 def test_tuned_values_are_not_set_by_hand(tuned):
