@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..compiler import cpu_queue, packing
+from ..controller.decision import UNSEEN_DECADES
+from ..controller.roles import roles_of
 from ..controller.state import TRAIN
 from ..session.notices import of_slow
 from ..user_warning import warn
@@ -92,8 +94,10 @@ def _texts(state: AutotuneState) -> Iterator[str]:
         yield from (notice.message for notice in of_slow(space, _HOW))
     if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:
         return
+    # Without a metric training goes on below what won.
+    below = UNSEEN_DECADES if np.isnan(number(tuner.validation.level)) else 0.0
     for k, (name, role) in enumerate(zip(space.names, space.roles, strict=True)):
         u = number(tuner.incumbent, k)
-        if role == "rate" and not _EDGE < u < 1.0 - _EDGE:
+        if role == "rate" and not _EDGE < u < 1.0 - _EDGE - below / roles_of(space).decades[k]:
             bound = float(space[name].decode(jnp.round(u)))
             yield _AT_BOUND.format(name=name, end="lower" if u < 0.5 else "upper", bound=bound)

@@ -95,7 +95,9 @@ def the_choice_lies_at_a_bound(way: str) -> Outcome:
 
 
 def _narrow_autotune() -> None:
-    opt = atn.autotune(optax.adam, NARROW, 400, learning_rate=1e-4)
+    # Half a decade apart, rates differ by more than fresh batches do.
+    space = {"learning_rate": atn.Float(1e-6, NARROW["learning_rate"][1], log=True)}
+    opt = atn.autotune(optax.adam, space, 400, learning_rate=1e-4)
 
     @jax.jit
     def step(p: Any, state: Any, x: Any, y: Any) -> Any:

@@ -42,7 +42,7 @@ def test_bad_arguments_name_the_rule(options, error, says):
         (np.ones(1), ValueError, r"scalar; got shape \(1,\).*Average"),
         (None, TypeError, "the loss must be a real number; got NoneType"),
         ("1.0", TypeError, "the loss must be a real number; got str"),
-        (1j * np.ones(()), TypeError, "the loss must be a real number; got complex128"),
+        (1j * np.ones(()), TypeError, "the loss must be a real number; got complex"),
     ],
 )
 def test_a_loss_that_is_none(loss, error, says):
