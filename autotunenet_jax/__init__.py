@@ -26,13 +26,13 @@ from .history.loggers import CSVLogger as CSVLogger
 from .history.loggers import JSONLLogger as JSONLLogger
 from .loop.fit import FitResult as FitResult
 from .loop.fit import fit as fit
-from .loop.progress import Progress as Progress
 from .session.callbacks import Callback as Callback
 from .session.callbacks import EarlyStopping as EarlyStopping
 from .session.callbacks import Reading as Reading
 from .session.callbacks import Rewind as Rewind
 from .session.callbacks import Step as Step
 from .session.callbacks import StopTraining as StopTraining
+from .session.progress import Progress as Progress
 from .session.recorder import Recorder as Recorder
 from .space.injection import set_hyperparams as set_hyperparams
 from .space.search_space import Choice as Choice

@@ -19,7 +19,6 @@ from .session.notices import announce_compilation as announce_compilation
 from .session.notices import notices as notices
 from .session.notices import of_slow as of_slow
 from .session.packed_controller import PackedController as PackedController
-from .session.recorder import Display as Display
 from .session.recorder import Recorder as Recorder
 from .session.session import Report as Report
 from .session.session import Session as Session

@@ -20,7 +20,12 @@ _PROPORTIONAL = ("lr", "weight_decay")
 
 
 class Target(Protocol):
-    """One tuned hyperparameter on live objects."""
+    """One tuned hyperparameter on live objects. A setter of the user's needs ``write`` alone.
+
+    Some have more: ``places()``, what tells the numbers that it sets from another's, so that no two names set the same
+    one; ``join()``, which takes in parameter groups that were added since; ``in_force(...)``, the value with a
+    scheduler's factor; ``is_overwritten()``, whether somebody else has set it.
+    """
 
     def read(self) -> Any:
         """The value in force; None where there is none to read."""

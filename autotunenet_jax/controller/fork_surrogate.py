@@ -128,8 +128,8 @@ def resolution_of(is_slow: Bool[Array, "n"]) -> Float[Array, "n"]:
     return jnp.where(is_slow, _SLOW_RESOLUTION, _RESOLUTION)
 
 
-@single_kernel(static_argnums=(0,))
-def _evidence(space: SearchSpace, ts: TunerState) -> trials.Observations:
+@single_kernel()
+def _evidence(ts: TunerState) -> trials.Observations:
     obs = ts.knowledge.observations
     is_slow = ts.plan.kind[jnp.clip(obs.group, 0, ts.plan.kind.size - 1)] == SLOW
     return shortfalls(obs, resolution=resolution_of(is_slow))
@@ -141,9 +141,7 @@ def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGK
     Cost: one surrogate fit and one posterior; O(capacity^3 + m capacity^2), whatever the length of the run.
     """
     config = config_of(space)
-    posterior = surrogate.fit(
-        config, _evidence(space, ts), start=ts.knowledge.hyper, key=key, prior_mean=ts.knowledge.prior
-    )
+    posterior = surrogate.fit(config, _evidence(ts), start=ts.knowledge.hyper, key=key, prior_mean=ts.knowledge.prior)
     mean, covariance = surrogate.predict(config, posterior, x, time=time_of(ts.data_step))
     return Judgement(mean, covariance, posterior.hyper)
 

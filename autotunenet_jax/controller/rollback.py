@@ -45,11 +45,15 @@ class _Answer(NamedTuple):
 
 
 def _answer(guard: Guard, ts: TunerState, heard: Heard) -> _Answer:
+    """What an unhealthy loss is answered with.
+
+    One that has been bad ever since the last rollback, without a good loss between, is not the state's fault: that
+    state was healthy, so the data changed.
+    """
     health = ts.health
     bad_since = jnp.where(heard.is_finite, heard.after.strikes, heard.bad_run)
     is_at_once = heard.unhealthy & (bad_since > health.since_rollback)
-    # Bad from a snapshot on that good losses had been heard from: the data's doing. A high loss is taken as it is, and
-    # where there is none it is waited for.
+    # A high loss is then taken as it is; one that is not finite is waited out.
     accepts = is_at_once & heard.is_finite
     may_retry = (heard.verdict == NON_FINITE) | (ts.rollbacks < guard.max_rollbacks)
     asks = heard.unhealthy & ~is_at_once

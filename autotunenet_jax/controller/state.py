@@ -55,7 +55,9 @@ class Directive(NamedTuple):
     """What the training loop must do before its next step.
 
     A loop owns the training state and two copies of it, made by real copying before the first step: the *saved* and the
-    *kept* state. It carries a directive out in this order:
+    *kept* state. In a round the saved one is what all forks start from, and the kept one the best fork so far. Outside
+    rounds the kept one is the state of the best reading of the metric, and the saved one a recent state; without a
+    metric they are two recent states, taken in turn. It carries a directive out in this order:
 
     1. ``save``: copy the current state over the saved one.
     2. ``keep``: copy the current state over the kept one.
@@ -240,8 +242,9 @@ class TunerState(NamedTuple):
       phase: ``TRAIN``, ``SWEEP`` or ``FORK``.
       segment_left: Steps until the next decision.
       segment_length: Steps of the whole segment.
-      incumbent: Hyperparameters in force outside forks, unit cube.
-      trial: Hyperparameters of the running fork, unit cube.
+      incumbent: Hyperparameters in force outside forks, in the unit cube as every point of this package; its values are
+        those of ``space.decode``, and rates move along it in decades (`roles.Roles.shifted`).
+      trial: Hyperparameters of the running fork.
       discarded: Steps spent on range tests and on forks that were not kept.
       rollbacks: Rollbacks so far.
       anneal_start: Budget step at which a decay asked for begins, with ``anneal_steps`` its length; -1 for the plan's.

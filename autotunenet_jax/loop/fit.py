@@ -21,13 +21,13 @@ from ..history.history import History, price
 from ..session.batches import BatchSource, EndOfDataError
 from ..session.callbacks import Callback, StopTraining
 from ..session.notices import announce_compilation, of_slow
+from ..session.progress import Progress
 from ..session.recorder import Recorder
 from ..session.signals import Stop
 from .durable import Durable, durable
 from .fork_executor import ForkExecutor
 from .lanes import check_parallel_forks
 from .processes import Processes
-from .progress import Progress
 from .run import Run
 from .train_step_contract import check_eval_step, check_train_step
 

@@ -163,7 +163,12 @@ class PackedController:
         return {name: read(value) for name, read, value in readers}
 
     def tick(self, loss: float) -> Tick:
-        """Takes the loss of one step in."""
+        """Takes the loss of one step in.
+
+        Most losses need no answer: after each that was heard the controller has told for how many steps, and between
+        which bounds of the loss, the answer is the same and which values follow. Those wait, and are heard together
+        with the first that is no such loss.
+        """
         number = len(self._waiting)
         self._waiting.append(loss)
         if number >= self._may_wait or not self._low <= loss <= self._high:

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from ..history.history import HISTORY_NAME, History
 from ..space.search_space import SearchSpace
 from .callbacks import Step
 from .feed import Feed
+from .progress import Progress
 
 LOGGER = logging.getLogger("autotunenet")
 """Where things go that ask for nothing; notices, which ask for something, are warnings."""
@@ -54,32 +55,6 @@ _BUDGET_SPENT = (
     "The loss stays high and the guard's rollbacks for that are used up; it is taken as it is, and the hyperparameters "
     "in force are held from here on."
 )
-
-
-class Display(Protocol):
-    """Where a run is shown while it goes on, such as a progress line."""
-
-    def say(self, message: str) -> None:
-        """Shows a message that stays."""
-        ...
-
-    def wait(self, what: str) -> None:
-        """Shows what the run waits for, until it is shown where it is again."""
-        ...
-
-    def show(
-        self,
-        *,
-        step: int,
-        phase: str,
-        loss: float,
-        hyperparams: dict[str, Any],
-        discarded: int,
-        rounds: int,
-        rollbacks: int,
-    ) -> None:
-        """Shows where the run is."""
-        ...
 
 
 class Recorder:
@@ -109,7 +84,7 @@ class Recorder:
         self,
         history: History,
         space: SearchSpace,
-        progress: Display,
+        progress: Progress,
         callbacks: Sequence[Any],
         *,
         loggers: Sequence[Any] = (),

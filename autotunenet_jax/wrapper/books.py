@@ -1,4 +1,7 @@
-"""What an update reads from the course of the run as it begins, and writes into it as it ends; numbers alone."""
+"""The bookkeeping of one update: what it reads from the course of the run as it begins, and writes as it ends.
+
+Numbers alone: no array that is trained is touched here.
+"""
 
 from typing import NamedTuple
 

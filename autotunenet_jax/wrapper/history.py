@@ -24,6 +24,7 @@ from ..controller.state import (
     empty_round,
 )
 from ..history.history import History
+from ..session.progress import Progress
 from ..session.recorder import Recorder
 from . import ring
 from .accessors import tuned_state
@@ -34,19 +35,6 @@ _MOST_RECORDS = 3500
 
 _LOWERED = "Training became unhealthy: the rates were lowered. Nothing is undone without snapshots."
 _DROPPED = "The record begins here: {count} older decisions are not in the state any more."
-
-
-class _Silent:
-    """Shows nothing."""
-
-    def say(self, message: str) -> None:
-        return
-
-    def wait(self, what: str) -> None:
-        return
-
-    def show(self, **_: Any) -> None:
-        return
 
 
 def history(opt_state: Any) -> History:
@@ -106,7 +94,7 @@ class _Reading:
         self.space = state.settings.core.space
         self.held = ring.read(np.asarray(state.record), self.space.dims)
         undoes = state.settings.memory != "drift"
-        self.recorder = Recorder(made, self.space, _Silent(), (), log=None, undoes=undoes)
+        self.recorder = Recorder(made, self.space, Progress(0, is_on=False), (), log=None, undoes=undoes)
         self.forks: list[ring.Ended] = []
         self.spans: list[tuple[int, int]] = []
         self.fork_start = self.retreats = 0

@@ -166,7 +166,7 @@ def hear(
     acts = (directive.outcome != OUTCOME_NONE) | directive.restore | directive.adopt | is_high
     is_event = ((ts.phase == TRAIN) & acts) | jnp.any(after.incumbent != ts.incumbent)
     waits = (ts.phase != TRAIN) & (after.segment_left == ts.segment_left)
-    return _heard(settings, course._replace(drift=drift), after, directive, is_due, is_event, ~is_made, waits)
+    return _heard(course._replace(drift=drift), after, directive, is_due, is_event, ~is_made, waits)
 
 
 @single_kernel(static_argnums=(0,))
@@ -177,12 +177,11 @@ def unheard(settings: Settings, packed: packing.Packed, heard: Heard, lag: Array
     later = ts._replace(step=ts.step + 1, data_step=ts.data_step + 1)
     copies = dict.fromkeys(("save", "restore", "keep", "adopt"), no)
     directive = heard.directive._replace(**copies)
-    away = _heard(settings, course, later, directive, no, no, ~no, ts.phase != TRAIN)
+    away = _heard(course, later, directive, no, no, ~no, ts.phase != TRAIN)
     return select(is_away, away, heard)
 
 
 def _heard(
-    settings: Settings,
     course: Course,
     after: TunerState,
     directive: Directive,

@@ -1,4 +1,7 @@
-"""What an update seldom does: what was left to it, the decision, the copies, the way back to a snapshot.
+"""What an update seldom does.
+
+In this order: copies that `observe` left to it, the optimizer's step where that had to wait for them, the decision, the
+copies that it asks for, and the way back to a snapshot.
 
 All of it happens in one loop of at most one turn, apart from what every step does: a device tells the host how such a
 question is answered, and waits for it.

@@ -63,6 +63,10 @@ class Order(NamedTuple):
 class Course(NamedTuple):
     """What the wrapper knows of the run, the arrays being trained apart.
 
+    A transformation can only add an update to the parameters, so the way back to a snapshot is the update that leads
+    there, and a later transformation, such as clipping, may shorten it. Until the parameters have arrived, or the
+    attempts are used up, ``home`` says where they are going, losses are not heard, and updates lead on to it.
+
     Attributes:
       tuner: What the tuner knows.
       start: Values the run started from, in the order of the space.

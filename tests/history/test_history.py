@@ -15,8 +15,8 @@ from autotunenet_jax import faults
 from autotunenet_jax.controller import loss_monitor
 from autotunenet_jax.controller import state as states
 from autotunenet_jax.history import history as history_module
-from autotunenet_jax.loop.progress import Progress
 from autotunenet_jax.session import recorder as recorder_module
+from autotunenet_jax.session.progress import Progress
 from tests import history_fields, problem
 
 SPACE = atn.SearchSpace({"learning_rate": (1e-4, 1.0), "layers": atn.Int(1, 9)})

@@ -16,7 +16,7 @@ from autotunenet_jax.controller import state as states
 from autotunenet_jax.loop import fit as fit_module
 from autotunenet_jax.loop import run, train_step_contract
 from autotunenet_jax.loop.device_copies import Copies
-from autotunenet_jax.loop.progress import Progress
+from autotunenet_jax.session.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
 from autotunenet_jax.session.session import Session
 from tests import problem

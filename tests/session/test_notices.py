@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax.loop.progress import Progress
 from autotunenet_jax.session.notices import Notices, notices
+from autotunenet_jax.session.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
 from autotunenet_jax.user_warning import warn
 

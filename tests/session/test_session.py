@@ -8,9 +8,9 @@ import pytest
 import autotunenet_jax as atn
 from autotunenet_jax.controller.state import TRAIN
 from autotunenet_jax.loop.device_controller import DeviceController
-from autotunenet_jax.loop.progress import Progress
 from autotunenet_jax.session.host import Host
 from autotunenet_jax.session.packed_controller import PackedController
+from autotunenet_jax.session.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
 from autotunenet_jax.session.session import Session, is_better
 from tests import problem

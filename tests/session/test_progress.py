@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import autotunenet_jax as atn
-from autotunenet_jax.loop import progress as progress_module
+from autotunenet_jax.session import progress as progress_module
 from tests import problem
 
 WIDTHS = (20, 40, 60, 80, 120, 200)
