@@ -1,6 +1,8 @@
 """What an optimizer keeps besides the state of its parameters: inner optimizers, numbers of its own."""
 
 import collections
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +44,23 @@ def _mode(optimizer: torch.optim.Optimizer) -> bool | None:
     """Whether one that has modes, as schedule-free ones do, stands in that for training; None where it has none."""
     has_modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
     return optimizer.param_groups[0].get("train_mode") if has_modes else None
+
+
+def turn(optimizer: torch.optim.Optimizer, *, trains: bool) -> None:
+    """Puts an optimizer that has modes into one of them."""
+    if _mode(optimizer) not in (None, trains):
+        getattr(optimizer, "train" if trains else "eval")()
+
+
+@contextlib.contextmanager
+def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """In its mode for evaluation, and then back in the one it was in."""
+    trains = _mode(optimizer)
+    turn(optimizer, trains=False)
+    try:
+        yield
+    finally:
+        turn(optimizer, trains=bool(trains))
 
 
 def _is_plain(value: Any) -> bool:
@@ -100,8 +119,7 @@ class Whole:
         for part, values, owns in zip(self.parts, saved, owners, strict=True):
             _copy_back(part, values, device, owns)
         for part, mode in zip(self.parts, modes, strict=True):
-            if _mode(part) != mode:
-                getattr(part, "train" if mode else "eval")()
+            turn(part, trains=bool(mode))
 
 
 def _copy_out(optimizer: torch.optim.Optimizer, device: Any, has_state: bool) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from . import arguments, distributed, engine, modes, objective, random_state, sharding
+from . import arguments, distributed, engine, modes, objective, optimizer_state, random_state, sharding
 from .data import ReplayBuffer, map_tensors, rows
 from .step_boundary import StepBoundary
 from .targets import AttributeTarget, SetterTarget
@@ -209,6 +210,7 @@ class Trainer:
                 "LBFGS evaluates the loss several times a step, by a closure that Trainer does not give. Train it in a "
                 "loop of your own, with AutoTuneNet.attach and step."
             )
+        optimizer_state.turn(self.optimizer, trains=True)
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         source = ReplayBuffer(train_loader)
@@ -249,6 +251,7 @@ class Trainer:
             if is_owned and store is not None:
                 store.close()
         tuner._end(at_best=not self.is_interrupted)
+        optimizer_state.turn(self.optimizer, trains=False)
         is_stopped = self.stop_reason is not None and not self.is_interrupted
         if (self.restore_best or is_stopped) and self.best_state is not None:
             self.model.load_state_dict(self.best_state)
@@ -390,8 +393,7 @@ class Trainer:
         sums, count = {}, 0
         is_smoothed = self._tuner is not None and "label_smoothing" in self._tuner.space
         unsmoothed = objective.unsmoothed(self.loss_fn, self._loss_options, is_tuned=is_smoothed)
-        with modes.kept(self.model), random_state.untouched(), torch.no_grad(), unsmoothed as options:
-            self.model.eval()
+        with self._evaluating(), unsmoothed as options:
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
@@ -412,8 +414,7 @@ class Trainer:
         if self.model is None:
             raise RuntimeError("there is no model yet: call fit first.")
         outputs = []
-        with modes.kept(self.model), random_state.untouched(), torch.no_grad():
-            self.model.eval()
+        with self._evaluating():
             for batch in loader:
                 batch = self._to_device(batch)
                 with self._autocast():
@@ -421,6 +422,14 @@ class Trainer:
                     found = self.model(batch) if is_input else self._forward(self.model, batch)[0]
                 outputs.append(map_tensors(lambda tensor: tensor.cpu(), found))
         return torch.cat(outputs) if outputs and isinstance(outputs[0], torch.Tensor) else outputs
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Model and optimizer in their modes for evaluation; neither they nor random generators are left otherwise."""
+        optimizer = optimizer_state.evaluating(self.optimizer)
+        with modes.kept(self.model), random_state.untouched(), torch.no_grad(), optimizer:
+            self.model.eval()
+            yield
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the trainer's device; of one without numbers there is nothing to move."""

@@ -464,3 +464,32 @@ def test_a_round_that_begins_with_bad_batches_begins_after_them_for_all_its_fork
     first = run.fit(net(), train, [(x, y)], tuner=tuner).rounds[0]
     assert {fork["status"] for fork in first["forks"]} == {"kept", "lost"}
     assert run.validate()["loss"] < 0.5
+
+
+class Moded(torch.optim.SGD):
+    """Trains in one mode and is evaluated in another, as schedule-free optimizers are; it begins in the latter."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.eval()
+
+    def train(self):
+        self.param_groups[0]["train_mode"] = True
+
+    def eval(self):
+        self.param_groups[0]["train_mode"] = False
+
+    def step(self, closure=None):
+        assert self.param_groups[0]["train_mode"]
+        super().step()
+
+
+def test_an_optimizer_with_modes_is_in_that_of_the_model(loader):
+    run, seen = Trainer(cross_entropy, Moded, epochs=10, progress=False), set()
+    model = net()
+    model.register_forward_hook(
+        lambda module, *_: seen.add((module.training, run.optimizer.param_groups[0]["train_mode"]))
+    )
+    run.fit(model, loader, loader, tuner=AutoTuneNet({"learning_rate": (1e-3, 1.0)}))
+    assert seen == {(True, True), (False, False)}
+    assert not run.optimizer.param_groups[0]["train_mode"]
