@@ -155,7 +155,9 @@ class AutoTuneCallback(pl.Callback):
         self._take_back(trainer)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is not None:
-            self._losses.append(loss.detach())
+            # Where Lightning optimises, it has divided the loss by the number of batches that make a step.
+            share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._losses.append(loss.detach() * share)
         if trainer.global_step == self._steps:
             return
         if not self._losses and not pl_module.automatic_optimization:

@@ -20,7 +20,7 @@ from ..session.batches import BatchSource
 from ..session.host import Host
 from ..session.notices import Notices, notices
 from ..session.recorder import Recorder
-from ..session.session import Session
+from ..session.session import Session, is_better
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
@@ -369,6 +369,9 @@ class Run:
             self._look_at_last()
         if self.host.eval_step is not None and is_whole and session.end_at_best():
             session.last_eval = self.host.evaluate()
+            if is_better(session.last_eval, session.best_eval, self.controller.tuner.mode):
+                # The winner of a round, which was no reading outside one.
+                session.best_eval = session.last_eval
         self.tell(is_over=True)
 
     def _look_at_last(self) -> None:

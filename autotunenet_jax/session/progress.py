@@ -1,7 +1,8 @@
 """Where a run is, on a terminal as one live line, elsewhere as a line of text now and then."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..history.explain import shown
@@ -86,7 +87,8 @@ class Progress:
             self._live = Live(
                 console=self._console, auto_refresh=False, get_renderable=self._line, redirect_stderr=False
             )
-            self._live.start(refresh=True)
+            with self._writing():
+                self._live.start(refresh=True)
         else:
             self._print()
 
@@ -130,7 +132,8 @@ class Progress:
         if not self._is_on:
             return
         if self._live is not None:
-            self._console.print(message, highlight=False, markup=False)
+            with self._writing():
+                self._console.print(message, highlight=False, markup=False)
         else:
             self._said.append(message)
 
@@ -140,16 +143,26 @@ class Progress:
             return
         self._is_on = False
         if self._live is not None:
-            self._live.stop()
+            with self._writing():
+                self._live.stop()
             self._live = None
         elif self._console is not None:
             self._print()
 
     def _refresh(self) -> None:
         if self._live is not None:
-            self._live.refresh()
+            with self._writing():
+                self._live.refresh()
         elif self._console is not None and time.monotonic() - self._printed_at >= _QUIET_SECONDS:
             self._print()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, or a pipe that nobody reads any more, ends what is shown, and nothing else."""
+        try:
+            yield
+        except (OSError, SystemExit):  # the latter is what rich makes of a broken pipe
+            self._is_on, self._live = False, None
 
     # What is shown.
 
@@ -203,7 +216,8 @@ class Progress:
             texts.append(f"last: {self._said[-1]}{more}")
         line = _GAP.join(texts)
         if line != self._printed:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            with self._writing():
+                self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._said.clear()
         self._printed, self._printed_at = line, time.monotonic()
 

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..controller.state import FORK, SWEEP, TRAIN, Directive, Round
 from .host import Host
 from .recorder import Recorder
@@ -312,13 +314,18 @@ class Session:
     def end_at_best(self) -> bool:
         """Goes back to the best state where the last metric of a run is not the best; returns whether it did."""
         controller, seen = self.controller, self.controller.state.validation
-        step, is_last_best = -1, not is_better(self.best_eval, self.last_eval, controller.tuner.mode)
-        if controller.phase == TRAIN and bool(seen.returns & seen.is_kept):
+        mode, step, standing = controller.tuner.mode, -1, self.last_eval
+        returns = controller.phase == TRAIN and bool(seen.returns & seen.is_kept)
+        if returns:
+            # The best since the last round, whose winner may be worse than what was measured before.
+            standing = -float(seen.best) if mode == "max" else float(seen.best)
+        best = None if self.best_eval is None else float(np.float32(self.best_eval))
+        if is_better(best, standing, mode) and self.host.restore_best(self.best):
+            step, self.last_eval = self.best_at, self.best_eval
+            self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
+        elif returns:
             step = int(controller.state.slots.kept_step)
             self.host.restore(self.kept, rewinds=False)
-        elif not is_last_best and self.host.restore_best(self.best):
-            step = self.best_at
-            self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
         if 0 <= step < controller.step:
             self.recorder.go_back(controller.step, step, is_rollback=False)
         return step >= 0

@@ -410,7 +410,7 @@ def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
     [
         (lambda state: state["params"]["w"], r"one real scalar.*it returned float32\[8\]"),
         (lambda state: (problem.eval_step(state), 1.0), "it returned tuple"),
-        (lambda state: state["seen"], "it returned int32"),
+        (lambda state: state["seen"], "it returned dtype int32. Cast"),
     ],
 )
 def test_an_eval_step_that_is_no_metric(eval_step, says):

@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+import sys
 import time
 
 import pytest
@@ -186,3 +187,24 @@ def test_every_decision_is_a_line_of_the_log(caplog):
         assert sum(line.startswith(f"step {row['end']}: round {number}, ") for line in lines) == 1
     for event in result.history.events:
         assert f"step {event['step']}: {event['message']}" in lines
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError()])
+def test_what_cannot_be_written_is_not_shown_and_ends_nothing(is_terminal, error, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise error
+
+        def fileno(self):
+            return io.StringIO().fileno()
+
+    monkeypatch.setattr(Console, "on_broken_pipe", lambda self: sys.exit(1))
+    progress = progress_module.Progress(
+        100, is_on=True, console=Console(file=Full(), force_terminal=is_terminal, width=80)
+    )
+    progress.open()
+    progress.show(step=3, phase="train", loss=0.5, hyperparams={"learning_rate": 0.1}, discarded=0)
+    progress.say("a message")
+    progress.close()
+    assert not progress.is_on

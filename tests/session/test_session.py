@@ -150,6 +150,22 @@ def test_a_run_ends_in_its_best_state(mode, good, bad):
     assert not any(row["is_kept"] for row in session.recorder.history.records if row["step"] > at)
 
 
+def test_a_best_state_before_the_last_round_is_not_forgotten():
+    session, host = begun(400)
+    best = None
+    while session.controller.step < 400:
+        trained(session, host, 1)
+        is_between = session.controller.phase == TRAIN and int(session.controller.state.round.index) == 1
+        if best is None and is_between:
+            session.observe(0.1)
+            best = host.state
+        elif session.wants_eval:
+            session.observe(1.0 + 1e-3 * session.controller.step)
+    session.observe(2.0)
+    assert len(session.recorder.history.rounds) == 2 and session.end_at_best()
+    assert (host.state, session.last_eval) == (best, 0.1)
+
+
 def test_a_state_has_one_metric():
     session, host = begun()
     heard = []

@@ -91,6 +91,16 @@ def test_an_average_of_the_weights_goes_back_with_losing_forks(tmp_path, loader)
     assert 0 < int(averaging._average_model.n_averaged) < 0.9 * trainer.global_step
 
 
+@pytest.mark.parametrize("factors", [{0: 4, 5: 1}, {0: 1, 5: 4}])
+def test_a_loss_is_that_of_a_batch_however_many_make_a_step(tmp_path, loader, factors):
+    tuner = AutoTuneNet(SPACE)
+    scheduler = pl.callbacks.GradientAccumulationScheduler(factors)
+    trainer = make(tmp_path, tuner, others=[scheduler], enable_checkpointing=False, epochs=20)
+    trainer.fit(Module(), loader)
+    losses = [row["loss"] for row in tuner.history.records]
+    assert losses[0] == pytest.approx(1.1, abs=0.2) and not [e for e in tuner.history.events if e["kind"] == "rollback"]
+
+
 def test_the_budget_where_later_epochs_accumulate_more(tmp_path, loader):
     tuner = AutoTuneNet(SPACE)
     scheduler = pl.callbacks.GradientAccumulationScheduler({0: 1, 4: 2})
