@@ -203,8 +203,13 @@ class History:
         """
         path = pathlib.Path(path)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(self.to_dict(), allow_nan=False))
-        os.replace(partial, path)
+        text = json.dumps(self.to_dict(), allow_nan=False)
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> "History":

@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -215,3 +216,18 @@ def test_a_file_holds_a_history(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"not what History\.to_json wrote"):
         atn.History.from_json(path)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "history.json"
+    history(1).to_json(path)
+    before = path.read_bytes()
+
+    def full(partial, text):
+        partial.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        history(2).to_json(path)
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["history.json"]
