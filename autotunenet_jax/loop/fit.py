@@ -323,7 +323,7 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Durable, pr
         run.recorder.note(step, ending.kind, message, level=level)
     run.end(is_whole=not ending.is_cut_short)
     ts = run.controller.state
-    run.recorder.finish(step, int(ts.rollbacks) + run.session.mended, total=total)
+    run.recorder.finish(step, int(ts.rollbacks) + run.session.mended, total=int(ts.plan.total) or total)
     if run.lanes.is_on:
         run.lanes.release()
         run.recorder.history.summary["unused_steps"] = run.lanes.unused_steps
