@@ -46,6 +46,11 @@ def _mode(optimizer: torch.optim.Optimizer) -> bool | None:
     return optimizer.param_groups[0].get("train_mode") if has_modes else None
 
 
+def has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it holds other parameters while it is evaluated than while it trains."""
+    return _mode(optimizer) is not None
+
+
 def turn(optimizer: torch.optim.Optimizer, *, trains: bool) -> None:
     """Puts an optimizer that has modes into one of them."""
     if _mode(optimizer) not in (None, trains):

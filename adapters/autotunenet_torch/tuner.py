@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from . import arguments, distributed, engine, lr_schedulers, schedule_end, sharding
+from . import arguments, distributed, engine, lr_schedulers, optimizer_state, schedule_end, sharding
 from .step_guard import StepGuard
 from .targets import RateTarget, find
 from .training_state import TrainingState
@@ -242,7 +242,12 @@ class AutoTuneNet:
         self._notices = engine.notices.Notices(self._session, outside=outside, through=self._through, how=self._how)
         if core.total_steps is not None and self._options["decay"] is None:
             self._look_at_end(schedulers, core.total_steps)
-        if self._session.evaluate():
+        # Turning an optimizer's mode rounds: of a run that is resumed, and so measured once more, nothing may change.
+        before = state.copy_out() if optimizer_state.has_modes(optimizer) else None
+        is_measured = self._session.evaluate()
+        if before is not None:
+            state.copy_back(before)
+        if is_measured:
             self._session.write()
 
     def _look_at_end(self, schedulers: Sequence[Any], steps: int) -> None:

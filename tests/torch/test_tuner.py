@@ -212,6 +212,43 @@ def test_validation_is_asked_for_and_used():
     assert kinds[0] == "fast" and kinds[-1] == "slow"
 
 
+class Rounding(torch.optim.SGD):
+    """Holds three times its parameters while it is evaluated, and a third of that is not always what it was."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["train_mode"] = True
+
+    def _turn(self, mode, factor):
+        if self.param_groups[0]["train_mode"] != mode:
+            for p in self.param_groups[0]["params"]:
+                p.data.mul_(factor)
+        self.param_groups[0]["train_mode"] = mode
+
+    def train(self):
+        self._turn(True, 1 / 3)
+
+    def eval(self):
+        self._turn(False, 3.0)
+
+
+def test_the_measurement_at_the_beginning_changes_nothing(bits):
+    model = torch.nn.Linear(64, 3)
+    optimizer = Rounding(model.parameters())
+
+    def validate():
+        optimizer.eval()
+        value = model.weight.square().mean()
+        optimizer.train()
+        return value
+
+    before = bits(model.state_dict())
+    AutoTuneNet(SPACE, total_steps=STEPS).attach(model, optimizer, validate=validate)
+    assert bits(model.state_dict()) == before
+    validate()
+    assert bits(model.state_dict()) != before
+
+
 def test_validation_by_hand():
     model, optimizer, tuner = make(BOTH)
     tuner.attach(model, optimizer)
