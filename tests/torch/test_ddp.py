@@ -3,6 +3,7 @@
 import json
 import pathlib
 import runpy
+import warnings
 
 import numpy as np
 import pytest
@@ -98,12 +99,34 @@ def test_other_ways_of_sharding_are_refused_by_name():
 def test_resume_from_the_latest_step_that_all_have(tmp_path, monkeypatch, steps, expected):
     """``steps``: what this process has and what the other one has; the other has nothing between."""
     others = iter([steps[1], 10, 10])
-    monkeypatch.setattr(distributed, "gather", lambda mine: [(mine,), (min(mine, next(others)),)])
+    monkeypatch.setattr(distributed, "gather", lambda mine, failed: [(mine, failed), (min(mine, next(others)), False)])
     with atn.Snapshots(tmp_path / "run") as store:
         for step in (10, 20):
             serialization.save(store, step, {"step": step}, wait=True)
         found = serialization.restore_together(store)
     assert (found and found[1]["step"]) == expected
+
+
+@pytest.mark.parametrize("is_mine", [True, False])
+def test_snapshots_that_are_damaged_on_one_process_end_all(tmp_path, monkeypatch, is_mine):
+    told = []
+
+    def gather(mine, failed):
+        told.append(failed)
+        return [(mine, failed), (10, not is_mine)]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    with atn.Snapshots(tmp_path / "run") as store:
+        serialization.save(store, 10, {"step": 10}, wait=True)
+        if is_mine:
+            for file in (tmp_path / "run").rglob("manifest*"):
+                file.write_bytes(b"damage")
+        says = "No sound snapshot" if is_mine else "Rank 1 has no sound snapshot"
+        with pytest.raises(atn.SnapshotDamagedError, match=says), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            serialization.restore_together(store)
+    # The others have been told before it ends here.
+    assert told == [is_mine]
 
 
 def test_what_is_a_number_and_what_is_none():
