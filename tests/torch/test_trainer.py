@@ -493,3 +493,14 @@ def test_an_optimizer_with_modes_is_in_that_of_the_model(loader):
     run.fit(model, loader, loader, tuner=AutoTuneNet({"learning_rate": (1e-3, 1.0)}))
     assert seen == {(True, True), (False, False)}
     assert not run.optimizer.param_groups[0]["train_mode"]
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is(loader):
+    tuner = AutoTuneNet({"learning_rate": (1e-3, 1.0)})
+    with pytest.raises(ValueError, match=r"LBFGS.*closure.*loop of your own"):
+        Trainer(cross_entropy, torch.optim.LBFGS, epochs=10, progress=False).fit(net(), loader, tuner=tuner)
+    empty = torch.utils.data.DataLoader(loader.dataset, 10_000, drop_last=True)
+    with pytest.raises(ValueError, match=r"gives 0 batches a pass.*drop_last"):
+        trainer().fit(net(), empty, tuner=tuner)
+    with pytest.raises(RuntimeError, match="call fit first"):
+        trainer().validate()
