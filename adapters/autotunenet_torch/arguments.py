@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -139,6 +140,16 @@ def _is_own(optimizer: Any) -> bool:
     )
 
 
+def check_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer whose step needs a closure, in a loop that gives none."""
+    needed = [p.name for p in inspect.signature(optimizer.step).parameters.values() if p.default is p.empty]
+    if "closure" in needed:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, by a closure that Trainer does not "
+            "give. Train it in a loop of your own, with AutoTuneNet.attach and step."
+        )
+
+
 def budget(
     loader: Iterable[Any], *, steps: int | None, epochs: int | None, accumulate: int, planned: int | None
 ) -> int:
@@ -146,19 +157,20 @@ def budget(
     total = steps
     if total is None:
         try:
-            total = (epochs or 1) * len(loader) // accumulate  # type: ignore[arg-type]
+            batches = len(loader)  # type: ignore[arg-type]
         except TypeError:
             total = planned
+        else:
+            total = (epochs or 1) * batches // accumulate
+            if total < 1:
+                raise ValueError(
+                    f"the train_loader gives {batches} batches a pass, which makes no optimizer step in {epochs} epochs"
+                    f" with accumulate={accumulate}. Check the data set, drop_last and accumulate."
+                )
     if total is None:
         raise ValueError(
             "the length of train_loader is unknown, so epochs are no budget. Give Trainer(steps=...) or "
             "AutoTuneNet(total_steps=...): the number of optimizer steps of the whole run."
-        )
-    if total < 1:
-        found = f"{len(loader)} batches" if hasattr(loader, "__len__") else "no batch"  # type: ignore[arg-type]
-        raise ValueError(
-            f"the train_loader gives {found} a pass, which makes no optimizer step in {epochs} epochs with "
-            f"accumulate={accumulate}. Check the data set, drop_last and accumulate."
         )
     if planned is not None and planned != total:
         warnings.warn(

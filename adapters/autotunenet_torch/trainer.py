@@ -205,11 +205,7 @@ class Trainer:
             )
         self._prepare_lazy(train_loader)
         self.optimizer = self._optimizer(tuner)
-        if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "LBFGS evaluates the loss several times a step, by a closure that Trainer does not give. Train it in a "
-                "loop of your own, with AutoTuneNet.attach and step."
-            )
+        arguments.check_closure(self.optimizer)
         optimizer_state.turn(self.optimizer, trains=True)
         self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

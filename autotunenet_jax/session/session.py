@@ -314,12 +314,12 @@ class Session:
     def end_at_best(self) -> bool:
         """Goes back to the best state where the last metric of a run is not the best; returns whether it did."""
         controller, seen = self.controller, self.controller.state.validation
-        mode, step, standing = controller.tuner.mode, -1, self.last_eval
+        mode, step, best, standing = controller.tuner.mode, -1, self.best_eval, self.last_eval
         returns = controller.phase == TRAIN and bool(seen.returns & seen.is_kept)
         if returns:
-            # The best since the last round, whose winner may be worse than what was measured before.
+            # The best since the last round, whose winner may be worse than what was measured before; in 32 bits.
             standing = -float(seen.best) if mode == "max" else float(seen.best)
-        best = None if self.best_eval is None else float(np.float32(self.best_eval))
+            best = None if best is None else float(np.float32(best))
         if is_better(best, standing, mode) and self.host.restore_best(self.best):
             step, self.last_eval = self.best_at, self.best_eval
             self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")

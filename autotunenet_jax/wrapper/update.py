@@ -30,19 +30,7 @@ def update(
     aux: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, AutotuneState]:
-    """The update of `autotune`, which binds all but the last arguments.
-
-    Args:
-      optimizer: The inner one.
-      seen: How that sees parameters.
-      axis_name: The axis of replicas.
-      digests: The fingerprint of whoever updates.
-      updates: Gradients; they and what follows are those of optax, with ``aux`` as in `autotune`.
-      state: Likewise.
-      params: Likewise.
-      value: The loss.
-      aux: State that goes back with the parameters.
-      extra_args: What the inner optimizer takes besides.
+    """The update of `autotune`, which binds the inner optimizer, how that sees parameters, the axis, and its digests.
 
     Raises:
       TypeError: A loss that is no real number.

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 import pytest
 
 import autotunenet_jax as atn
@@ -164,6 +165,15 @@ def test_a_best_state_before_the_last_round_is_not_forgotten():
     session.observe(2.0)
     assert len(session.recorder.history.rounds) == 2 and session.end_at_best()
     assert (host.state, session.last_eval) == (best, 0.1)
+
+
+def test_a_run_whose_last_reading_is_the_best_stays_where_it_is():
+    """Also where that reading is lower in 32 bits than in 64."""
+    session, _ = begun()
+    trained(session, session.host, TOTAL)
+    session.observe(0.7)
+    assert float(np.float32(0.7)) < 0.7 and not session.end_at_best()
+    assert all("best state" not in row["message"] for row in session.recorder.history.events)
 
 
 def test_a_state_has_one_metric():
