@@ -18,14 +18,13 @@ def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, exten
     tuner = session.controller.tuner
     if state["format"] != _FORMAT:
         raise ValueError(f"the state has format {state['format']}; this version of the library reads {_FORMAT}.")
-    parts, here = state.get("parts", 1), distributed.size() if host.is_sharded else 1
+    parts, here = state["parts"], distributed.size() if host.is_sharded else 1
     if parts != here:
         raise ValueError(
             f"the state is one of {parts} parts of a training, and here there are {here}. Go on with as many processes "
             "as it was saved with, each with its own part."
         )
-    # By the digest that fingerprints begin with: states of earlier versions hold no more.
-    if state["space"][:16] != tuner.space.fingerprint()[:16]:
+    if state["space"] != tuner.space.fingerprint():
         raise ValueError(
             f"the state is of another search space: {state['space']} in the state, {tuner.space.fingerprint()} here. "
             "Make the AutoTuneNet with the param_space, bounds included, that it had when the state was saved."

@@ -19,6 +19,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import Array
 
+from . import words
 from .precision import in_float32
 from .switches import is_on
 
@@ -33,9 +34,6 @@ _LARGE = 2048
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 _LIBRARY = ("sort", "top_k", "cholesky", "triangular_solve", "scatter", "fft", "eigh", "svd", "lu",
             "conv_general_dilated", "pure_callback", "io_callback", "debug_callback")  # fmt: skip
-
-# What travels as words of 32 bits.
-_WORDS = tuple(jnp.dtype(name) for name in ("float32", "int32", "uint32", "bool"))
 
 _tracing = threading.local()
 
@@ -128,11 +126,13 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
     inputs, outputs = program.jaxpr.invars, program.jaxpr.outvars
     read = {id(variable) for equation in program.eqns for variable in equation.invars}
     live = [number for number, variable in enumerate(inputs) if id(variable) in read]
+    # One dtype after the other: to convert each array by itself takes a kernel.
+    live.sort(key=lambda number: _stored(signature.leaves[number]).dtype.name)
     places = {id(variable): number for number, variable in enumerate(inputs)}
     # What comes back as it went in stays outside.
     passed = [places.get(id(variable)) for variable in outputs]
     kinds = [_stored(signature.leaves[number]) for number in live]
-    if not live or any(kind.dtype not in _WORDS for kind in kinds) or _needs_library(program.jaxpr):
+    if not live or any(kind.dtype not in words.DTYPES for kind in kinds) or _needs_library(program.jaxpr):
         return plain
 
     def evaluated(*values: Any) -> list[Any]:
@@ -143,8 +143,8 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
         return [value for value, place in zip(computed, passed, strict=True) if place is None]
 
     @jax.jit
-    def body(words: Any) -> list[Any]:
-        values = _unpacked(words, kinds)
+    def body(packed: Any) -> list[Any]:
+        values = words.unpack(packed, kinds)
         for place, number in enumerate(live):
             if signature.impls[number] is not None:
                 values[place] = jax.random.wrap_key_data(values[place], impl=signature.impls[number])
@@ -154,9 +154,9 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
     @custom_vmap
     def alone(*values: Any) -> list[Any]:
         # All in one: the kernel's emitter cannot stand an argument that turns out to be unused.
-        words = _packed(values)
+        packed = words.pack([_data(value) for value in values])
         with set_xla_metadata(**_ONE_KERNEL):
-            return body(words)
+            return body(packed)
 
     @alone.def_vmap
     def _(axis_size: int, is_batched: Sequence[bool], *values: Any) -> Any:
@@ -186,31 +186,6 @@ def _data(array: Any) -> Any:
 
 def _stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(_data, leaf) if _is_key(leaf) else leaf
-
-
-def _packed(leaves: Sequence[Any]) -> Any:
-    """All numbers as words of 32 bits, one dtype after the other: converting each array by itself takes a kernel."""
-    parts: dict[Any, list[Any]] = {dtype: [] for dtype in _WORDS}
-    for leaf in map(_data, leaves):
-        parts[leaf.dtype].append(jax.lax.reshape(leaf, (leaf.size,)))
-    return jax.lax.concatenate([_words(jax.lax.concatenate(part, 0)) for part in parts.values() if part], 0)
-
-
-def _words(vector: Any) -> Any:
-    is_bool = vector.dtype == jnp.bool_
-    return vector.astype(jnp.uint32) if is_bool else jax.lax.bitcast_convert_type(vector, jnp.uint32)
-
-
-def _unpacked(words: Any, kinds: Sequence[jax.ShapeDtypeStruct]) -> list[Any]:
-    arrays: list[Any] = [None] * len(kinds)
-    members = {dtype: [number for number, kind in enumerate(kinds) if kind.dtype == dtype] for dtype in _WORDS}
-    sizes = {dtype: [kinds[number].size for number in numbers] for dtype, numbers in members.items() if numbers}
-    parts = jax.lax.split(words, [sum(part) for part in sizes.values()])
-    for (dtype, part), vector in zip(sizes.items(), parts, strict=True):
-        vector = vector != 0 if dtype == jnp.bool_ else jax.lax.bitcast_convert_type(vector, dtype)
-        for number, piece in zip(members[dtype], jax.lax.split(vector, part), strict=True):
-            arrays[number] = jax.lax.reshape(piece, kinds[number].shape)
-    return arrays
 
 
 def _needs_library(jaxpr: Any) -> bool:

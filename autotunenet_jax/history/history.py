@@ -182,18 +182,17 @@ class History:
             True
         """
         history = cls(tuple(data["names"]))
-        history.load(data, stride=data.get("stride", 1))
+        history.load(data)
         return history
 
-    def load(self, data: Mapping[str, Any], *, stride: int) -> None:
+    def load(self, data: Mapping[str, Any]) -> None:
         """Takes over what `to_dict` gave, replacing what is here."""
         self.records = [_from_json(row, "loss") for row in data["records"]]
         self.evals = [_from_json(row, "value") for row in data["evals"]]
         self.rounds, self.events = [_as_before(row) for row in data["rounds"]], list(data["events"])
         self.discarded = [(start, end) for start, end in data["discarded"]]
-        self.summary, self._stride = dict(data["summary"]), stride
-        self.space, self.mode = dict(data.get("space", self.space)), data.get("mode", self.mode)
-        self.is_paired = data.get("is_paired", self.is_paired)
+        self.summary, self._stride = dict(data["summary"]), data["stride"]
+        self.space, self.mode, self.is_paired = dict(data["space"]), data["mode"], data["is_paired"]
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Writes what `to_dict` gives to a file, in one step: whoever reads it meanwhile finds the old or the new one.

@@ -279,8 +279,8 @@ class Feed:
             int(fork): _Fork([Step(*row) for row in rows], stride) for fork, (rows, stride) in data["forks"].items()
         }
         self._forks, self._rewinds, self._states = kept, data["rewinds"], list(data["states"])
-        self._discarded = data.get("discarded", 0)
+        self._discarded = data["discarded"]
         # Where nothing had been written, whatever lies there is of another run.
         self._written, self._after = data["written"], data["written"] if data["written"] >= 0 else None
         self._block.step, self._block.sums, self._block.held = data["block"]
-        self._rows = {step: dict(row) for step, row in data.get("rows", ())}
+        self._rows = {step: dict(row) for step, row in data["rows"]}

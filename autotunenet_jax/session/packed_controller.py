@@ -8,14 +8,14 @@ that may need one: they are heard together, in one call, with the same result as
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoint.memory_copies import copy_tree_to_host
-from ..compiler import packing
+from ..compiler import packing, words
 from ..compiler.blas_threads import one_blas_thread
 from ..controller import AutoTuneNet, Core
 from ..controller.fork_score import spoiled
@@ -26,9 +26,67 @@ from ..controller.validation_monitor import kept_at_once
 from ..space.search_space import Choice, Float, Int
 from .session import Decision, Tick
 
-_DIRECTIVE_FIELDS = len(Directive._fields)
-# Numbers that follow the directive in what a program says, and that begin an outlook; see `_spoken` and `_foretold`.
-_POSITION, _SLOTS = 8, 4
+
+class _Said(NamedTuple):
+    """What Python reads after a call.
+
+    Attributes:
+      values: Hyperparameters in force.
+      directive: What the loop must do.
+      is_due: Whether a decision is.
+      phase: Phase of the next step.
+      step: Budget spent.
+      saved_step: Budget step of the saved state before the call.
+      kept_step: Of the kept one.
+      has_fallen: Whether the rates have ever fallen by the training loss.
+      may_copy: Whether the next loss may ask for a copy of the training.
+      saved_data: Position in the data that forks go back to.
+    """
+
+    values: Any
+    directive: Directive
+    is_due: Any
+    phase: Any
+    step: Any
+    saved_step: Any
+    kept_step: Any
+    has_fallen: Any
+    may_copy: Any
+    saved_data: Any
+
+
+class _Foretold(NamedTuple):
+    """What is said after a loss, with the outlook.
+
+    Attributes:
+      said: Of that loss.
+      steps: How many losses need no answer.
+      verdict: On each of those.
+      saved_step: Budget step of the saved state, as it is said after each of them.
+      kept_step: Of the kept one.
+      low: Least loss that needs none.
+      high: Greatest.
+      values: Hyperparameters now and after each of them.
+    """
+
+    said: _Said
+    steps: Any
+    verdict: Any
+    saved_step: Any
+    kept_step: Any
+    low: Any
+    high: Any
+    values: Any
+
+
+def _kinds(count: int) -> _Foretold:
+    """Shapes and dtypes, for so many hyperparameters."""
+    word: Any
+    loss: Any
+    word, loss = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
+    values = [jax.ShapeDtypeStruct((*shape, count), jnp.float32) for shape in ((), (MOST,))]
+    said = _Said(values[0], Directive(*[word] * len(Directive._fields)), *[word] * (len(_Said._fields) - 2))
+    return _Foretold(said, word, word, word, word, loss, loss, values[1])
 
 
 class _Programs:
@@ -41,7 +99,7 @@ class _Programs:
             return packing.unpack(packed, layout)
 
         def begin(ts: TunerState) -> Any:
-            return packing.pack(ts), _spoken(core, _nothing(ts), ts, ts.slots)
+            return packing.pack(ts), words.pack(_said(core, _nothing(ts), False, ts, ts.slots))
 
         def tick(packed: packing.Packed, losses: jax.Array, count: Any) -> Any:
             def hear(number: Any, carry: Any) -> Any:
@@ -51,19 +109,20 @@ class _Programs:
 
             ts = unpack(packed)
             nothing = _numbers(_nothing(ts), False, ts, ts.slots)
-            packed, numbers = jax.lax.fori_loop(0, count, hear, (packed, nothing))
-            return packed, _foretold(core, unpack(packed), numbers)
+            packed, said = jax.lax.fori_loop(0, count, hear, (packed, nothing))
+            return packed, words.pack(_foretold(core, unpack(packed), said))
 
         def decide(packed: packing.Packed) -> Any:
             before = unpack(packed)
             ts, directive, held = core.decide(before)
-            said = _spoken(core, directive, ts, before.slots)
+            said = words.pack(_said(core, directive, False, ts, before.slots))
             report = held, core.space.decode(ts.incumbent), ts.plan.kind[held.index], ts.discarded
             return packing.pack(ts), said, report
 
         def observe(packed: packing.Packed, metric: Any) -> Any:
             ts, keeps = kept_at_once(core.observe_eval(unpack(packed), metric))
-            return packing.pack(ts), _spoken(core, _nothing(ts)._replace(keep=keeps), ts, ts.slots)
+            said = _said(core, _nothing(ts)._replace(keep=keeps), False, ts, ts.slots)
+            return packing.pack(ts), words.pack(said)
 
         def spoil(packed: packing.Packed) -> packing.Packed:
             return packing.pack(spoiled(unpack(packed)))
@@ -79,27 +138,33 @@ def _nothing(ts: TunerState) -> Directive:
     return Directive(**{**fields, "data_step": ts.data_step})
 
 
-def _spoken(core: Core, directive: Directive, ts: TunerState, slots: Slots) -> jax.Array:
-    """All that Python reads after a call, as one int32 vector; hyperparameters first, by their bits."""
-    values = jnp.stack([jnp.asarray(value, jnp.float32) for value in core.hyperparams(ts).values()])
-    numbers = _numbers(directive, False, ts, slots)
-    return jnp.concatenate([jax.lax.bitcast_convert_type(values, jnp.int32), numbers])
+def _numbers(directive: Directive, due: Any, ts: TunerState, slots: Slots) -> _Said:
+    """All that is said but the values."""
+    said = _Said(
+        values=None,
+        directive=directive,
+        is_due=due,
+        phase=ts.phase,
+        step=ts.step,
+        saved_step=slots.saved_step,
+        kept_step=slots.kept_step,
+        has_fallen=ts.validation.has_fallen,
+        may_copy=may_copy(ts),
+        saved_data=ts.slots.saved_data,
+    )
+    return jax.tree.map(lambda number: jnp.asarray(number).astype(jnp.int32), said)
 
 
-def _numbers(directive: Directive, due: Any, ts: TunerState, slots: Slots) -> jax.Array:
-    numbers = (*directive, due, ts.phase, ts.step, slots.saved_step, slots.kept_step, ts.validation.has_fallen)
-    numbers = (*numbers, may_copy(ts), ts.slots.saved_data)
-    return jnp.stack([jnp.asarray(number).astype(jnp.int32) for number in numbers])
+def _said(core: Core, directive: Directive, due: Any, ts: TunerState, slots: Slots) -> _Said:
+    values = [jnp.asarray(value, jnp.float32) for value in core.hyperparams(ts).values()]
+    return _numbers(directive, due, ts, slots)._replace(values=jnp.stack(values))
 
 
-def _foretold(core: Core, ts: TunerState, numbers: jax.Array) -> jax.Array:
-    """As `_spoken`, with the outlook: how many losses need no answer, what is said to them, bounds and later values."""
+def _foretold(core: Core, ts: TunerState, said: _Said) -> _Foretold:
     ahead = core.outlook(ts)
     values = jnp.stack([*ahead.values.values()], axis=1)
-    words = jnp.concatenate([values[0], ahead.low[None], ahead.high[None], values[1:].reshape(-1)])
-    words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    slots = jnp.stack([ahead.steps, ahead.verdict, ts.slots.saved_step, ts.slots.kept_step])
-    return jnp.concatenate([words[: values.shape[1]], numbers, slots, words[values.shape[1] :]])
+    slots = ts.slots.saved_step, ts.slots.kept_step
+    return _Foretold(said._replace(values=values[0]), ahead.steps, ahead.verdict, *slots, ahead.low, ahead.high, values)
 
 
 @functools.lru_cache(maxsize=16)
@@ -145,6 +210,9 @@ class PackedController:
         self._losses = np.zeros(MOST, np.float32)
         self._may_wait, self._low, self._high = 0, math.nan, math.nan
         self._later: list[list[float]] = []
+        foretold = _kinds(len(self._readers))
+        self._said_size = words.size(foretold.said)
+        self._as_said, self._as_foretold = words.row_reader(foretold.said), words.row_reader(foretold)
         self._begin(ts)
 
     def _begin(self, ts: TunerState) -> None:
@@ -210,37 +278,37 @@ class PackedController:
 
     def undo(self) -> None:
         """Takes the last decision or metric back."""
-        self._packed, words = self._before
-        self._read(words)
+        self._packed, row = self._before
+        self._read(row)
 
     def _replace(self, packed: packing.Packed, said: Any) -> Tick:
-        before = self._packed, self._words
+        before = self._packed, self._row
         tick = self._read(said)
         self._packed, self._before = packed, before
         return tick
 
-    def _read(self, said: Any) -> Tick:
-        words = self._words = np.asarray(said)
-        count = len(self._readers)
-        self._values = words[:count].view(np.float32).tolist()
-        numbers = words[count:].tolist()
-        directive, numbers = Directive(*numbers[:_DIRECTIVE_FIELDS]), numbers[_DIRECTIVE_FIELDS:]
-        due, self.phase, self.step, saved_step, kept_step, has_fallen, copies, self.saved_data = numbers[:_POSITION]
-        self.may_copy, self.data_step = bool(copies), directive.data_step
-        self._foresee(words[count + _DIRECTIVE_FIELDS + _POSITION :], bool(has_fallen))
-        return Tick(directive, bool(due), saved_step, kept_step, bool(has_fallen))
+    def _read(self, row: Any) -> Tick:
+        """Takes in what a program said."""
+        row = self._row = np.asarray(row)
+        # Only a loss comes with an outlook; after anything else the next one is heard at once.
+        self._may_wait = 0
+        if row.size == self._said_size:
+            said: _Said = self._as_said(row)
+        else:
+            foretold: _Foretold = self._as_foretold(row)
+            self._foresee(foretold)
+            said = foretold.said
+        self._values, self.phase, self.step = said.values.tolist(), said.phase, said.step
+        self.may_copy, self.saved_data, self.data_step = bool(said.may_copy), said.saved_data, said.directive.data_step
+        return Tick(said.directive, bool(said.is_due), said.saved_step, said.kept_step, bool(said.has_fallen))
 
-    def _foresee(self, words: np.ndarray, has_fallen: bool) -> None:
-        """Takes in the outlook, if there is one; see `_foretold`."""
-        steps, verdict, saved, kept = words[:_SLOTS].tolist() or (0, 0, -1, -1)
+    def _foresee(self, foretold: _Foretold) -> None:
         # After the last of them something may be due.
-        self._may_wait = max(steps - 1, 0)
-        if self._may_wait:
-            self._low, self._high, *rows = words[_SLOTS:].view(np.float32).tolist()
-            size = len(self._readers)
-            self._later = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-            nothing = Directive(**{**dict.fromkeys(Directive._fields, 0), "verdict": verdict})
-            self._calm = Tick(nothing, False, saved, kept, has_fallen)
+        self._may_wait, self._low, self._high = max(foretold.steps - 1, 0), foretold.low, foretold.high
+        self._later = foretold.values[1:].tolist()
+        nothing = Directive(**{**dict.fromkeys(Directive._fields, 0), "verdict": foretold.verdict})
+        has_fallen = bool(foretold.said.has_fallen)
+        self._calm = Tick(nothing, False, foretold.saved_step, foretold.kept_step, has_fallen)
 
     # Across processes.
 

@@ -378,14 +378,14 @@ class Recorder:
             "sweep": self._sweep,
             "forks": self._forks,
         }
-        counts = {"steps_seen": self._steps_seen, "stride": self.history.stride, "rollbacks": self.rollbacks}
+        counts = {"steps_seen": self._steps_seen, "rollbacks": self.rollbacks}
         told = {"feed": self._feed.to_dict()} if self._feed.is_open else {}
         return {"history": self.history.to_dict(), "open_round": open_round, "counts": counts, **told}
 
     def load(self, data: dict[str, Any], *, step: int) -> None:
         """Goes on, from a budget step on, from what `to_dict` gave."""
-        self.history.load(data["history"], stride=data["counts"]["stride"])
-        self._steps_seen, self.rollbacks = data["counts"]["steps_seen"], data["counts"].get("rollbacks", 0)
+        self.history.load(data["history"])
+        self._steps_seen, self.rollbacks = data["counts"]["steps_seen"], data["counts"]["rollbacks"]
         self._feed.load(data.get("feed"), step=step)
         self._has_fallen = any(event["kind"] == "fall" for event in self.history.events)
         held = data["open_round"]

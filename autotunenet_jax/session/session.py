@@ -346,11 +346,11 @@ class Session:
         self.recorder.load(books["recorder"], step=controller.step)
         self.recorder.discarded = int(controller.state.discarded)
         self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval = books["evals"]
-        self.is_due = books.get("is_due", False)
-        self.settled_at, self.best_at = books.get("settled_at", -1), books.get("best_at", -1)
+        self.is_due = books["is_due"]
+        self.settled_at, self.best_at = books["settled_at"], books["best_at"]
         self.is_settled = controller.step == controller.tuner.total_steps
         seen = controller.state.validation
         self._retreats, self._climbed_at = int(seen.retreats), int(seen.climbed_at)
         total = controller.tuner.total_steps
-        if books.get("total_steps", total) != total:
+        if books["total_steps"] != total:
             self.recorder.extended(controller.step, total)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ..compiler import words
 from ..controller.state import TunerState
 
 CAPACITY = 64
@@ -187,13 +188,10 @@ def _template(dims: int) -> Entry:
     return made(Entry)
 
 
-def _width(dims: int) -> int:
-    return sum(int(np.prod(leaf.shape, dtype=int)) for leaf in jax.tree.leaves(_template(dims)))
-
-
 def _begins(dims: int) -> list[int]:
     """Where each ring begins, and where the last one ends."""
-    sizes = [CAPACITY * _width(dims), CAPACITY * _SPAN_WORDS, CAPACITY * _METRIC_WORDS, LEVELS * _LEVEL_WORDS]
+    entries = CAPACITY * words.size(_template(dims))
+    sizes = [entries, CAPACITY * _SPAN_WORDS, CAPACITY * _METRIC_WORDS, LEVELS * _LEVEL_WORDS]
     return [_COUNTS + sum(sizes[:number]) for number in range(len(sizes) + 1)]
 
 
@@ -276,18 +274,8 @@ def entry(ts: TunerState, *, cause: int, phase: Any, **fields: Any) -> Entry:
 
 def words_of(made: Entry) -> Int[Array, "width"]:
     """An entry as the words that a ring holds of it."""
-    kinds = jax.tree.leaves(_template(made.stretch.incumbent.shape[-1]))
-    pairs = zip(jax.tree.leaves(made), kinds, strict=True)
-    return _joined([jnp.asarray(leaf).astype(kind.dtype).reshape(kind.shape) for leaf, kind in pairs])
-
-
-def _joined(parts: list[Array]) -> Int[Array, "words"]:
-    def word(part: Array) -> Array:
-        is_float = part.dtype == jnp.float32
-        part = jax.lax.bitcast_convert_type(part, jnp.int32) if is_float else part.astype(jnp.int32)
-        return jax.lax.reshape(part, (part.size,))
-
-    return jax.lax.concatenate([word(jnp.asarray(part)) for part in parts], 0)
+    like = _template(made.stretch.incumbent.shape[-1])
+    return words.pack(jax.tree.map(lambda leaf, kind: jnp.asarray(leaf, kind.dtype).reshape(kind.shape), made, like))
 
 
 def _put(ring: Array, dims: int, which: int, row: Array, *, flag: Array, over: Any = False) -> Array:
@@ -309,31 +297,24 @@ def _last(ring: Array, dims: int, which: int, width: int) -> Array:
     return jax.lax.dynamic_slice(ring, (place,), (width,))
 
 
-def _places(dims: int) -> Any:
-    """Where in an entry's words each field begins."""
-    leaves, structure = jax.tree.flatten(_template(dims))
-    sizes = [int(np.prod(leaf.shape, dtype=int)) for leaf in leaves]
-    return jax.tree.unflatten(structure, [sum(sizes[:number]) for number in range(len(sizes))])
-
-
-def add_entry(ring: Array, words: Array, dims: int, *, flag: Bool[Array, ""]) -> Array:
+def add_entry(ring: Array, row: Array, dims: int, *, flag: Bool[Array, ""]) -> Array:
     """Adds an entry where it is flagged. One that goes back to where the last one did takes its place.
 
     What lay between two such is undone by both, and a run that breaks again and again has one row.
 
     Args:
       ring: Of `empty`.
-      words: Of `words_of`.
+      row: Of `words_of`.
       dims: Of the space.
       flag: Whether to.
     """
-    at, before = _places(dims), _last(ring, dims, _ENTRIES, words.shape[0])
-    same = (words[at.cause] == HEARD) & (before[at.cause] == HEARD) & (words[at.rewound] >= 0)
-    same &= (words[at.rewound] == before[at.rewound]) & (words[at.outcome] == before[at.outcome])
-    same &= (words[at.outcome] > 0) & (ring[_ENTRIES] > 0)
-    times = jnp.where(same, before[at.times] + words[at.times], words[at.times])
-    words = jax.lax.dynamic_update_slice(words, times[None], (at.times,))
-    return _put(ring, dims, _ENTRIES, words, flag=flag, over=same)
+    at, before = words.positions(_template(dims)), _last(ring, dims, _ENTRIES, row.shape[0])
+    same = (row[at.cause] == HEARD) & (before[at.cause] == HEARD) & (row[at.rewound] >= 0)
+    same &= (row[at.rewound] == before[at.rewound]) & (row[at.outcome] == before[at.outcome])
+    same &= (row[at.outcome] > 0) & (ring[_ENTRIES] > 0)
+    times = jnp.where(same, before[at.times] + row[at.times], row[at.times])
+    row = jax.lax.dynamic_update_slice(row, times[None], (at.times,))
+    return _put(ring, dims, _ENTRIES, row, flag=flag, over=same)
 
 
 def add_span(ring: Array, dims: int, *, step: Array, bits: Array) -> Array:
@@ -350,13 +331,13 @@ def add_metric(ring: Array, dims: int, made: MetricEntry) -> Array:
     is_due = made.is_told & ((ring[_METRICS] == 0) | (made.step - before[0] >= made.spacing) | made.always)
     # One state has one metric.
     is_due &= (ring[_METRICS] == 0) | (made.step != before[0])
-    ring = _put(ring, dims, _METRICS, _joined([made.step, made.metric, made.is_settled]), flag=is_due)
+    ring = _put(ring, dims, _METRICS, words.pack([made.step, made.metric, made.is_settled]), flag=is_due)
     return add_entry(ring, made.words, dims, flag=made.is_event)
 
 
 def add_level(ring: Array, dims: int, *, step: Array, level: Array, flag: Array) -> Array:
     """Adds a reading of the loss's running level where it is flagged."""
-    return _put(ring, dims, _LEVELS, _joined([step, jnp.asarray(level, jnp.float32)]), flag=flag)
+    return _put(ring, dims, _LEVELS, words.pack([step, jnp.asarray(level, jnp.float32)]), flag=flag)
 
 
 def read(ring: np.ndarray, dims: int) -> Contents:
@@ -368,25 +349,12 @@ def read(ring: np.ndarray, dims: int) -> Contents:
         table = ring[begins[which] : begins[which + 1]].reshape(capacity, -1)
         return table[[number % capacity for number in range(max(count - capacity, 0), count)]]
 
-    def floats(column: np.ndarray) -> list[float]:
-        return np.ascontiguousarray(column).view(np.float32).tolist()
-
-    spans, metrics, levels = rows(_SPANS), rows(_METRICS), rows(_LEVELS)
+    number, real = (jax.ShapeDtypeStruct((), name) for name in ("int32", "float32"))
+    steps, metrics, settled = words.read(rows(_METRICS), [number, real, number])
     return Contents(
-        entries=_unstacked(rows(_ENTRIES), dims),
+        entries=words.read(rows(_ENTRIES), _template(dims)),
         dropped=max(int(counts[_ENTRIES]) - CAPACITY, 0),
-        spans=[(int(last), int(length), int(bits)) for last, length, bits in spans],
-        metrics=list(zip(metrics[:, 0].tolist(), floats(metrics[:, 1]), (metrics[:, 2] > 0).tolist(), strict=True)),
-        levels=list(zip(levels[:, 0].tolist(), floats(levels[:, 1]), strict=True)),
+        spans=[(last, length, bits) for last, length, bits in rows(_SPANS).tolist()],
+        metrics=list(zip(steps.tolist(), metrics.tolist(), (settled > 0).tolist(), strict=True)),
+        levels=list(zip(*(column.tolist() for column in words.read(rows(_LEVELS), [number, real])), strict=True)),
     )
-
-
-def _unstacked(table: np.ndarray, dims: int) -> Entry:
-    leaves, structure = jax.tree.flatten(_template(dims))
-    columns, begin = [], 0
-    for leaf in leaves:
-        size = int(np.prod(leaf.shape, dtype=int))
-        part = np.ascontiguousarray(table[:, begin : begin + size]).view(np.dtype(leaf.dtype))
-        columns.append(part.reshape(len(table), *leaf.shape))
-        begin += size
-    return jax.tree.unflatten(structure, columns)
