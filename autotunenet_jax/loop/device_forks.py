@@ -134,7 +134,7 @@ def _room(wanted: int | Literal["auto"], state: Any) -> tuple[int, list[Any], st
 
 
 def _divisor(count: int, devices: int) -> int:
-    """The most devices that share so many lanes evenly."""
+    """The most devices that share so many forks evenly."""
     return max(n for n in range(1, min(count, devices) + 1) if count % n == 0)
 
 

@@ -26,7 +26,7 @@ from ..session.recorder import Recorder
 from ..session.signals import Stop
 from .durable import Durable, durable
 from .fork_executor import ForkExecutor
-from .lanes import check_parallel_forks
+from .parallel_forks import check_parallel_forks
 from .processes import Processes
 from .run import Run
 from .train_step_contract import check_eval_step, check_train_step
@@ -124,7 +124,9 @@ def _check_companions(*, monitor: Any, eval_step: Any, resume: Any, snapshots: A
         raise TypeError(f"key must be a random key, such as jax.random.key(0); got {type(key).__name__}.")
 
 
-def _check_lanes(at_once: int | str | ForkExecutor, tuner: AutoTuneNet, read: set[str], processes: Processes) -> None:
+def _check_fork_executor(
+    at_once: int | str | ForkExecutor, tuner: AutoTuneNet, read: set[str], processes: Processes
+) -> None:
     """Whether forks can share their batches, and a process."""
     if at_once == 1:
         return
@@ -247,7 +249,7 @@ def fit(
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
     processes = Processes.of(state, first_batch)
-    _check_lanes(at_once, tuner, reads.names, processes)
+    _check_fork_executor(at_once, tuner, reads.names, processes)
     bar, stop = Progress(total, is_on=progress and processes.is_first), Stop()
     recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
 
@@ -324,9 +326,9 @@ def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Durable, pr
     run.end(is_whole=not ending.is_cut_short)
     ts = run.controller.state
     run.recorder.finish(step, int(ts.rollbacks) + run.session.mended, total=int(ts.plan.total) or total)
-    if run.lanes.is_on:
-        run.lanes.release()
-        run.recorder.history.summary["unused_steps"] = run.lanes.unused_steps
+    if run.parallel_forks.is_on:
+        run.parallel_forks.release()
+        run.recorder.history.summary["unused_steps"] = run.parallel_forks.unused_steps
     store.write_history(run)
     run.recorder.end()
     return _result(run, is_interrupted=ending.is_cut_short, reason=ending.reason if is_told else None)

@@ -13,7 +13,7 @@ from .sound_steps import sound_step
 from .train_step_contract import parts_of
 
 
-class Heard(NamedTuple):
+class StepLog(NamedTuple):
     """What is to be heard of the steps of a fork, a row for each.
 
     Attributes:
@@ -35,7 +35,7 @@ class TrainedFork(NamedTuple):
       state: The training state after them.
     """
 
-    heard: Heard
+    heard: StepLog
     state: Any
 
 
@@ -97,11 +97,11 @@ class ForkExecutor(abc.ABC):
 
 def fork_step(
     train_step: Callable[..., Any], has_aux: bool, state: Any, hyperparams: Mapping[str, Any], batch: Any
-) -> tuple[Any, Heard]:
+) -> tuple[Any, StepLog]:
     """One step of a fork; one that breaks the state does not happen."""
     new, loss, metrics = parts_of(train_step(state, batch, hyperparams), has_aux=has_aux)
     new, told = sound_step(new, state, loss)
-    return new, Heard(jnp.asarray(told, jnp.float32), jnp.asarray(loss, jnp.float32), metrics)
+    return new, StepLog(jnp.asarray(told, jnp.float32), jnp.asarray(loss, jnp.float32), metrics)
 
 
 _fork_step_jit = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)(fork_step)

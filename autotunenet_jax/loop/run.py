@@ -24,8 +24,8 @@ from ..session.session import Session, is_better
 from ..session.signals import Stop
 from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
-from .fork_executor import ForkExecutor, Heard
-from .lanes import Lane, Lanes
+from .fork_executor import ForkExecutor, StepLog
+from .parallel_forks import ParallelForks, WaitingFork
 from .sound_steps import count_non_finite, sound_step
 from .train_step_contract import parts_of
 
@@ -68,25 +68,25 @@ class _Heard(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hear_jit(core: Core, ts: TunerState, hyperparams: dict[str, Array], lane: Heard, count: Array) -> _Heard:
+def _hear_jit(core: Core, ts: TunerState, hyperparams: dict[str, Array], rows: StepLog, count: Array) -> _Heard:
     """What `_step_jit` does besides training, for steps of a fork that have been trained already.
 
-    It ends where a decision is due, or after ``count`` steps: lanes are filled up, so that one program does for all.
+    It ends where a decision is due, or after ``count`` steps: rows are filled up, so that one program does for all.
     """
 
-    def one(ts: TunerState, in_force: dict[str, Array], heard: Heard) -> Any:
+    def one(ts: TunerState, in_force: dict[str, Array], heard: StepLog) -> Any:
         ts, directive, due = core.tick(ts, heard.told)
         log = _entry(ts, directive, heard.loss, jnp.int32(-1), heard.metrics)
         return ts, core.hyperparams(ts), due, directive.evaluate, {**log, "hyperparams": in_force}
 
     def turn(so_far: _Heard) -> _Heard:
-        heard = jax.tree.map(lambda rows: rows[so_far.count], lane)
+        heard = jax.tree.map(lambda row: row[so_far.count], rows)
         ts, in_force, due, wants_eval, row = one(so_far.ts, so_far.hyperparams, heard)
         log = jax.tree.map(lambda rows, value: rows.at[so_far.count].set(value), so_far.log, row)
         return _Heard(so_far.count + 1, ts, in_force, due, wants_eval, log)
 
-    row = jax.eval_shape(one, ts, hyperparams, jax.tree.map(lambda rows: rows[0], lane))[-1]
-    log = jax.tree.map(lambda like: jnp.zeros((*lane.told.shape, *like.shape), like.dtype), row)
+    row = jax.eval_shape(one, ts, hyperparams, jax.tree.map(lambda row: row[0], rows))[-1]
+    log = jax.tree.map(lambda like: jnp.zeros((*rows.told.shape, *like.shape), like.dtype), row)
     no = jnp.zeros((), bool)
     start = _Heard(jnp.int32(0), ts, hyperparams, no, no, log)
     return jax.lax.while_loop(lambda so_far: (so_far.count < count) & ~so_far.due, turn, start)
@@ -219,8 +219,10 @@ class Run:
         self.has_aux, self._stop, self._pace = has_aux, stop, Pace()
         self.host = JaxHost(state, source, eval_step, monitor, stop)
         self.controller = DeviceController(tuner, key=key)
-        self.lanes = Lanes(train_step, tuner, has_aux=has_aux, wanted=parallel_forks, state=self.host.state)
-        home = self.lanes.executor.home
+        self.parallel_forks = ParallelForks(
+            train_step, tuner, has_aux=has_aux, wanted=parallel_forks, state=self.host.state
+        )
+        home = self.parallel_forks.executor.home
         self.host.state, self.controller.state = home((self.host.state, self.controller.state))
         # Where steps leave it, so that the second one finds what the first one was compiled for.
         self.controller.state = beside(self.controller.state, self.host.state)
@@ -248,9 +250,9 @@ class Run:
             # The tree must not change its structure with the first finite metric.
             best = self.host.state if session.best is None else session.best.to_device()
         books: dict[str, Any] = session.books()
-        if self.lanes.is_on:
+        if self.parallel_forks.is_on:
             # Those that wait to be asked for are lost with this process.
-            books["unused_steps"] = self.lanes.unused_steps + self.lanes.waiting_steps
+            books["unused_steps"] = self.parallel_forks.unused_steps + self.parallel_forks.waiting_steps
         return {"copies": self.copies, "tuner": self.controller.state, "best": best, "host": json.dumps(books)}
 
     def resume(self, tree: dict[str, Any], *, extend: bool = False) -> None:
@@ -260,7 +262,7 @@ class Run:
         self.copies = tree["copies"]
         books = json.loads(str(tree["host"]))
         session.load(books)
-        self.lanes.unused_steps = books.get("unused_steps", 0)
+        self.parallel_forks.unused_steps = books.get("unused_steps", 0)
         session.best = None if session.best_eval is None else copy_tree_to_host(tree["best"])
         session.write()
         if controller.phase == TRAIN:
@@ -278,28 +280,28 @@ class Run:
     def advance(self) -> None:
         """Trains one step, or hears all but the last one of a fork that has run beside another."""
         begins_fork, self._begins_fork = self._begins_fork, False
-        lane = None
+        fork = None
         if begins_fork:
-            lane = self.lanes.find(self.controller.state, self.host)
-        if lane is None:
+            fork = self.parallel_forks.find(self.controller.state, self.host)
+        if fork is None:
             self.train_one()
         else:
-            self._hear(lane)
+            self._hear(fork)
 
-    def _hear(self, lane: Lane) -> None:
+    def _hear(self, fork: WaitingFork) -> None:
         """Tells the controller of a fork that has run, up to where it has something to ask for."""
         host, controller = self.host, self.controller
         core, in_force = controller.tuner.core, dict(host.hyperparams)
-        heard = _hear_jit(core, controller.state, in_force, lane.heard, np.int32(lane.steps))
+        heard = _hear_jit(core, controller.state, in_force, fork.heard, np.int32(fork.steps))
         controller.state, host.hyperparams = heard.ts, heard.hyperparams
         count, due, wants_eval, log = jax.device_get((heard.count, heard.due, heard.wants_eval, heard.log))
         for pos in range(int(count)):
             self._count(due, wants_eval, jax.tree.map(lambda rows, pos=pos: rows[pos], log))
         if not due:
-            host.state = lane.state
+            host.state = fork.state
         else:
             # It failed, and its state is of no use.
-            self.lanes.unused_steps += lane.steps - int(count)
+            self.parallel_forks.unused_steps += fork.steps - int(count)
 
     def train_one(self) -> None:
         """Dispatches one step; waits for nothing but, where the tuner may decide, for what it asks for."""
@@ -330,9 +332,9 @@ class Run:
         is_decided = self.session.complete() is not None
         if is_decided:
             self.session.write()
-            self._begins_fork = self.lanes.is_on and self.controller.phase == FORK
+            self._begins_fork = self.parallel_forks.is_on and self.controller.phase == FORK
             if self.controller.phase == TRAIN:
-                self.lanes.release()
+                self.parallel_forks.release()
         return is_decided
 
     def train_stretch(self, steps: int, is_stopped: Callable[[], bool], *, on_step: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from ..controller.roles import roles_of
 from ..controller.state import TRAIN
 from ..session.notices import of_slow
 from ..user_warning import warn
-from .books import MAX_ATTEMPTS
+from .bookkeeping import MAX_ATTEMPTS
 from .state import AutotuneState
 
 # Updates without a single loss after which the user is told.

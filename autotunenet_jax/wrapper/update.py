@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from ..arguments import scalar
 from ..compiler.one_turn import usually, when
-from . import aux_state, books, budget, notices, trees
+from . import aux_state, bookkeeping, budget, notices, trees
+from .carry_out import Carried, Given, carry_out
 from .loss import hear
-from .seldom import Carried, Given, seldom
 from .state import AutotuneState, write_in_force
 
 
@@ -46,10 +46,10 @@ def update(
     step = functools.partial(_step, optimizer, seen, extra_args if value is None else {**extra_args, "value": value})
     if not settings.is_on:
         new, inner = step(updates, params, updates, state.inner)
-        return new, state._replace(inner=inner, packed=books.passed(settings, state.packed))
+        return new, state._replace(inner=inner, packed=bookkeeping.passed(settings, state.packed))
 
     state, given_aux = aux_state.with_room(state, aux)
-    opened = books.opened(settings, value is None, state.packed)
+    opened = bookkeeping.opened(settings, value is None, state.packed)
     square, value = trees.squared_norm(updates), None if value is None else jnp.asarray(value)
     if axis_name is not None:
         # Not finite on one replica, not finite on all.
@@ -68,7 +68,7 @@ def update(
         opened=opened,
         square=square,
         is_finite=is_finite,
-        is_fit=is_finite & books.is_in_line(opened, square),
+        is_fit=is_finite & bookkeeping.is_in_line(opened, square),
         heard=None,
     )
     is_taken, new, inner = _usual(given, room, state)
@@ -81,7 +81,7 @@ def update(
         heard = hear(settings, state.packed, given.loss, opened.lag, is_usable, is_made)
         packed, directive = heard.packed, heard.directive
     given = given._replace(heard=heard)
-    closed = books.closed(settings, state.packed, packed, directive, opened, square, is_taken, no)
+    closed = bookkeeping.closed(settings, state.packed, packed, directive, opened, square, is_taken, no)
     on = Carried(
         is_taken=is_taken,
         new=new,
@@ -94,7 +94,7 @@ def update(
     flags = [] if heard is None else [heard.is_noted]
     flags += [] if on.snapshots is None else [opened.is_left, closed.is_asked]
     if flags:
-        (on,) = when(functools.reduce(jnp.logical_or, flags), functools.partial(seldom, given), on)
+        (on,) = when(functools.reduce(jnp.logical_or, flags), functools.partial(carry_out, given), on)
     snapshots = state.snapshots if on.snapshots is None else on.snapshots
     state = state._replace(packed=on.packed, inner=on.inner, snapshots=snapshots, aux=on.aux, record=on.record)
     return trees.kept_finite(on.is_taken, params, on.new), state

@@ -13,7 +13,7 @@ import ray
 import autotunenet_jax as atn
 from autotunenet_ray import Population
 from tests import problem
-from tests.loop import test_lanes as here
+from tests.loop import test_parallel_forks as here
 
 ray.init(num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 

@@ -20,17 +20,17 @@ from ..controller.fork_round import foreseen
 from ..controller.plan import FAST, MAX_FORKS
 from ..controller.state import TunerState
 from .device_forks import MOST_AT_ONCE, DeviceForks
-from .fork_executor import ForkExecutor, Heard
+from .fork_executor import ForkExecutor, StepLog
 
 _log = logging.getLogger("autotunenet")
 
 # Longer forks run alone.
 _MOST_STEPS = 2**14
-# Rates that a lane was trained with are those that the controller asks for, up to rounding.
+# Rates that a fork was trained with are those that the controller asks for, up to rounding.
 _ROUNDING = 1e-5
 
 
-class Lane(NamedTuple):
+class WaitingFork(NamedTuple):
     """A fork that has been trained up to its last step.
 
     Attributes:
@@ -44,7 +44,7 @@ class Lane(NamedTuple):
     x: np.ndarray
     first: dict[str, np.ndarray]
     steps: int
-    heard: Heard
+    heard: StepLog
     state: Any
 
 
@@ -88,7 +88,7 @@ def check_parallel_forks(wanted: int | Literal["auto"] | ForkExecutor | None) ->
     return wanted
 
 
-class Lanes:
+class ParallelForks:
     """The forks of the round that is held which have run already.
 
     Args:
@@ -117,7 +117,7 @@ class Lanes:
         longest = int(np.max(tuner.plan.length, where=tuner.plan.kind == FAST, initial=1))
         self._most_steps = min(longest, _MOST_STEPS)
         self._round: tuple[int, int] = (-1, -1)
-        self._lanes: list[Lane] = []
+        self._waiting: list[WaitingFork] = []
         self.unused_steps = 0
         self.executor = wanted if isinstance(wanted, ForkExecutor) else DeviceForks(wanted, state)
         if wanted != 1:
@@ -132,9 +132,9 @@ class Lanes:
     @property
     def waiting_steps(self) -> int:
         """Training steps of forks that have run and may still be asked for."""
-        return sum(lane.steps for lane in self._lanes)
+        return sum(fork.steps for fork in self._waiting)
 
-    def find(self, ts: TunerState, host: Any) -> Lane | None:
+    def find(self, ts: TunerState, host: Any) -> WaitingFork | None:
         """The fork that begins, where it has run or can be run beside others; else None, and it is trained as usual.
 
         Args:
@@ -145,35 +145,35 @@ class Lanes:
         if held != self._round:
             self.release()
             self._round = held
-        lane = self._pop(ts)
+        fork = self._pop(ts)
         # A run that goes on to another budget may hold longer forks than its tuner's plan has.
-        if lane is None and int(ts.segment_length) <= self._most_steps:
+        if fork is None and int(ts.segment_length) <= self._most_steps:
             points = self._points(ts)
             if len(points) > 1:
-                self._lanes += self._run(ts, host.state, points, host.batch)
-                lane = self._pop(ts)
-        if lane is not None and not _is_close(lane.first, jax.device_get(dict(host.hyperparams))):
+                self._waiting += self._run(ts, host.state, points, host.batch)
+                fork = self._pop(ts)
+        if fork is not None and not _is_close(fork.first, jax.device_get(dict(host.hyperparams))):
             # It was trained with other values than those that are asked for.
-            self.unused_steps += lane.steps
+            self.unused_steps += fork.steps
             return None
-        return lane
+        return fork
 
     def release(self) -> None:
         """Forgets all forks: the round is over. Their steps are counted."""
         self.unused_steps += self.waiting_steps
-        self._lanes = []
+        self._waiting = []
 
-    def _pop(self, ts: TunerState) -> Lane | None:
+    def _pop(self, ts: TunerState) -> WaitingFork | None:
         trial, length = np.asarray(ts.trial), int(ts.segment_length)
-        for number, lane in enumerate(self._lanes):
-            if np.allclose(lane.x, trial, atol=_ROUNDING) and lane.steps == length - 1:
-                return self._lanes.pop(number)
+        for number, fork in enumerate(self._waiting):
+            if np.allclose(fork.x, trial, atol=_ROUNDING) and fork.steps == length - 1:
+                return self._waiting.pop(number)
         return None
 
     def _points(self, ts: TunerState) -> np.ndarray:
         """The fork that begins and those that may follow, as far as they have not run."""
         found = jax.device_get(_foreseen_jit(self._core, self.executor.count, ts))
-        known = [lane.x for lane in self._lanes]
+        known = [fork.x for fork in self._waiting]
         points = [
             x
             for x, is_allowed in zip(found.x, found.is_allowed, strict=True)
@@ -181,7 +181,7 @@ class Lanes:
         ]
         return np.stack(points)
 
-    def _run(self, ts: TunerState, state: Any, points: np.ndarray, batch: Callable[[int], Any]) -> list[Lane]:
+    def _run(self, ts: TunerState, state: Any, points: np.ndarray, batch: Callable[[int], Any]) -> list[WaitingFork]:
         """Trains forks at some points up to their last step; those that met nothing unusual are of use."""
         steps, start, count = int(ts.segment_length) - 1, int(ts.data_step), len(points)
         # Filled up, so that one program does for all.
@@ -194,15 +194,15 @@ class Lanes:
             return []
         self.unused_steps += steps * (self.executor.forks_paid(count) - count)
         trained = self.executor.train(state, values, lambda pos: batch(start + pos), steps=steps, count=count)
-        lanes = []
+        waiting = []
         for number, fork in enumerate(trained):
             if fork is not None and np.isfinite(fork.heard.told).all():
                 at_first = {name: value[number] for name, value in first.items()}
                 heard = jax.tree.map(self._filled, fork.heard)
-                lanes.append(Lane(points[number], at_first, steps, heard, fork.state))
+                waiting.append(WaitingFork(points[number], at_first, steps, heard, fork.state))
             else:
                 self.unused_steps += steps
-        return lanes
+        return waiting
 
     def _filled(self, row: np.ndarray) -> np.ndarray:
         """A row with a value for each step of the longest fork."""

@@ -1,4 +1,4 @@
-"""What an update seldom does.
+"""What few updates do: carry out what the tuner, or the user, asks for.
 
 In this order: copies that `observe` left to it, the optimizer's step where that had to wait for them, the decision, the
 copies that it asks for, and the way back to a snapshot.
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from ..compiler import packing
 from ..compiler.one_turn import when
 from . import inner_state, trees
-from .books import Opened, closed, sent_home
+from .bookkeeping import Opened, closed, sent_home
 from .held_snapshots import HeldSnapshots, Snapshot
 from .loss import Heard, note, unheard
 from .state import Order, Settings, write_in_force
@@ -76,7 +76,7 @@ class Carried(NamedTuple):
     snapshots: HeldSnapshots | None
 
 
-def seldom(given: Given, on: Carried) -> tuple[Carried]:
+def carry_out(given: Given, on: Carried) -> tuple[Carried]:
     """The rest of an update in which there is something to do."""
     heard, away = given.heard, jnp.zeros((), bool)
     if on.snapshots is not None:
@@ -85,11 +85,11 @@ def seldom(given: Given, on: Carried) -> tuple[Carried]:
     packed, directive, record = given.before, None, on.record
     if heard is not None and given.loss is not None and on.record is not None:
         packed, directive, record = note(given.settings, given.before, heard, on.record, given.loss, given.opened.lag)
-    books = closed(given.settings, given.before, packed, directive, given.opened, given.square, on.is_taken, away)
-    on = on._replace(packed=books.packed, record=record)
+    after = closed(given.settings, given.before, packed, directive, given.opened, given.square, on.is_taken, away)
+    on = on._replace(packed=after.packed, record=record)
     if on.snapshots is None:
         return (on,)
-    return when(books.is_asked, functools.partial(_obeyed, given, books.order), on)
+    return when(after.is_asked, functools.partial(_obeyed, given, after.order), on)
 
 
 def _resumed(given: Given, away: Array, on: Carried) -> tuple[Array, Carried]:

@@ -14,7 +14,7 @@ import autotunenet_jax as atn
 from autotunenet_jax.controller.fork_round import foreseen
 from autotunenet_jax.controller.state import FORK
 from autotunenet_jax.hosting import ForkExecutor, pack, train_fork, unpack
-from autotunenet_jax.loop import device_forks, lanes, run
+from autotunenet_jax.loop import device_forks, parallel_forks, run
 from tests import devices, problem
 
 TOTAL = 600
@@ -24,14 +24,14 @@ FORK_FIELDS = ("hyperparams", "status", "steps", "start", "end")
 @pytest.fixture
 def trained(monkeypatch):
     """How many forks were trained together each time, how many of them were of use, and for how many steps."""
-    counts, train = [], lanes.Lanes._run
+    counts, train = [], parallel_forks.ParallelForks._run
 
     def counted(self, ts, state, points, batch):
         found = train(self, ts, state, points, batch)
         counts.append((len(points), len(found), int(ts.segment_length) - 1))
         return found
 
-    monkeypatch.setattr(lanes.Lanes, "_run", counted)
+    monkeypatch.setattr(parallel_forks.ParallelForks, "_run", counted)
     return counts
 
 
@@ -40,9 +40,9 @@ def heard(monkeypatch):
     """How many steps of each fork were heard rather than trained."""
     counts, hear = [], run.Run._hear
 
-    def counted(self, lane):
-        counts.append(lane.steps)
-        return hear(self, lane)
+    def counted(self, fork):
+        counts.append(fork.steps)
+        return hear(self, fork)
 
     monkeypatch.setattr(run.Run, "_hear", counted)
     return counts
@@ -110,7 +110,7 @@ def test_rates_that_depend_on_the_order_of_forks_are_not_foreseen():
     steps = jnp.int32(20)
     ts = tuner.init(jax.random.key(0))._replace(phase=jnp.int32(FORK), segment_left=steps, segment_length=steps)
     state = jax.device_put(problem.new_state(), jax.devices()[0])
-    made = lanes.Lanes(problem.train_step, tuner, has_aux=False, wanted=3, state=state)
+    made = parallel_forks.ParallelForks(problem.train_step, tuner, has_aux=False, wanted=3, state=state)
     # There is no host that could give a batch.
     assert made.find(ts, types.SimpleNamespace(state=state, batch=None)) is None
     assert made.unused_steps == 0
@@ -150,10 +150,10 @@ def test_as_many_as_fit_into_memory_run_together(monkeypatch, caplog):
     for free, count in ((2**20 * 100, 3), (2**20 * 11, 2), (2**20, 1), (None, 3)):
         monkeypatch.setattr(device_forks, "_free_bytes", lambda device, free=free: free)
         with caplog.at_level(logging.INFO, logger="autotunenet"):
-            made = lanes.Lanes(None, problem.tuner(), has_aux=False, wanted="auto", state=state)
+            made = parallel_forks.ParallelForks(None, problem.tuner(), has_aux=False, wanted="auto", state=state)
         assert made.executor.count == count and made.is_on == (count > 1)
         assert f"up to {count} forks of a round run together" in caplog.records[-1].message
-    assert lanes.Lanes(None, problem.tuner(), has_aux=False, wanted=5, state=state).executor.count == 5
+    assert parallel_forks.ParallelForks(None, problem.tuner(), has_aux=False, wanted=5, state=state).executor.count == 5
 
 
 class Elsewhere(ForkExecutor):
@@ -194,16 +194,16 @@ def test_forks_trained_elsewhere_change_nothing_and_lost_ones_are_trained_again(
 SPREAD = """
 import json
 import jax
-from autotunenet_jax.loop import lanes
-from tests.loop import test_lanes as here
+from autotunenet_jax.loop import parallel_forks
+from tests.loop import test_parallel_forks as here
 
-train, places = lanes.Lanes._run, []
+train, places = parallel_forks.ParallelForks._run, []
 def seen(self, ts, state, points, batch):
     found = train(self, ts, state, points, batch)
-    assert all(leaf.devices() == {jax.devices()[0]} for lane in found for leaf in jax.tree.leaves(lane.state))
+    assert all(leaf.devices() == {jax.devices()[0]} for fork in found for leaf in jax.tree.leaves(fork.state))
     places.append([len(self.executor._over.mesh.devices.flat), len(found)])
     return found
-lanes.Lanes._run = seen
+parallel_forks.ParallelForks._run = seen
 result = here.fit("auto")
 print(json.dumps([places, here.told(result), [row["loss"] for row in result.history.records]]))
 """
