@@ -124,7 +124,7 @@ def _check_companions(*, monitor: Any, eval_step: Any, resume: Any, snapshots: A
         raise TypeError(f"key must be a random key, such as jax.random.key(0); got {type(key).__name__}.")
 
 
-def _check_fork_executor(
+def _check_together(
     at_once: int | str | ForkExecutor, tuner: AutoTuneNet, read: set[str], processes: Processes
 ) -> None:
     """Whether forks can share their batches, and a process."""
@@ -249,7 +249,7 @@ def fit(
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
     interval = eval_every or max(total // _EVALS_PER_RUN, 1)
     processes = Processes.of(state, first_batch)
-    _check_fork_executor(at_once, tuner, reads.names, processes)
+    _check_together(at_once, tuner, reads.names, processes)
     bar, stop = Progress(total, is_on=progress and processes.is_first), Stop()
     recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
 
