@@ -127,7 +127,7 @@ class TorchHost(Host):
             return None
         with modes.kept(self.state.model):
             value = self._validate()
-        return distributed.mean(distributed.to_float(value, name="value"), counts=not self.is_absent)
+        return distributed.mean(distributed.to_float(value, name="what validate returns"), counts=not self.is_absent)
 
     def count_non_finite(self, copy: Mapping[str, Any] | None = None) -> int:
         """Over the model and its optimizer, and all processes that share them out."""

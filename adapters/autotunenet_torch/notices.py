@@ -10,8 +10,9 @@ from .host import TorchHost
 
 _HOW = "Report one whenever the tuner asks for it: attach(..., validate=function), or tuner.validate(metric)"
 _OVERWRITTEN = (
-    "Something else sets {names} besides the tuner, such as a scheduler made after attach or the optimizer itself: "
-    "what is tuned is not what is in force. Hand the scheduler to attach, or leave the name out of param_space."
+    "Something else sets {names} besides the tuner, such as a scheduler made after attach, a callback that "
+    "averages weights, or the optimizer itself: what is tuned is not what is in force. Hand the scheduler to attach, "
+    "or in Lightning return it from configure_optimizers, or leave the name out of param_space."
 )
 _IDLE = (
     "The optimizer that the tuner is attached to has made no step in the first {calls} calls of step: what is tuned "

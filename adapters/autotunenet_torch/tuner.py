@@ -309,7 +309,10 @@ class AutoTuneNet:
 
     def _attached(self) -> SoundSession:
         if self._session is None:
-            raise RuntimeError("the tuner is not attached yet: call attach(model, optimizer, ...) before training.")
+            raise RuntimeError(
+                "the tuner is not attached: call attach(model, optimizer, ...) before training. A copied or "
+                "pickled tuner is not; what it did is kept by history.to_json and state_dict()."
+            )
         return self._session
 
     # Validation.
@@ -331,7 +334,7 @@ class AutoTuneNet:
           value: Scalar tensor or number.
         """
         session = self._attached()
-        session.observe(distributed.mean(distributed.to_float(value, name="value")))
+        session.observe(distributed.mean(distributed.to_float(value, name="the metric, value,")))
         if session.is_settled:
             session.end_at_best()
         else:
@@ -342,7 +345,7 @@ class AutoTuneNet:
     def _note_metric(self, value: Any) -> None:
         """Records another metric of the present state, which is not compared with the first."""
         session = self._attached()
-        metric = distributed.mean(distributed.to_float(value, name="value"))
+        metric = distributed.mean(distributed.to_float(value, name="the metric"))
         is_settled = session.controller.phase == engine.hosting.TRAIN
         session.recorder.add_eval(session.controller.step, metric, is_settled=is_settled)
 

@@ -76,6 +76,7 @@ def notices(
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
     found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
+    found += _doubted(bool(ts.validation.is_doubted))
     if is_late and step:
         found += _no_metric(tuner, ts, how)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
@@ -112,7 +113,7 @@ def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
     message = (
         f"Training went back to an earlier state {rollbacks} times in {step} steps, which costs what had been trained "
         "since. The history's events say when and why. Look at the data of those steps, clip gradients, or lower the "
-        "upper bound of the learning rate."
+        "upper bound of the learning rate where it had been high."
     )
     return [Notice("many rollbacks", message)]
 
@@ -127,6 +128,17 @@ def _unusable(evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
         "validation data, or a metric that divides by zero."
     )
     return [Notice("unusable metrics", message)]
+
+
+def _doubted(is_doubted: bool) -> list[Notice]:
+    if not is_doubted:
+        return []
+    message = (
+        "Training lowers its own loss and makes the validation metric worse than it was before the first step, so that "
+        "metric measures something else than what is trained on, as yet. Rates are chosen by the training loss until "
+        "the metric is better than it was then; validate on what is trained at present, if that can be."
+    )
+    return [Notice("doubted metric", message)]
 
 
 def of_slow(space: SearchSpace, how: str) -> list[Notice]:

@@ -190,6 +190,11 @@ def resolve(names: Iterable[str], opt_state: Any) -> dict[str, Place]:
         fitting = match(name, found)
         if len(fitting) > 1:
             candidates = [label for label, place in labels(found).items() if place in fitting]
+            if len(candidates) < len(fitting):
+                raise ValueError(
+                    f"{name!r} is ambiguous: the optimizer has it {len(fitting)} times, in parts that have no names to "
+                    "tell them apart. Make all but one of them with plain numbers, without inject_hyperparams."
+                )
             raise ValueError(
                 f"{name!r} is ambiguous: the optimizer has {' and '.join(map(repr, candidates))}. Name one of them."
             )

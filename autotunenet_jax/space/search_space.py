@@ -115,6 +115,12 @@ class SearchSpace:
                 raise type(error)(f"search space, {name!r}: {error}") from error
         _check_aliases([name for name, _ in entries])
         object.__setattr__(self, "params", tuple(entries))
+        for (name, param), role in zip(entries, self.roles, strict=True):
+            if role == "rate" and isinstance(param, Float) and param.lo < 0.0:
+                raise ValueError(
+                    f"search space, {name!r}: a learning rate is not negative; got ({param.lo!r}, {param.hi!r}). Begin "
+                    "the range above zero, some decades below its upper bound."
+                )
 
     def __repr__(self) -> str:
         def show(param: Parameter) -> str:

@@ -71,9 +71,14 @@ def moved(params: Any, updates: Any) -> Any:
 
 
 def way(params: Any, target: Any, updates: Any) -> Any:
-    """The update from ``params`` to ``target``, in the dtypes of ``updates``; never beyond what a float can hold."""
+    """The update from ``params`` to ``target``, in the dtypes of ``updates``; never beyond what a float can hold.
+
+    Booleans, which no update moves, stay.
+    """
 
     def difference(p: Array, t: Array, u: Array) -> Array:
+        if p.dtype == bool:
+            return jnp.zeros_like(u)
         if not _is_inexact(p) or jnp.iscomplexobj(p):
             return (t - p).astype(u.dtype)
         wide = jnp.promote_types(p.dtype, jnp.float32)

@@ -210,6 +210,13 @@ def test_other_lists_are_choices():
         assert atn.SearchSpace({"x": spec})["x"].options == tuple(spec)
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "head/lr"])
+def test_a_rate_is_not_negative(name):
+    with pytest.raises(ValueError, match=f"'{name}': a learning rate is not negative"):
+        atn.SearchSpace({name: (-1e-3, 1.0)})
+    assert atn.SearchSpace({name: (0.0, 1.0), "shift": (-1.0, 1.0)}).dims == 2
+
+
 @pytest.mark.parametrize("names", [("lr", "learning_rate"), ("step_size", "lr"), ("head/lr", "head/learning_rate")])
 def test_one_rate_has_one_name(names):
     with pytest.raises(ValueError, match=f"'{names[0]}' and '{names[1]}' name the same rate. Keep one"):

@@ -1,5 +1,6 @@
 """The tuner in a loop of the user's own."""
 
+import copy
 import io
 import math
 import warnings
@@ -299,6 +300,11 @@ def test_bad_input():
         tuner.step(torch.ones(2))
     with pytest.raises(TypeError, match="number"):
         tuner.step("low")
+    _, _, other = make()
+    with pytest.raises(TypeError, match=r"what validate returns must be a number.*NoneType"):
+        other.attach(model, torch.optim.SGD(model.parameters(), lr=0.01), total_steps=100, validate=lambda: None)
+    with pytest.raises(RuntimeError, match="copied or pickled tuner is not"):
+        _ = copy.deepcopy(tuner).history
 
 
 def test_steps_beyond_the_budget_are_told_once():

@@ -184,6 +184,18 @@ def test_paths():
     twice = optax.chain(*[optax.inject_hyperparams(optax.sgd)(learning_rate=rate) for rate in (0.1, 0.2)])
     with pytest.raises(ValueError, match=r"ambiguous: the optimizer has '0/learning_rate' and '1/learning_rate'"):
         atn.set_hyperparams(twice.init(PARAMS), {"learning_rate": 0.7})
+    inner = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    sharpness_aware = optax.contrib.sam(inner, inner)
+    with pytest.raises(ValueError, match="2 times, in parts that have no names"):
+        atn.set_hyperparams(sharpness_aware.init(PARAMS), {"learning_rate": 0.7})
+
+
+def test_a_boolean_among_the_parameters_stays():
+    params = {"w": jnp.ones(3), "mask": jnp.array([True, False])}
+    target = {"w": jnp.zeros(3), "mask": jnp.array([False, False])}
+    back = trees.way(params, target, jax.tree.map(jnp.zeros_like, params))
+    after = optax.apply_updates(params, back)
+    assert after["mask"].tolist() == [True, False] and after["w"].tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
