@@ -24,7 +24,7 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     pos = position(ts) - 1
     is_scored = heard.is_finite & (pos >= scored_from(ts.segment_length))
     value = heard.value * ts.health.scale
-    scored = window.with_loss(ts.window, value, is_scored)
+    scored = window.with_loss(ts.window, heard.value, is_scored)
     # The first two losses of a round's first fork come before any fork could differ: where all of them start.
     counts = (ts.round.fork == 0) & heard.is_finite & ~ts.round.has_eval
     reference = jnp.where(counts & (pos == 0), value, ts.round.reference)
@@ -46,8 +46,9 @@ def doubts(ts: TunerState) -> Bool[Array, ""]:
     Then the metric is one of something else as yet, as under a curriculum or a loss whose terms are annealed, and to
     train least would always look best.
     """
-    sums, began = ts.window, ts.health.initial_loss * ts.health.scale
-    return (sums.eval_sum / sums.eval_count >= ts.validation.first) & window.lies_below(sums, began)
+    sums = ts.window
+    is_worse = sums.eval_sum / sums.eval_count >= ts.validation.first
+    return is_worse & window.lies_below(sums, ts.health.initial_loss)
 
 
 def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
@@ -61,7 +62,7 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
     is_usable = (sums.eval_count > 0) & jnp.isfinite(sums.eval_sum) & ~ts.validation.is_doubted
     has_eval = jnp.where(is_opening, is_usable, held.has_eval)
     # A slow hyperparameter is never judged by the training loss.
-    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.robust_mean(sums), jnp.nan)
+    by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.robust_mean(sums) * ts.health.scale, jnp.nan)
     value = jnp.where(has_eval, sums.eval_sum / sums.eval_count, by_loss)
     reference = jnp.where(is_opening & has_eval, ts.validation.level, held.reference)
     return has_eval, value, jnp.where(jnp.isfinite(reference), reference, value)
