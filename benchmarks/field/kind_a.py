@@ -347,13 +347,14 @@ def _curriculum(k: int) -> dict[str, Any]:
     return {"classes": 2} if k < 320 else {}
 
 
-@case("A", "fit", "loop", "Trainer", short=("loop",))
+@case("A", "fit", "loop", "Trainer")
 def classes_that_come_later_are_validated_from_the_beginning(way: str) -> Outcome:
-    """As long as they are missing, whatever trains least has the best metric."""
-    ratios = [
-        run(way, batch=_curriculum, seed=seed).loss / plain_of(way, batch=_curriculum, seed=seed) for seed in range(3)
-    ]
-    return tasks.of_seeds(ratios, what="plain")
+    """As long as they are missing, whatever trains least has the best metric: it costs no more than to have none."""
+    ratios = []
+    for seed in range(3):
+        told, untold = (run(way, batch=_curriculum, seed=seed, validates=flag) for flag in (True, False))
+        ratios.append(told.loss / untold.loss)
+    return tasks.of_seeds(ratios, what="the run without a metric")
 
 
 @case("A", "Trainer")
