@@ -85,11 +85,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
     in_fork = (ts.phase == FORK) & ~is_retry
     held = ts.round
-    is_opening = in_fork & ~fork_round.finished(held).any()
-    may_doubt = is_opening & (ts.plan.kind[row] == FAST)
-    is_doubted = jnp.where(may_doubt, fork_score.doubts(ts), ts.validation.is_doubted)
-    ts = ts._replace(validation=ts.validation._replace(is_doubted=is_doubted))
-    has_eval, score, reference = fork_score.score(ts, is_opening=is_opening)
+    has_eval, score, reference = fork_score.score(ts, is_opening=in_fork & ~fork_round.finished(held).any())
     succeeded = in_fork & ~ts.health.has_failed & jnp.isfinite(score)
     is_fork = in_fork & (jnp.arange(MAX_FORKS) == fork)
     held = held._replace(
@@ -231,7 +227,7 @@ def _after_range_test(space: SearchSpace, ts: TunerState) -> tuple[TunerState, D
 def _after_training(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive]:
     """A round begins, unless there is nothing to compare by or no budget: one of two forks has to be affordable."""
     row = ts.round.index
-    is_blind = (ts.plan.kind[row] != FAST) & (~jnp.isfinite(ts.validation.level) | ts.validation.is_doubted)
+    is_blind = (ts.plan.kind[row] != FAST) & ~jnp.isfinite(ts.validation.level)
     length = fork_round.length_at(space, ts, ts.incumbent)
     is_affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > 2 * length)
     holds = ~is_blind & is_affordable

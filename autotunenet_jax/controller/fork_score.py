@@ -40,17 +40,6 @@ def step(ts: TunerState, heard: Heard) -> tuple[TunerState, Directive, Bool[Arra
     return ts, directive, (ts.segment_left <= 0) | heard.unhealthy
 
 
-def doubts(ts: TunerState) -> Bool[Array, ""]:
-    """Whether the fork that ended made the metric worse than it was before any training, and its own loss better.
-
-    Then the metric is one of something else as yet, as under a curriculum or a loss whose terms are annealed, and to
-    train least would always look best.
-    """
-    sums = ts.window
-    is_worse = sums.eval_sum / sums.eval_count >= ts.validation.first
-    return is_worse & window.lies_below(sums, ts.health.initial_loss)
-
-
 def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """The score of the fork that ended, to be minimised.
 
@@ -58,9 +47,8 @@ def score(ts: TunerState, *, is_opening: Array) -> tuple[Bool[Array, ""], Float[
       Whether the round is scored by the validation metric, the score, and that of the state all forks start from.
     """
     sums, held = ts.window, ts.round
-    # A metric that is not finite, where the training loss is, is no more than no metric; nor is one that is doubted.
-    is_usable = (sums.eval_count > 0) & jnp.isfinite(sums.eval_sum) & ~ts.validation.is_doubted
-    has_eval = jnp.where(is_opening, is_usable, held.has_eval)
+    # A metric that is not finite, where the training loss is, is no more than no metric.
+    has_eval = jnp.where(is_opening, (sums.eval_count > 0) & jnp.isfinite(sums.eval_sum), held.has_eval)
     # A slow hyperparameter is never judged by the training loss.
     by_loss = jnp.where(ts.plan.kind[held.index] == FAST, window.robust_mean(sums) * ts.health.scale, jnp.nan)
     value = jnp.where(has_eval, sums.eval_sum / sums.eval_count, by_loss)

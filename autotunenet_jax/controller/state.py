@@ -9,7 +9,7 @@ from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 9
+FORMAT = 8
 """Version of the state's layout."""
 
 KEY_IMPL = "threefry2x32"
@@ -152,9 +152,6 @@ class Validation(NamedTuple):
 
     Attributes:
       level: The last metric seen, counted or not; NaN before the first.
-      first: The first one, NaN before it: what training has to better for the metric to be one of it.
-      is_doubted: Whether training has made the metric worse than the first one while its own loss fell: then it
-        measures something else, as yet.
       best: The lowest reading; infinite before the first.
       hot: The lowest one at full rate since training last went back, or was found to have cooled to a better state.
       read_at: Budget step of the last reading.
@@ -170,8 +167,6 @@ class Validation(NamedTuple):
     """
 
     level: Float[Array, ""]
-    first: Float[Array, ""]
-    is_doubted: Bool[Array, ""]
     best: Float[Array, ""]
     hot: Float[Array, ""]
     read_at: Int[Array, ""]
@@ -327,8 +322,6 @@ def no_validation() -> Validation:
     nan, inf = jnp.full((), jnp.nan, jnp.float32), jnp.full((), jnp.inf, jnp.float32)
     return Validation(
         level=nan,
-        first=nan,
-        is_doubted=no,
         best=inf,
         hot=inf,
         read_at=zero,

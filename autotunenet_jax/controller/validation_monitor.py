@@ -74,16 +74,12 @@ def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerStat
     is_known = is_settled & jnp.isfinite(metric)
     # From the first metric on, training losses are no readings any more.
     is_first = is_known & jnp.isnan(seen.level)
-    first = jnp.where(is_first, metric, seen.first)
-    is_doubted = seen.is_doubted & ~(is_known & (metric < first))
     seen = seen._replace(
         level=jnp.where(is_known, metric, seen.level),
-        first=first,
-        is_doubted=is_doubted,
         hot=jnp.where(is_first, jnp.inf, seen.hot),
         worse=jnp.where(is_first, 0, seen.worse),
     )
-    return _read(roles, ts._replace(window=window, validation=seen), metric, (ts.phase == TRAIN) & ~is_doubted)
+    return _read(roles, ts._replace(window=window, validation=seen), metric, ts.phase == TRAIN)
 
 
 def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:

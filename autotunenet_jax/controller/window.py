@@ -33,22 +33,12 @@ def mean(window: Window) -> Float[Array, ""]:
 
 def robust_mean(window: Window) -> Float[Array, ""]:
     """The same, the highest within reach of the others: one that stands far out may be a bad batch's."""
-    others, spread = _others(window)
+    count = window.loss_count
+    others = window.loss_sum / jnp.maximum(count - 1.0, 1.0)
+    spread = jnp.sqrt(jnp.maximum(window.squares / jnp.maximum(count - 1.0, 1.0) - jnp.square(others), 0.0))
     # Of two, either may be the one that stands out.
-    limit = jnp.where(window.loss_count > 2, others + _REACH * spread, jnp.inf)
+    limit = jnp.where(count > 2, others + _REACH * spread, jnp.inf)
     return _mean(window, jnp.minimum(window.highest, limit))
-
-
-def lies_below(window: Window, level: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether the losses lie below a level by more than their own spread."""
-    return robust_mean(window) + _others(window)[1] < level
-
-
-def _others(window: Window) -> tuple[Array, Array]:
-    """Mean and standard deviation of all losses but the highest."""
-    count = jnp.maximum(window.loss_count - 1.0, 1.0)
-    mean = window.loss_sum / count
-    return mean, jnp.sqrt(jnp.maximum(window.squares / count - jnp.square(mean), 0.0))
 
 
 def _mean(window: Window, highest: Array) -> Array:

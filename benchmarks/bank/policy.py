@@ -51,8 +51,6 @@ class Knobs:
         cool-down, and the mean training loss between readings is one.
       rewinds: Whether forks of a round see the same batches.
       falls: How often rates fall by readings of the training loss.
-      doubts: Whether a metric that training makes worse than it was before the first step, while its own loss falls,
-        decides nothing until it is better than that.
     """
 
     test_share: float = 0.03
@@ -90,7 +88,6 @@ class Knobs:
     validates: bool = True
     rewinds: bool = True
     falls: int = 1
-    doubts: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +200,6 @@ class Run:
         self.spent = self.data = self.discarded = self.forks = self.rounds = self.went_back = 0
         self.observations: list[Observation] = []
         self.reference = math.nan
-        self.first_metric, self.first_loss, self.doubts = self.metric(lab.start), math.nan, False
-
-    @property
-    def judges(self) -> bool:
-        """Whether there is a metric that decides."""
-        return self.knobs.validates and not self.doubts
 
     def factor(self, spent: np.ndarray) -> np.ndarray:
         return np.clip((1.0 - spent / self.steps) / (1.0 - self.knobs.hold), 0.0, 1.0)
@@ -225,12 +216,11 @@ class Run:
         n = max(round(self.knobs.test_share * self.steps), 16)
         rates = np.linspace(self.low, self.high, n)
         _, losses = self.lab.run(self.state, self.data, 10.0 ** rates[None], warms_up=False)
-        self.first_loss = float(np.mean(losses[0, :4]))
         self.spent += n
         self.discarded += n
         return float(np.clip(read_range_test(losses[0], rates), self.low, self.high))
 
-    def fork(self, x: float, n: int, before: float, *, is_first: bool) -> tuple[States, float]:
+    def fork(self, x: float, n: int, before: float) -> tuple[States, float]:
         """The state at its end, and its score; ``before`` is the rate that training has got used to."""
         cool = np.clip((n - np.arange(n)) / max(round(self.knobs.cool * n), 1), 0.02, 1.0)
         risen = np.minimum((np.arange(n) + 1) / (round(self.knobs.rise * n) + 1), 1.0)
@@ -243,12 +233,7 @@ class Run:
             tail[-1] = min(tail[-1], np.mean(tail[:-1]) + self.knobs.reach * np.std(tail[:-1]))
         if math.isnan(self.reference):
             self.reference = float(np.mean(losses[0, :2]))
-        if self.knobs.validates and is_first:
-            falls = np.mean(tail) + np.std(tail[:-1]) < self.first_loss
-            self.doubts = self.knobs.doubts and self.metric(state) >= self.first_metric and bool(falls)
-            if self.doubts:
-                self.reference = float(np.mean(losses[0, :2]))
-        score = self.metric(state) if self.judges else float(np.mean(tail))
+        score = self.metric(state) if self.knobs.validates else float(np.mean(tail))
         fine = np.isfinite(losses).all() and np.isfinite(score) and score < WORST
         self.observations.append(
             Observation(x, score - self.reference if fine else math.inf, self.rounds, math.log1p((self.data + n) / 10))
@@ -274,7 +259,7 @@ class Run:
 
         chosen, before = x, 10.0**x if self.rounds > 1 else 0.0
         while True:
-            ends.append(self.fork(chosen, n, before, is_first=not any(np.isfinite(s) for _, s in ends)))
+            ends.append(self.fork(chosen, n, before))
             tried = [o.x for o in self.observations[first:]]
             outward = [min(tried) - knobs.line_step, max(tried) + knobs.line_step]
             if (self.rounds == 2 and knobs.second_up) or self.rounds == 3:
@@ -337,7 +322,7 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     is_known = rate is not None
     if rate is None:
         x = run.round(run.range_test(), knobs.first_share, knobs.first_forks) - knobs.drift
-        x -= 0.0 if run.judges else knobs.unseen
+        x -= 0.0 if knobs.validates else knobs.unseen
     else:
         x, run.spent, run.discarded = rate, round(waste * run.steps), round(waste * run.steps)
     asks_again = knobs.second_forks > 0 and not is_known
@@ -357,15 +342,12 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
             asked = False
         if asked:
             best, hot, kept, worse = math.inf, math.inf, None, 0
-            if run.judges:
+            if knobs.validates:
                 best, kept = run.metric(run.state), run.state
                 hot = best if not knobs.confirm_share else math.inf
             continue
         loss = run.train(x, check)
         metric = run.metric(run.state) if knobs.validates else loss
-        run.doubts = run.doubts and metric >= run.first_metric
-        if run.doubts:
-            continue
         worse = 0 if metric <= hot else worse + 1
         hot = min(hot, metric)
         is_stuck = worse >= knobs.patience and run.steps - run.spent >= knobs.ending * run.steps

@@ -343,20 +343,6 @@ def one_hard_block_of_160_in_the_middle(way: str) -> Outcome:
     return _of_blocks(way, _late_block, 1.08)
 
 
-def _curriculum(k: int) -> dict[str, Any]:
-    return {"classes": 2} if k < 320 else {}
-
-
-@case("A", "fit", "loop", "Trainer")
-def classes_that_come_later_are_validated_from_the_beginning(way: str) -> Outcome:
-    """As long as they are missing, whatever trains least has the best metric: it costs no more than to have none."""
-    ratios = []
-    for seed in range(3):
-        told, untold = (run(way, batch=_curriculum, seed=seed, validates=flag) for flag in (True, False))
-        ratios.append(told.loss / untold.loss)
-    return tasks.of_seeds(ratios, what="the run without a metric")
-
-
 @case("A", "Trainer")
 def a_loss_summed_over_batches_of_two_sizes(way: str) -> Outcome:
     """Every fourth batch is a remainder of a sixth: its sum is small, which is no sign of anything."""

@@ -25,7 +25,7 @@ def settings():
             KINDS[seed % len(KINDS)],
             list(SPACES)[seed % 3],
             (400, None, 100, 800)[seed // 3 % 4],
-            (None, "asked", "of something else", "every step")[seed // 2 % 4],
+            (None, "asked", "asked", "every step")[seed // 2 % 4],
             seed,
         )
 
@@ -34,13 +34,9 @@ def settings():
 def random_run(kind, space, total_steps, reported, seed):
     tuned = tuner(space, total_steps)
     losses, metrics = losses_like_training(kind, seed, total_steps or 1200)
-    reports, at = reported == "every step", np.arange(len(losses))
-    if reported == "of something else":
-        # For the first half, training makes it worse than it was before.
-        reports, metrics = at == 0, metrics + 5.0 * ((at > 0) & (at < 0.5 * len(at)))
     metrics = None if reported is None else metrics
     bowl = 0.0 if kind == "constant" or seed % 4 == 0 else 0.1
-    return tuned, run(tuned, told(losses, metrics, reports=reports, bowl=bowl), key=seed)
+    return tuned, run(tuned, told(losses, metrics, reports=reported == "every step", bowl=bowl), key=seed)
 
 
 def rows_of_twin(tuned, rows, seed):
@@ -99,7 +95,7 @@ def all_runs():
 
 def test_the_runs_of_the_twin_reach_every_outcome():
     """Otherwise the comparison above would say little."""
-    outcomes, verdicts, cooled, climbed, returned, fell, doubted, believed = set(), set(), 0, 0, 0, 0, 0, 0
+    outcomes, verdicts, cooled, climbed, returned, fell = set(), set(), 0, 0, 0, 0
     for *_, (rows, ts) in all_runs():
         outcomes |= set(rows["directive"].outcome.tolist())
         verdicts |= set(rows["directive"].verdict.tolist())
@@ -107,12 +103,9 @@ def test_the_runs_of_the_twin_reach_every_outcome():
         climbed += int(ts.validation.climbed_at) >= 0
         returned += int(ts.validation.retreats)
         fell += int(ts.validation.has_fallen)
-        doubted += bool(np.any(rows["validation"].is_doubted))
-        believed += bool(np.any(np.diff(rows["validation"].is_doubted.astype(int)) < 0))
     assert outcomes == set(state.OUTCOMES)
     assert verdicts >= set(loss_monitor.MESSAGES) - {loss_monitor.STALLED}
     assert cooled >= 5 and climbed >= 2 and returned >= 5 and fell >= 2
-    assert doubted >= 5 and believed >= 3
 
 
 def test_values_never_leave_their_bounds():

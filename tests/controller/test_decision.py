@@ -47,12 +47,11 @@ def compiled(core):
     return jax.jit(lambda ts, loss: (*core.update(ts, loss), core.hyperparams(ts))), jax.jit(core.observe_eval)
 
 
-def lived(tuned, count, *, with_metric=True, loss_of=None, metric_of=Trained.loss, first_metric=None):
+def lived(tuned, count, *, with_metric=True, loss_of=None, metric_of=Trained.loss):
     """A loop that does what it is told, and nothing else; the events at which it was told something."""
     update, observe = compiled(tuned.core)
     hyperparams = jax.jit(tuned.hyperparams)
     ts, trained = tuned.init(jax.random.key(0)), Trained()
-    ts = ts if first_metric is None else observe(ts, jnp.float32(first_metric))
     saved = kept = trained
     batch, asked, events = 0, False, []
     for step in range(count):
@@ -146,44 +145,6 @@ def test_metrics_that_are_not_finite_are_no_more_than_none():
     _, trained, events = tuned_run(with_metric=False)
     _, other, others = lived(tuner("rate", 400), 400, metric_of=lambda trained: np.nan)
     assert other == trained and outcomes(others) == outcomes(events)
-
-
-def something_else(trained):
-    """For half of the run a metric that training makes worse, and then what is trained."""
-    return 10.0 - trained.loss() if len(trained.steps) < 200 else trained.loss()
-
-
-def test_a_metric_of_something_else_than_what_is_trained_decides_nothing():
-    _, _, events = tuned_run(with_metric=False)
-    ts, trained, others = lived(
-        tuner("rate", 400), 400, metric_of=something_else, first_metric=something_else(Trained())
-    )
-    # By that metric the lowest rate would have won.
-    for ours, theirs in zip(forks_of(others), forks_of(events), strict=True):
-        assert [fork.before for fork in ours] == [fork.before for fork in theirs]
-        np.testing.assert_array_equal(ours[-1].incumbent, theirs[-1].incumbent)
-    assert not ts.validation.is_doubted and float(ts.validation.best) == pytest.approx(trained.loss(), rel=0.2)
-
-
-@pytest.mark.parametrize(("scale", "shift"), [(1.0, 100.0), (1e-6, 0.0), (1e6, -1e5)])
-def test_whether_a_metric_is_doubted_depends_on_no_unit(scale, shift):
-    def metric(trained):
-        return scale * something_else(trained) + shift
-
-    _, _, events = lived(tuner("rate", 400), 160, metric_of=something_else, first_metric=something_else(Trained()))
-    _, _, others = lived(tuner("rate", 400), 160, metric_of=metric, first_metric=metric(Trained()))
-    assert [fork.before for fork in forks_of(others)[0]] == [fork.before for fork in forks_of(events)[0]]
-
-
-def test_a_metric_that_gets_worse_with_the_loss_is_believed():
-    def forgets(trained):
-        """What was learnt before is lost by rates above 1e-4."""
-        return 0.1 + 0.02 * sum(max(np.log10(max(rate, 1e-9)) + 4.0, 0.0) for rate, _ in trained.steps)
-
-    tuned = tuner("rate", 400)
-    ts, *_ = lived(tuned, 120, loss_of=lambda trained, _: forgets(trained), metric_of=forgets, first_metric=0.1)
-    assert not ts.validation.is_doubted and bool(ts.validation.first == 0.1)
-    assert np.isfinite(float(ts.validation.best))
 
 
 def claimed_rate(fork):

@@ -140,12 +140,6 @@ def mean_of_usual(losses: list[Any]) -> Any:
     return F(sum(others, ZERO) + highest) / F(len(losses))
 
 
-def spread_of_usual(losses: list[Any]) -> Any:
-    """Standard deviation of all but the highest."""
-    others = sorted(losses)[:-1]
-    return F(np.std(others, dtype=np.float64)) if others else ZERO
-
-
 def magnitude(value: Any) -> Any:
     """A power of two near a value."""
     exponent = math.frexp(float(value))[1] if np.isfinite(value) and value != 0 else 0
@@ -254,7 +248,6 @@ class Algorithm:
         self.held_level, self.held_spread, self.known_level = LARGE, ZERO, -LARGE
         self.scale, self.bad_run, self.bad_steps, self.lowered = ZERO, 0, 0, 0.0
         self.readings, self.metric_level, self.retreats = Readings(), UNKNOWN, 0
-        self.first_metric, self.is_doubted = UNKNOWN, False
         self.has_fallen = False
         self.saved, self.kept = Copy(), Copy()
         self.observations: list[Observation] = []
@@ -352,12 +345,8 @@ class Algorithm:
         seen = self.readings
         if (self.phase == TRAIN or self.step == 0) and np.isfinite(metric):
             if not np.isfinite(self.metric_level):
-                seen.hot, seen.worse, self.first_metric = LARGE, 0, metric
+                seen.hot, seen.worse = LARGE, 0
             self.metric_level = metric
-            if metric < self.first_metric:
-                self.is_doubted = False
-        if self.is_doubted:
-            return
         is_last = bool(self.plan.total) and self._remaining <= 1
         is_spaced = self.step - seen.read_at >= F(validation_monitor._SPACING) * F(self.plan.check_every)
         value = metric if np.isfinite(metric) else LARGE
@@ -563,7 +552,6 @@ class Algorithm:
             # As high on a snapshot that good losses had been heard from: the data has changed.
             self._take_as_it_is(loss)
             self.readings, self.metric_level = Readings(), UNKNOWN
-            self.first_metric, self.is_doubted = UNKNOWN, False
             self.retreats = self.has_fallen = False
             self.incumbent, self.lowered = self._shifted(self.incumbent, self.lowered), 0.0
             said.outcome = names.OUTCOME_ACCEPTED
@@ -653,7 +641,7 @@ class Algorithm:
 
     def _open(self, said: Said) -> None:
         length = self._length(self.incumbent)
-        is_blind = self.plan.kind[self.row] != FAST and (not np.isfinite(self.metric_level) or self.is_doubted)
+        is_blind = self.plan.kind[self.row] != FAST and not np.isfinite(self.metric_level)
         is_affordable = self.discarded + length <= self._budget and self._remaining > 2 * length
         if is_blind or not is_affordable:
             said.outcome = names.OUTCOME_ROUND_SKIPPED
@@ -671,11 +659,7 @@ class Algorithm:
         # It met no good batch, and says nothing.
         self.is_void = ran == 0
         if not any(earlier.status == names.FORK_FINISHED for earlier in self.forks[:-1]):
-            metric = self.scored_metrics[-1] if self.scored_metrics else UNKNOWN
-            if self.scored and kind == FAST:
-                falls = mean_of_usual(self.scored) + spread_of_usual(self.scored) < self.initial_loss * self.scale
-                self.is_doubted = bool(metric >= self.first_metric and falls)
-            self.has_eval = bool(np.isfinite(metric)) and not self.is_doubted
+            self.has_eval = bool(self.scored_metrics) and bool(np.isfinite(self.scored_metrics[-1]))
             if self.has_eval:
                 self.reference = self.metric_level
         score = UNKNOWN
