@@ -9,7 +9,7 @@ from ..bayesopt import kernels, surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 8
+FORMAT = 9
 """Version of the state's layout."""
 
 KEY_IMPL = "threefry2x32"
@@ -157,6 +157,7 @@ class Validation(NamedTuple):
       read_at: Budget step of the last reading.
       worse: Readings in a row that were above ``hot``.
       better: Readings in a row, at full rate, that were the lowest of all.
+      climbed: Decades by which the rates last climbed; -1 once that was taken back.
       climbed_at: Budget step at which the rates last climbed, -1 before; if it is ``read_at``, they are on trial.
       cools_from: Budget step from which the rates fall, to see whether training is only too hot; `NEVER` otherwise.
       retreats: How often training went back to the state of the lowest.
@@ -172,6 +173,7 @@ class Validation(NamedTuple):
     read_at: Int[Array, ""]
     worse: Int[Array, ""]
     better: Int[Array, ""]
+    climbed: Float[Array, ""]
     climbed_at: Int[Array, ""]
     cools_from: Int[Array, ""]
     retreats: Int[Array, ""]
@@ -327,6 +329,7 @@ def no_validation() -> Validation:
         read_at=zero,
         worse=zero,
         better=zero,
+        climbed=jnp.zeros((), jnp.float32),
         climbed_at=jnp.full((), -1, jnp.int32),
         cools_from=jnp.full((), NEVER, jnp.int32),
         retreats=zero,

@@ -29,6 +29,10 @@ BACK_DECADES = 0.5
 CLIMB_DECADES = 0.25
 """How far the rates climb where two readings in a row are the lowest of all; the next one says whether it was right."""
 
+FAR_DECADES = 1.0
+"""Rates that are further below where the run's first fork began climb half of the way there: they are lower than any
+horizon explains, as when the metric was not yet one of what is trained."""
+
 ENDING_SHARE = 0.1
 """Last part of the budget, in which there is no time to better a state that is gone back to: only the last reading
 counts there, and it takes the run to its best state as it is."""
@@ -137,12 +141,27 @@ def _reading(ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> _Readi
     return _Reading(value, counts, is_best, is_last, is_cooled, counts & (seen.climbed_at == seen.read_at))
 
 
-def _climbs(roles: Roles, ts: TunerState, better: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether the rates climb: reading after reading is the lowest, and training never had to go back."""
+def _climb(roles: Roles, ts: TunerState) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """How far the rates would climb, in decades, and whether that is since they are far below the first fork's."""
+    obs = ts.knowledge.observations
+    gap = jnp.max(jnp.where(roles.is_rate, (obs.x[0] - ts.incumbent) * roles.decades, -jnp.inf))
+    is_far = (obs.count > 0) & (ts.plan.range_test[0] > 0) & (gap > FAR_DECADES)
+    return jnp.where(is_far, 0.5 * gap, CLIMB_DECADES), is_far
+
+
+def _climbs(
+    roles: Roles, ts: TunerState, better: Int[Array, ""], climb: Float[Array, ""], is_far: Bool[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether the rates climb: reading after reading is the lowest, and training never had to go back.
+
+    From far below they also do where it had, unless it was from a climb.
+    """
     # Before a round, and before they fall by the schedule, the next reading is to say what came of it.
-    has_time = (ts.step < HOLD_SHARE * ts.plan.total) & (ts.segment_left > ts.plan.check_every)
-    has_room = (roles.is_rate & (ts.incumbent + CLIMB_DECADES / roles.decades <= 1.0)).any()
+    until = jnp.where(is_far, 1.0 - ENDING_SHARE, HOLD_SHARE) * ts.plan.total
+    has_time = (ts.step < until) & (ts.segment_left > ts.plan.check_every)
+    has_room = (roles.is_rate & (ts.incumbent + climb / roles.decades <= 1.0)).any()
     is_unhurt = (ts.validation.retreats == 0) & (ts.rollbacks == 0)
+    is_unhurt |= is_far & (ts.validation.climbed >= 0.0)
     return (better >= PATIENCE) & has_time & has_room & is_unhurt
 
 
@@ -160,12 +179,14 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
     worse = jnp.where(counts, jnp.where(is_worse, seen.worse + 1, 0), seen.worse)
     better = jnp.where(is_usual & is_best, seen.better + 1, jnp.where(counts, 0, seen.better))
     cools = is_usual & ~retreats & (worse >= PATIENCE) & ~is_ending & jnp.isfinite(seen.best)
-    climbs = is_usual & _climbs(roles, ts, better)
+    climb, is_far = _climb(roles, ts)
+    climbs = is_usual & _climbs(roles, ts, better, climb, is_far)
     hot = jnp.where(is_usual, jnp.minimum(new.value, seen.hot), seen.hot)
     # Back there, what was reached before is to be bettered; from a cooled state hot readings begin anew.
     hot = jnp.where(new.is_cooled, jnp.where(is_above, seen.best, jnp.inf), jnp.where(retreats, jnp.inf, hot))
-    back = jnp.where(new.is_tried, CLIMB_DECADES, BACK_DECADES)
-    shift = jnp.where(retreats, -back, jnp.where(climbs, CLIMB_DECADES, 0.0))
+    back = jnp.where(new.is_tried, seen.climbed, BACK_DECADES)
+    shift = jnp.where(retreats, -back, jnp.where(climbs, climb, 0.0))
+    climbed = jnp.where(retreats & new.is_tried, -1.0, jnp.where(climbs, climb, seen.climbed))
     return ts._replace(
         incumbent=jnp.where(shift != 0.0, roles.shifted(ts.incumbent, shift), ts.incumbent),
         validation=seen._replace(
@@ -174,6 +195,7 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
             read_at=jnp.where(counts, ts.step, seen.read_at),
             worse=jnp.where(new.is_cooled | cools | retreats, 0, worse),
             better=jnp.where(climbs, 0, better),
+            climbed=climbed,
             climbed_at=jnp.where(climbs, ts.step, seen.climbed_at),
             cools_from=jnp.where(cools, ts.step, jnp.where(new.is_cooled, NEVER, seen.cools_from)),
             retreats=seen.retreats + returns,

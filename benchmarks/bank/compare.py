@@ -28,7 +28,7 @@ RESULTS = Path(__file__).with_name("results")
 BASE = policy.Knobs()
 # The algorithm when training went on a little below the winner of the first round and rates did not climb. What was
 # tried, was tried beside it.
-FORMER = dataclasses.replace(BASE, drift=0.25, climb=0.0, unseen=0.0, reach=math.inf)
+FORMER = dataclasses.replace(BASE, drift=0.25, climb=0.0, unseen=0.0, reach=math.inf, far=math.inf)
 
 
 def _with(**changes: Any) -> policy.Knobs:
@@ -44,6 +44,7 @@ POLICIES: dict[str, policy.Knobs] = {
     "new batches unclipped": dataclasses.replace(BASE, validates=False, rewinds=False, reach=math.inf),
     "no validation as high": dataclasses.replace(BASE, validates=False, reach=math.inf, unseen=0.0),
     "new batches as high": dataclasses.replace(BASE, validates=False, rewinds=False, reach=math.inf, unseen=0.0),
+    "climbs alike": dataclasses.replace(BASE, far=math.inf),
     "no climb": dataclasses.replace(BASE, climb=0.0),
     "climb by half": dataclasses.replace(BASE, climb=0.5),
     "one round": dataclasses.replace(BASE, second_forks=0),

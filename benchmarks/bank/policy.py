@@ -45,7 +45,9 @@ class Knobs:
       back: How far the rate falls then.
       climb: How far it climbs after ``patience`` readings in a row that are each the lowest, until training has had to
         go back once; 0 for never. The next reading has to be the lowest as well, or that is undone.
-      ending: Last part of the run in which it does not.
+      far: How far below the range test's reading a rate climbs half of the way there instead, until the ending, and also
+        after training had to go back, unless that was from a climb.
+      ending: Last part of the run in which training does not go back.
       judge: ``"gp"``, or ``"argmin"``: the best score wins and every round looks to both sides.
       validates: Whether there is a validation metric; without one forks are scored by the training losses of their
         cool-down, and the mean training loss between readings is one.
@@ -81,6 +83,7 @@ class Knobs:
     patience: int = 2
     back: float = 0.5
     climb: float = 0.25
+    far: float = 1.0
     ending: float = 0.1
     least_fork: int = 20
     confirm_share: float = 0.05
@@ -199,7 +202,7 @@ class Run:
         self.state: States = lab.start
         self.spent = self.data = self.discarded = self.forks = self.rounds = self.went_back = 0
         self.observations: list[Observation] = []
-        self.reference = math.nan
+        self.reference, self.tested = math.nan, -math.inf
 
     def factor(self, spent: np.ndarray) -> np.ndarray:
         return np.clip((1.0 - spent / self.steps) / (1.0 - self.knobs.hold), 0.0, 1.0)
@@ -218,7 +221,8 @@ class Run:
         _, losses = self.lab.run(self.state, self.data, 10.0 ** rates[None], warms_up=False)
         self.spent += n
         self.discarded += n
-        return float(np.clip(read_range_test(losses[0], rates), self.low, self.high))
+        self.tested = float(np.clip(read_range_test(losses[0], rates), self.low, self.high))
+        return self.tested
 
     def fork(self, x: float, n: int, before: float) -> tuple[States, float]:
         """The state at its end, and its score; ``before`` is the rate that training has got used to."""
@@ -328,7 +332,7 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     asks_again = knobs.second_forks > 0 and not is_known
     third = knobs.third_start > 0 and not is_known
     best, hot, kept, worse = math.inf, math.inf, None, 0
-    better, is_on_trial = 0, False
+    better, is_on_trial, climb, has_fallen = 0, False, 0.0, False
     check = max(round(knobs.check_share * run.steps), 10)
     while run.spent < run.steps:
         asked = True
@@ -357,13 +361,17 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
             continue
         if is_on_trial and not metric < best:
             is_on_trial, better, worse, hot = False, 0, 0, math.inf
-            run.state, x, run.went_back = kept, x - knobs.climb, run.went_back + 1
+            run.state, x, run.went_back, has_fallen = kept, x - climb, run.went_back + 1, True
             run.discarded += check
             continue
         is_on_trial, better = False, better + 1 if metric < best else 0
-        may_climb = knobs.climb > 0 and not asks_again and run.went_back == 0 and run.spent < knobs.hold * run.steps
-        if better >= knobs.patience and may_climb and x + knobs.climb <= run.high:
-            x, is_on_trial, better = x + knobs.climb, True, 0
+        is_far = run.tested - x > knobs.far
+        climb = 0.5 * (run.tested - x) if is_far else knobs.climb
+        until = (1.0 - knobs.ending if is_far else knobs.hold) * run.steps
+        is_unhurt = run.went_back == 0 or (is_far and not has_fallen)
+        may_climb = knobs.climb > 0 and not asks_again and is_unhurt and run.spent < until
+        if better >= knobs.patience and may_climb and x + climb <= run.high:
+            x, is_on_trial, better = x + climb, True, 0
         if metric < best:
             best, kept = metric, run.state
         if is_stuck and kept is not None:

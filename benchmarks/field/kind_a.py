@@ -343,6 +343,18 @@ def one_hard_block_of_160_in_the_middle(way: str) -> Outcome:
     return _of_blocks(way, _late_block, 1.08)
 
 
+def _curriculum(k: int) -> dict[str, Any]:
+    return {"classes": 2} if k < 480 else {}
+
+
+@case("A", "fit", "autotune", "loop", "Trainer")
+def classes_that_come_later_are_validated_from_the_beginning(way: str) -> Outcome:
+    """As long as they are missing, whatever trains least has the best metric; afterwards rates come back up."""
+    task: dict[str, Any] = {"batch": _curriculum, "total": 1200}
+    ratios = [run(way, seed=seed, **task).loss / plain_of(way, seed=seed, **task) for seed in range(3)]
+    return tasks.of_seeds(ratios, what="plain")
+
+
 @case("A", "Trainer")
 def a_loss_summed_over_batches_of_two_sizes(way: str) -> Outcome:
     """Every fourth batch is a remainder of a sixth: its sum is small, which is no sign of anything."""

@@ -51,11 +51,14 @@ def data() -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     return tuple(sets)
 
 
-def rows(position: int, *, size: int = BATCH, noisy: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The batch at a position; a share of its labels replaced by random ones."""
+def rows(
+    position: int, *, size: int = BATCH, noisy: float = 0.0, classes: int = CLASSES
+) -> tuple[np.ndarray, np.ndarray]:
+    """The batch at a position: of the first classes alone, a share of its labels replaced by random ones."""
     rng = np.random.default_rng((5, position))
-    at = rng.integers(0, TRAIN, size)
-    x, y = (column[at] for column in data()[0])
+    x, y = data()[0]
+    at = rng.integers(0, TRAIN, size) if classes == CLASSES else rng.choice(np.flatnonzero(y < classes), size)
+    x, y = x[at], y[at]
     return x, np.where(rng.random(size) < noisy, rng.integers(0, CLASSES, size), y).astype(np.int32)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from autotunenet_jax.bayesopt import trials
 from autotunenet_jax.controller import plan, schedule, state, validation_monitor
 from tests.controller.light import run, told, tuner
 
@@ -79,6 +80,48 @@ def test_rates_that_climbed_too_high_are_taken_back_with_the_state_and_climb_no_
     assert back == first + CHECK and rows["slots"].kept_step[back] == first + 1
     np.testing.assert_allclose(rows["incumbent"][back], rows["incumbent"][first - 1], atol=1e-6)
     assert len(climbed(rows)) == len(went_back(rows)) == 1 and len(cooling(rows)) == 0
+
+
+def read(metrics, *, incumbent, retreats=0, first_fork=0.8):
+    """The incumbents after readings of one state, on five decades, whose first fork was at ``first_fork``."""
+    begun = tuner("rate", TOTAL)
+    ts = begun.init(jax.random.key(0))
+    tried = trials.add(ts.knowledge.observations, jnp.array([first_fork]), jnp.float32(0.0), group=0)
+    ts = ts._replace(
+        phase=jnp.int32(state.TRAIN),
+        segment_left=jnp.int32(plan.NEVER),
+        incumbent=jnp.array([incumbent], jnp.float32),
+        knowledge=ts.knowledge._replace(observations=tried),
+        validation=ts.validation._replace(retreats=jnp.int32(retreats)),
+    )
+    found = []
+    for number, metric in enumerate(metrics, start=1):
+        ts = begun.core.observe_eval(ts._replace(step=jnp.int32(CHECK * number)), jnp.float32(metric))
+        ts, _ = validation_monitor.kept_at_once(ts)
+        found.append(float(ts.incumbent[0]))
+    return np.array(found)
+
+
+def test_rates_far_below_the_first_fork_climb_half_of_the_way_to_it_until_the_end_comes_near():
+    falling = np.arange(20.0, 0.0, -1.0)
+    found = read(falling, incumbent=0.2)
+    # By 1.5 decades and by .75; then they are near, and half way through the run.
+    steps = np.round(np.diff(found, prepend=0.2), 6)
+    np.testing.assert_allclose(steps[[1, 3, 5, 7]], [0.3, 0.15, CLIMB, CLIMB], atol=1e-6)
+    assert np.count_nonzero(steps) == 5 and not steps[12:].any()
+    late = read(falling[10:], incumbent=0.2)
+    np.testing.assert_allclose(late[:4], [0.2, 0.5, 0.5, 0.65], atol=1e-6)
+
+
+@pytest.mark.parametrize(("incumbent", "climb"), [(0.2, 0.3), (0.65, 0.0)])
+def test_from_far_below_rates_climb_though_training_once_went_back(incumbent, climb):
+    found = read([5.0, 4.0], incumbent=incumbent, retreats=1)
+    assert found[-1] - incumbent == pytest.approx(climb, abs=1e-6)
+
+
+def test_a_climb_from_far_below_that_was_too_high_is_taken_back_and_there_is_no_other():
+    found = read([5.0, 4.0, 9.0, 3.0, 2.0, 1.0], incumbent=0.2)
+    np.testing.assert_allclose(found, [0.2, 0.5, 0.2, 0.2, 0.2, 0.2], atol=1e-6)
 
 
 def test_two_worse_readings_cool_the_rates_down_and_a_third_goes_back_to_the_best_state():

@@ -176,6 +176,7 @@ class Readings:
     worse: int = 0
     better: int = 0
     is_on_trial: bool = False
+    climbed: Any = ZERO
     cools_from: int | None = None
     keeps: bool = False
     returns: bool = False
@@ -358,7 +359,7 @@ class Algorithm:
 
     def _read(self, value: Any, is_last: bool) -> None:
         seen = self.readings
-        is_best, best = value < seen.best, seen.best
+        is_best, best, before = value < seen.best, seen.best, self.incumbent
         is_above = value == LARGE or value > best
         returns = False
         seen.read_at = self.step
@@ -372,8 +373,8 @@ class Algorithm:
                 returns = True
         elif seen.is_on_trial and not is_best and seen.is_kept:
             # The rates climbed too high.
-            self.incumbent = self._shifted(self.incumbent, -validation_monitor.CLIMB_DECADES)
-            seen.hot, seen.worse, seen.better, returns = LARGE, 0, 0, True
+            self.incumbent = self._shifted(self.incumbent, -seen.climbed)
+            seen.hot, seen.worse, seen.better, seen.climbed, returns = LARGE, 0, 0, F(-1), True
         else:
             seen.better = seen.better + 1 if is_best else 0
             seen.worse = seen.worse + 1 if value == LARGE or value > seen.hot else 0
@@ -381,10 +382,15 @@ class Algorithm:
             is_ending = self.plan.total and self._remaining < F(validation_monitor.ENDING_SHARE) * F(self.plan.total)
             if seen.worse >= validation_monitor.PATIENCE and not is_ending and np.isfinite(best):
                 seen.cools_from, seen.worse = self.step, 0
-        seen.is_on_trial = self._may_climb(seen)
+        gap = -LARGE
+        if self.observations and self.plan.range_test[0] > 0 and self.is_rate.any():
+            gap = np.max(((self.observations[0].x - before) * self.decades)[self.is_rate])
+        is_far = gap > validation_monitor.FAR_DECADES
+        climb = F(0.5) * gap if is_far else F(validation_monitor.CLIMB_DECADES)
+        seen.is_on_trial = self._may_climb(seen, climb, is_far)
         if seen.is_on_trial:
-            seen.better = 0
-            self.incumbent = self._shifted(self.incumbent, validation_monitor.CLIMB_DECADES)
+            seen.better, seen.climbed = 0, climb
+            self.incumbent = self._shifted(self.incumbent, climb)
         if is_last and is_above and seen.is_kept:
             returns = True
         if is_best:
@@ -394,10 +400,11 @@ class Algorithm:
             seen.keeps = False
             self.retreats += 1
 
-    def _may_climb(self, seen: Readings) -> bool:
-        has_time = self.step < F(schedule.HOLD_SHARE) * F(self.plan.total) and self.left > self.plan.check_every
-        is_unhurt = self.retreats == 0 and self.rollbacks == 0
-        room = self.is_rate & (self.incumbent + F(validation_monitor.CLIMB_DECADES) / self.decades <= 1)
+    def _may_climb(self, seen: Readings, climb: Any, is_far: bool) -> bool:
+        until = F(1) - F(validation_monitor.ENDING_SHARE) if is_far else F(schedule.HOLD_SHARE)
+        has_time = self.step < until * F(self.plan.total) and self.left > self.plan.check_every
+        is_unhurt = (self.retreats == 0 and self.rollbacks == 0) or (is_far and seen.climbed >= 0)
+        room = self.is_rate & (self.incumbent + climb / self.decades <= 1)
         return bool(seen.better >= validation_monitor.PATIENCE and has_time and is_unhurt and room.any())
 
     def _limit(self) -> Any:
