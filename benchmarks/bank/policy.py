@@ -45,7 +45,7 @@ class Knobs:
       back: How far the rate falls then.
       climb: How far it climbs after ``patience`` readings in a row that are each the lowest, until training has had to
         go back once; 0 for never. The next reading has to be the lowest as well, or that is undone.
-      far: How far below the range test's reading a rate climbs half of the way there instead, until the ending, and also
+      far: How far below the range test's reading a rate climbs half of the way there instead, until the ending, also
         after training had to go back, unless that was from a climb.
       ending: Last part of the run in which training does not go back.
       judge: ``"gp"``, or ``"argmin"``: the best score wins and every round looks to both sides.

@@ -108,7 +108,7 @@ def test_rates_far_below_the_first_fork_climb_half_of_the_way_to_it_until_the_en
     # By 1.5 decades and by .75; then they are near, and half way through the run.
     steps = np.round(np.diff(found, prepend=0.2), 6)
     np.testing.assert_allclose(steps[[1, 3, 5, 7]], [0.3, 0.15, CLIMB, CLIMB], atol=1e-6)
-    assert np.count_nonzero(steps) == 5 and not steps[12:].any()
+    assert np.count_nonzero(steps) == 6 and not steps[12:].any()
     late = read(falling[10:], incumbent=0.2)
     np.testing.assert_allclose(late[:4], [0.2, 0.5, 0.5, 0.65], atol=1e-6)
 
