@@ -21,9 +21,6 @@ _MANY_ROLLBACKS = 5
 # So many bad steps are told of where they are a hundredth of all, and ten times as many in any case.
 _BAD_STEPS, _BAD_SHARE = 10, 0.01
 
-# Share of what the first fork lost below which the gain of the lowest rate is none.
-_LITTLE = 0.1
-
 # So many metrics that are not finite are told of where they are such a share of all.
 _UNUSABLE, _UNUSABLE_SHARE = 2, 0.2
 
@@ -79,7 +76,6 @@ def notices(
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
     found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
-    found += _misled(tuner.space, rounds)
     if is_late and step:
         found += _no_metric(tuner, ts, how)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
@@ -131,29 +127,6 @@ def _unusable(evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
         "validation data, or a metric that divides by zero."
     )
     return [Notice("unusable metrics", message)]
-
-
-def _misled(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> list[Notice]:
-    """That training least looked best in the first round: right for a model that is good already, and else a trap."""
-    rates = [name for name, role in zip(space.names, space.roles, strict=True) if role == "rate"]
-    if not rounds or not rates or rounds[0]["best"] < 0 or rounds[0]["scored_by"] != "validation":
-        return []
-    row = rounds[0]
-    first, best, reference = row["forks"][0], row["forks"][row["best"]], row["reference"]
-    lowest = min(fork["hyperparams"][rates[0]] for fork in row["forks"])
-    is_least = len(row["forks"]) > 1 and best["hyperparams"][rates[0]] == lowest
-    if reference is None or not first["scores"] or not is_least:
-        return []
-    gain, loss = reference - best["scores"][0], first["scores"][0] - reference
-    if not gain < _LITTLE * loss:
-        return []
-    message = (
-        "Training made the validation metric worse than it was before the first step, and the lowest rate tried won. "
-        "That is right for a model that is good already. Otherwise the metric measures something else than what is "
-        "trained at present, as with classes that come later or terms of the loss that are annealed: give one of what "
-        "is trained, or none."
-    )
-    return [Notice("training made the metric worse", message)]
 
 
 def of_slow(space: SearchSpace, how: str) -> list[Notice]:

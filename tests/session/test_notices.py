@@ -65,24 +65,6 @@ def test_metrics_that_are_not_finite(unusable, good, is_told):
     assert not is_told or f"{unusable} of {len(evals)} validation metrics" in found[0].message
 
 
-@pytest.mark.parametrize(
-    ("scores", "best", "by", "is_told"),
-    [
-        ((11.0, 7.0, 2.32), 2, "validation", True),
-        ((11.0, 7.0, 2.32), 2, "training loss", False),
-        ((11.0, 7.0, 1.1), 2, "validation", False),  # it gained something
-        ((2.6, 2.4, 2.32), 2, "validation", True),
-        ((2.2, 2.0, 1.9), 2, "validation", False),  # so did all
-        ((2.32, 2.4, 11.0), 0, "validation", False),  # the highest won
-    ],
-)
-def test_a_metric_that_is_best_where_least_is_trained(scores, best, by, is_told):
-    row = a_round(best, *((rate, 1e-3, 0.1) for rate in (3e-2, 1e-2, 3e-3)))
-    forks = [{**fork, "scores": [score]} for fork, score in zip(row["forks"], scores, strict=True)]
-    row = {**row, "forks": forks, "scored_by": by, "reference": 2.33}
-    assert kinds(*made(step=300, level=1.0), rounds=[row]) == ["training made the metric worse"] * is_told
-
-
 def test_a_metric_that_never_came_is_missed_late():
     assert kinds(*made(step=100), rounds=[]) == []
     assert kinds(*made(step=400, mode="max"), rounds=[]) == ["no metric", "nothing to maximise"]
