@@ -33,11 +33,7 @@ def kinds(*state, **options):
 
 def a_round(best, *values):
     names = ("learning_rate", "weight_decay", "dropout")
-    return {
-        "best": best,
-        "scored_by": "training loss",
-        "forks": [{"hyperparams": dict(zip(names, row, strict=True))} for row in values],
-    }
+    return {"best": best, "forks": [{"hyperparams": dict(zip(names, row, strict=True))} for row in values]}
 
 
 def test_a_healthy_run_is_told_nothing():
