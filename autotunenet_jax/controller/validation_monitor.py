@@ -144,6 +144,7 @@ def _reading(ts: TunerState, metric: Array, in_train: Bool[Array, ""]) -> _Readi
 def _climb(roles: Roles, ts: TunerState) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """How far the rates would climb, in decades, and whether that is since they are far below the first fork's."""
     obs = ts.knowledge.observations
+    # The first of all forks, until many more than a plan has would have taken its place.
     gap = jnp.max(jnp.where(roles.is_rate, (obs.x[0] - ts.incumbent) * roles.decades, -jnp.inf))
     is_far = (obs.count > 0) & (ts.plan.range_test[0] > 0) & (gap > FAR_DECADES)
     return jnp.where(is_far, 0.5 * gap, CLIMB_DECADES), is_far
