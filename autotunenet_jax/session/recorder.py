@@ -47,7 +47,7 @@ _ALWAYS = ("step", "rewound", "verdict", "outcome", "has_fallen")
 # Verdicts on steps that did not happen.
 _NOT_TAKEN = (loss_monitor.SKIPPED, loss_monitor.NON_FINITE)
 
-_CLIMBED = "The validation metric keeps improving: the rates climb by a quarter of a decade, if it goes on doing so."
+_CLIMBED = "The validation metric keeps improving: the rates climb, and stay there if it goes on doing so."
 _FALLEN = "The training loss did not improve between readings: the rates fell by half a decade, once."
 _EXTENDED = "The run was given another budget: {total} steps."
 _NO_ROLLBACK = "The loss stays high and the guard has no rollback for that; it is taken as it is."
