@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 import autotunenet_jax as atn
-from autotunenet_jax.controller import loss_monitor, state
+from autotunenet_jax.controller import loss_monitor, state, validation_monitor
 from autotunenet_jax.controller.plan import NEVER
 from tests.controller.light import SPACES, bits, losses_like_training, run, told, tuner, twin_of
 
@@ -95,17 +95,19 @@ def all_runs():
 
 def test_the_runs_of_the_twin_reach_every_outcome():
     """Otherwise the comparison above would say little."""
-    outcomes, verdicts, cooled, climbed, returned, fell = set(), set(), 0, 0, 0, 0
+    outcomes, verdicts, cooled, climbed, far, undone, returned, fell = set(), set(), 0, 0, 0, 0, 0, 0
     for *_, (rows, ts) in all_runs():
         outcomes |= set(rows["directive"].outcome.tolist())
         verdicts |= set(rows["directive"].verdict.tolist())
         cooled += bool(np.any(rows["validation"].cools_from < NEVER))
         climbed += int(ts.validation.climbed_at) >= 0
+        far += bool(np.any(rows["validation"].climbed > validation_monitor.CLIMB_DECADES))
+        undone += bool(np.any(rows["validation"].climbed < 0.0))
         returned += int(ts.validation.retreats)
         fell += int(ts.validation.has_fallen)
     assert outcomes == set(state.OUTCOMES)
     assert verdicts >= set(loss_monitor.MESSAGES) - {loss_monitor.STALLED}
-    assert cooled >= 5 and climbed >= 2 and returned >= 5 and fell >= 2
+    assert cooled >= 5 and climbed >= 2 and far >= 3 and undone >= 2 and returned >= 5 and fell >= 2
 
 
 def test_values_never_leave_their_bounds():
