@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
-from . import words
+from . import pieces, words
 from .precision import in_float32
 from .switches import is_on
 
@@ -139,7 +139,7 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
         args: list[Any] = [None] * len(inputs)
         for number, value in zip(live, values, strict=True):
             args[number] = value
-        computed = jaxpr_as_fun(program)(*args)
+        computed = pieces.evaluate(program, args)
         return [value for value, place in zip(computed, passed, strict=True) if place is None]
 
     @jax.jit
