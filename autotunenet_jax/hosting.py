@@ -11,6 +11,7 @@ from .controller.state import TRAIN as TRAIN
 from .loop.fork_executor import ForkExecutor as ForkExecutor
 from .loop.fork_executor import TrainedFork as TrainedFork
 from .loop.fork_executor import train_fork as train_fork
+from .session import metric_names as metric_names
 from .session.batches import BatchWindow as BatchWindow
 from .session.host import Host as Host
 from .session.notices import Notice as Notice

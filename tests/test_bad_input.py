@@ -118,6 +118,9 @@ def test_a_name_nobody_uses():
     tuner = atn.AutoTuneNet({**problem.SPACE, "momentun": (0.0, 0.9)}, 160)
     with pytest.raises(ValueError, match="never uses 'momentun'"):
         fit(tuner=tuner)
+    tuner = atn.AutoTuneNet({**problem.SPACE, "act": ["relu", "gelu"]}, 160)
+    with pytest.raises(ValueError, match="never uses 'act'.* the position of the option"):
+        fit(tuner=tuner)
 
 
 def test_a_rate_that_follows_a_schedule_of_its_own():
@@ -144,6 +147,9 @@ def test_an_optimizer_without_injected_hyperparameters():
         ({"monitor": "loss"}, ValueError, "there is no eval_step"),
         ({"snapshots": 5}, TypeError, "a folder or a Snapshots; got int"),
         ({"key": 3}, TypeError, r"jax.random.key\(0\); got int"),
+        ({"callbacks": [atn.EarlyStopping(patience=5)]}, ValueError, "EarlyStopping goes by the validation metric"),
+        ({"batches": {"x": jnp.ones(3)}}, TypeError, r"got dict. A batch that is always the same is \[batch\]"),
+        ({"batches": [("text", jnp.ones(3))]}, TypeError, r"batch\[0\] is a builtins.str. Convert it"),
     ],
 )
 def test_bad_arguments_of_fit(options, error, says):

@@ -6,7 +6,7 @@ import gc
 import inspect
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,7 +122,10 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     while not _is_own(optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.")
+        hint = ""
+        if isinstance(optimizer, Sequence):
+            hint = " Put the parameters into groups of one optimizer, and tune 'group_name/learning_rate'."
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}.{hint}")
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
             f"{type(optimizer).__name__} never called torch.optim.Optimizer.__init__, so its steps cannot be watched. "

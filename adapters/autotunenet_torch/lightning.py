@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from . import distributed, metric_names
+from . import distributed
 from .chosen import TellsChosen
 from .engine import atn, hosting
 from .tuner import AutoTuneNet
@@ -202,10 +202,10 @@ class AutoTuneCallback(pl.Callback):
         if trainer.sanity_checking or not self._is_attached:
             return
         metrics = trainer.callback_metrics
-        name = self.monitor or metric_names.find_loss(metrics)
+        name = self.monitor or hosting.metric_names.find_loss(metrics)
         if name is None:
             if metrics and self._validate is None:
-                self.tuner._tell("unknown metric", metric_names.none_of(metrics, _HOW))
+                self.tuner._tell("unknown metric", hosting.metric_names.none_of(metrics, _HOW))
             return
         if name not in metrics:
             raise ValueError(
@@ -215,7 +215,7 @@ class AutoTuneCallback(pl.Callback):
         if self._validate is not None:
             self.tuner._note_metric(metrics[name])
             return
-        if doubt := metric_names.doubt(name, self.tuner.mode):
+        if doubt := hosting.metric_names.doubt(name, self.tuner.mode):
             self.tuner._tell("direction", doubt)
         with _stopping(trainer):
             self.tuner.validate(metrics[name])

@@ -308,10 +308,10 @@ def find(
     for setter_name in setters:
         there.setdefault(setter_name, "training loop")
     listed = ", ".join(f"{key} ({where})" for key, where in there.items())
-    raise ValueError(
-        f"param_space names {name!r}, and nothing here goes by that name. Found: {listed}. "
-        f"Use one of these, or say how to set it: targets={{{name!r}: lambda model, value: ...}}."
-    )
+    how = f"Use one of these, or say how to set it: targets={{{name!r}: lambda model, value: ...}}."
+    if leaf == "batch_size" and loader is None:
+        how = "A batch size is the loader's: give attach(..., loader=), or train by Trainer.fit, which knows it."
+    raise ValueError(f"param_space names {name!r}, and nothing here goes by that name. Found: {listed}. {how}")
 
 
 def _find(

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import distributed, metric_names
+from . import distributed
 from .chosen import TellsChosen
 from .engine import atn, hosting
 from .tuner import AutoTuneNet
@@ -182,12 +182,12 @@ class AutoTuneCallback(TrainerCallback):
             return
         is_regular, name = self._is_regular, self.monitor or _MONITOR
         if name in metrics:
-            if doubt := metric_names.doubt(name, self.tuner.mode):
+            if doubt := hosting.metric_names.doubt(name, self.tuner.mode):
                 self.tuner._tell("direction", doubt)
             with _stopping(control):
                 self.tuner.validate(metrics[name])
         elif self.monitor is None:
-            self.tuner._tell("unknown metric", metric_names.none_of(metrics, _HOW))
+            self.tuner._tell("unknown metric", hosting.metric_names.none_of(metrics, _HOW))
         elif not self._has_many:
             raise ValueError(
                 f"AutoTuneCallback(monitor={self.monitor!r}) is none of the evaluation metrics; there are "

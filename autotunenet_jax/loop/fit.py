@@ -19,8 +19,9 @@ from ..controller.state import TRAIN, TunerState
 from ..history.explain import shown
 from ..history.history import History, price
 from ..session.batches import BatchSource, EndOfDataError
-from ..session.callbacks import Callback, StopTraining
-from ..session.notices import announce_compilation, of_slow
+from ..session.callbacks import Callback, EarlyStopping, StopTraining
+from ..session.metric_names import doubt
+from ..session.notices import Notice, announce_compilation, of_slow
 from ..session.progress import Progress
 from ..session.recorder import Recorder
 from ..session.signals import Stop
@@ -112,8 +113,13 @@ def _check_arguments(tuner: Any, steps: int | None, eval_every: int | None, resu
     return total
 
 
-def _check_companions(*, monitor: Any, eval_step: Any, resume: Any, snapshots: Any, key: Any) -> None:
+def _check_companions(
+    *, monitor: Any, eval_step: Any, resume: Any, snapshots: Any, key: Any, callbacks: Sequence[Any]
+) -> None:
     """Arguments that mean something only beside another one, or are of another type than they look."""
+    given = callbacks if isinstance(callbacks, Sequence) else ()
+    if eval_step is None and any(isinstance(callback, EarlyStopping) for callback in given):
+        raise ValueError("EarlyStopping goes by the validation metric, and there is none. Pass eval_step.")
     if monitor is not None and eval_step is None:
         raise ValueError(f"monitor={monitor!r} names an entry of what eval_step returns, and there is no eval_step.")
     if resume and snapshots is None:
@@ -185,11 +191,13 @@ def fit(
 
     Args:
       train_step: Pure ``(state, batch, hp) -> (state, loss)``; compiled here, with the state donated. ``hp`` holds a
-        scalar array per hyperparameter, in force at this step.
+        scalar array per hyperparameter, in force at this step; of a choice of anything but numbers it is the position
+        of the option, for ``jax.lax.switch``, here and in ``batches``.
       state: Any pytree of arrays: parameters, optimizer state, model state, typed PRNG keys. It is copied: the
         caller's arrays stay alive.
       batches: ``callable(step, hp) -> batch``, or an iterable. A callable is asked again for the steps a fork replays;
         of an iterable the batches of one round are remembered. A list or data loader starts again when it ends.
+        Batches are arrays of NumPy or JAX, in any containers.
       tuner: What may be tuned, and the budget.
       eval_step: Pure ``state -> validation metric``, in the direction of the tuner's ``mode``; compiled here. Forks are
         compared by it. Without it they are compared by their training losses, and slow hyperparameters stay put. It may
@@ -207,7 +215,7 @@ def fit(
         stay held, the others and the decay follow the new budget.
       key: Typed PRNG key of the tuner; ``jax.random.key(0)`` by default.
       steps: Training steps, at most ``tuner.total_steps``; needed for an open-ended tuner.
-      eval_every: Steps between validations outside rounds; by default 20 in a run.
+      eval_every: Steps between validations outside rounds; by default 20 in ``tuner.total_steps``.
       progress: Whether to show a progress line; where nobody looks at a terminal it is a line of text every 10 s.
       callbacks: Each a `Callback`, or a function that is called with the newest `History.rounds` entry, a dict, at the
         end of each round.
@@ -238,7 +246,9 @@ def fit(
       ``log_every`` steps, the numbers for callbacks and loggers.
     """
     total = _check_arguments(tuner, steps, eval_every, resume)
-    _check_companions(monitor=monitor, eval_step=eval_step, resume=resume, snapshots=snapshots, key=key)
+    _check_companions(
+        monitor=monitor, eval_step=eval_step, resume=resume, snapshots=snapshots, key=key, callbacks=callbacks
+    )
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
     at_once = check_parallel_forks(parallel_forks)
@@ -247,7 +257,7 @@ def fit(
     first_batch = source.get(0, reads)
     check_train_step(train_step, state, first_batch, first_hp, used_elsewhere=reads.names, has_aux=has_aux)
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
-    interval = eval_every or max(total // _EVALS_PER_RUN, 1)
+    interval = eval_every or max((tuner.total_steps or total) // _EVALS_PER_RUN, 1)
     processes = Processes.of(state, first_batch)
     _check_together(at_once, tuner, reads.names, processes)
     bar, stop = Progress(total, is_on=progress and processes.is_first), Stop()
@@ -277,6 +287,8 @@ def fit(
             if eval_step is None:
                 # Before training rather than when none has come.
                 run.notices.tell(run.controller.step, of_slow(tuner.space, "Pass eval_step"))
+            if metric is not None and (message := doubt(metric, tuner.mode)):
+                run.notices.tell(run.controller.step, [Notice("direction", message)])
             is_agreed = False
             try:
                 _train(run, total, interval, stop, bar, store, processes)

@@ -104,6 +104,16 @@ def _is_odd(dtype: Any) -> bool:
     return not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
+def _check_batch(batch: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if not isinstance(leaf, jax.typing.ArrayLike) and not hasattr(leaf, "__jax_array__"):
+            kind = f"{type(leaf).__module__.partition('.')[0]}.{type(leaf).__name__}"
+            raise TypeError(
+                f"a batch must hold arrays of NumPy or JAX; batch{jax.tree_util.keystr(path)} is a {kind}. Convert it "
+                "where batches are made; a torch DataLoader does so in collate_fn."
+            )
+
+
 def check_train_step(
     train_step: Callable[..., Any],
     state: Any,
@@ -117,10 +127,12 @@ def check_train_step(
 
     Raises:
       KeyError: It reads what is not there; the message says which hyperparameters are.
-      TypeError: It returns no ``(state, loss)``, in this order, or with ``has_aux`` no dict of metrics beside them.
+      TypeError: It returns no ``(state, loss)``, in this order, or with ``has_aux`` no dict of metrics beside them, or
+        the batch holds anything but arrays.
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
     """
+    _check_batch(batch)
     output: list[Any] = []
 
     def traced(state: Any, batch: Any, hyperparams: Any) -> Any:
@@ -150,9 +162,11 @@ def check_train_step(
         if id(var) not in used and name not in used_elsewhere
     ]
     if unused:
+        is_whole = any(jnp.issubdtype(jnp.result_type(hyperparams[name]), jnp.integer) for name in unused)
+        hint = " Of a choice, hp holds the position of the option and not the option itself." if is_whole else ""
         raise ValueError(
             f"train_step never uses {', '.join(map(repr, unused))} of the search space, so tuning it would change "
-            f"nothing. {_known_names(state)}or read it from hp in train_step (or in batches)."
+            f"nothing. {_known_names(state)}or read it from hp in train_step (or in batches).{hint}"
         )
 
 

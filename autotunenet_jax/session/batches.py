@@ -1,7 +1,7 @@
 """Batches by position: a callable as it is, an iterable with just enough memory to replay a round of forks."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -86,9 +86,11 @@ class BatchSource:
         self._function = batches if callable(batches) else None
         if self._function is not None:
             return
-        if not isinstance(batches, Iterable):
+        if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
+            hint = " A batch that is always the same is [batch]." if isinstance(batches, Mapping) else ""
             raise TypeError(
-                f"batches must be callable(step, hyperparams) or an iterable of batches; got {type(batches).__name__}."
+                "batches must be callable(step, hyperparams) or an iterable of batches; "
+                f"got {type(batches).__name__}.{hint}"
             )
         self._iterable = batches
         self._iterator: Iterator[Any] = iter(batches)

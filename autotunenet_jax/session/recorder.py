@@ -398,6 +398,7 @@ class Recorder:
         """Writes the history so far into a run's folder; where that fails, it is said once, and training goes on."""
         self.flush()
         try:
+            os.makedirs(folder, exist_ok=True)
             self.history.to_json(os.path.join(folder, HISTORY_NAME))
         except OSError as error:
             if self._has_written:

@@ -69,6 +69,10 @@ def test_words_hold_every_figure_of_a_decision():
     ]  # fmt: skip
     for part in told:
         assert part in text, part
+    # Without a measurement before them, the score of the first stands in, which says nothing.
+    unmeasured = history()
+    unmeasured.rounds[0]["reference"] = unmeasured.rounds[0]["forks"][0]["scores"][0]
+    assert "it stood at" not in unmeasured.explain()
     # What all forks share is not repeated, and the first fork had none to beat.
     assert "layers 3: scored" not in text and "100 %" not in text
 

@@ -325,3 +325,9 @@ def test_a_metric_is_chosen_by_name():
     assert json.loads(json.dumps(by_root.history.to_dict()))["evals"][0]["metrics"].keys() == {"loss", "root"}
     alone = fit(eval_step=lambda state: {"root": eval_step(state)["root"]})
     assert problem.same(alone.state, by_root.state)
+
+
+def test_a_metric_that_seems_to_be_better_the_other_way_is_told_of():
+    with pytest.warns(UserWarning, match="accuracy reads as a metric of which more is better, and mode='min'"):
+        result = fit(eval_step=lambda state: {"accuracy": eval_step(state)["root"]})
+    assert [event["kind"] for event in result.history.events].count("direction") == 1
