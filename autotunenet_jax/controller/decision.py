@@ -275,11 +275,14 @@ def _after_fork(
     best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
     gain = jnp.where(next_forks.is_allowed, fork_surrogate.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
     chosen = jnp.argmax(gain)
-    # While every fork has failed, lower rates are tried, whatever the surrogate expects.
-    chosen = jnp.where(has_kept, chosen, 0)
+    # While every fork has failed, and in the first round while none has gained on the state that all began from, lower
+    # rates are tried, whatever the surrogate expects.
+    has_gained = (fork_round.finished(held) & (held.score <= held.reference)).any()
+    seeks = ~has_kept | (~has_gained & (ts.plan.range_test[row] > 0) & next_forks.is_allowed[0])
+    chosen = jnp.where(seeks, 0, chosen)
     is_allowed = next_forks.is_allowed[chosen]
     price = jnp.where(ts.plan.kind[row] == FAST, PRICE, SLOW_PRICE)
-    is_worth_it = ~has_kept | (fork == 0) | (gain[chosen] > price)
+    is_worth_it = seeks | (fork == 0) | (gain[chosen] > price)
     length = fork_round.length_at(space, ts, next_forks.x[chosen])
     may_fork = fork + 1 < jnp.where(has_kept, ts.plan.forks[row], MAX_FORKS)
     affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > length)

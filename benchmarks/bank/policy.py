@@ -53,6 +53,7 @@ class Knobs:
         cool-down, and the mean training loss between readings is one.
       rewinds: Whether forks of a round see the same batches.
       falls: How often rates fall by readings of the training loss.
+      seeks: Whether the first round goes on to lower rates while no fork has gained on the state they began from.
     """
 
     test_share: float = 0.03
@@ -91,6 +92,7 @@ class Knobs:
     validates: bool = True
     rewinds: bool = True
     falls: int = 1
+    seeks: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +279,8 @@ class Run:
             best = int(np.argmin(ranked))
             if len(tried) >= most or not outward:
                 break
-            if failed.all():
+            seeks = knobs.seeks and self.rounds == 1 and not any(score <= self.reference for _, score in ends)
+            if failed.all() or (seeks and min(outward) < min(tried)):
                 chosen = outward[0]
                 continue
             if knobs.judge == "argmin":

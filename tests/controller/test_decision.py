@@ -47,11 +47,13 @@ def compiled(core):
     return jax.jit(lambda ts, loss: (*core.update(ts, loss), core.hyperparams(ts))), jax.jit(core.observe_eval)
 
 
-def lived(tuned, count, *, with_metric=True, loss_of=None, metric_of=Trained.loss):
+def lived(tuned, count, *, with_metric=True, loss_of=None, metric_of=Trained.loss, is_measured_first=False):
     """A loop that does what it is told, and nothing else; the events at which it was told something."""
     update, observe = compiled(tuned.core)
     hyperparams = jax.jit(tuned.hyperparams)
     ts, trained = tuned.init(jax.random.key(0)), Trained()
+    if is_measured_first:
+        ts = observe(ts, jnp.float32(metric_of(trained)))
     saved = kept = trained
     batch, asked, events = 0, False, []
     for step in range(count):
@@ -98,6 +100,23 @@ def forks_of(events):
                 rounds.append(forks)
                 forks = []
     return rounds
+
+
+def test_while_no_fork_has_gained_the_first_round_goes_on_to_lower_rates():
+    def metric(trained):
+        """Rates above 2e-3 are past recovery, each as bad as the other, which training losses do not show."""
+        return 3.0 if any(rate > 2e-3 for rate, _ in trained.steps) else trained.loss()
+
+    def tried(events):
+        first = forks_of(events)[0]
+        return [fork.before.steps[len(fork.saved.steps)][0] for fork in first], first[-1].after
+
+    tuned = tuner("rate", 400)
+    rates, after = tried(lived(tuned, 400, metric_of=metric, is_measured_first=True)[2])
+    assert len(rates) >= 3 and rates == sorted(rates, reverse=True)
+    assert rates[-1] < 2e-3 and metric(after) < metric(Trained())
+    # Where nothing was measured before, there is nothing that a fork could be held against.
+    assert min(tried(lived(tuned, 400, metric_of=metric)[2])[0]) > 2e-3
 
 
 def test_all_forks_of_a_round_start_from_one_state_on_the_same_batches():

@@ -708,10 +708,14 @@ class Algorithm:
         else:
             self.discarded += ran
 
+        has_gained = any(f.status == names.FORK_FINISHED and f.score <= self.reference for f in self.forks)
         if self.winner is None:
             # While all have failed, lower rates are tried.
             x, is_allowed = candidates[0]
             goes_on = is_allowed and len(self.forks) < MAX_FORKS
+        elif self.plan.range_test[row] > 0 and not has_gained and candidates[0][1]:
+            # And while none has gained, in the first round.
+            x, goes_on = candidates[0][0], len(self.forks) < self.plan.forks[row]
         else:
             gains = []
             for number, (_, is_allowed) in enumerate(candidates):
