@@ -119,7 +119,7 @@ def test_a_name_nobody_uses():
     with pytest.raises(ValueError, match="never uses 'momentun'"):
         fit(tuner=tuner)
     tuner = atn.AutoTuneNet({**problem.SPACE, "act": ["relu", "gelu"]}, 160)
-    with pytest.raises(ValueError, match="never uses 'act'.* the position of the option"):
+    with pytest.raises(ValueError, match=r"never uses 'act'.* the position of the option"):
         fit(tuner=tuner)
 
 

@@ -125,10 +125,10 @@ def _read_by_test(history: "History", row: Mapping[str, Any]) -> str:
 
 def _in_full(history: "History", number: int, row: Mapping[str, Any]) -> list[str]:
     """A round, fork by fork."""
-    reference, scores = row.get("reference"), row["forks"][0]["scores"]
+    reference, before = row.get("reference"), ""
     # Where nothing was measured before the first fork, its own score stands for that.
-    is_unknown = reference is None or reference in scores
-    before = "" if is_unknown else f"; before them it stood at {shown(score_of(history, row, reference))}"
+    if reference is not None and reference not in row["forks"][0]["scores"]:
+        before = f"; before them it stood at {shown(score_of(history, row, reference))}"
     lines = [f"{_title(number, row, is_paired=history.is_paired)}{before}."]
     names = varied(row)
     for place, fork in enumerate(row["forks"], start=1):
