@@ -43,7 +43,10 @@ def _freeze():
 @pytest.fixture
 def optimised():
     """Programs compiled as a user's are, for tests of their bits or of their memory."""
+    from autotunenet_jax.session import packed_controller
+
     before = jax.config.read("jax_disable_most_optimizations")
+    packed_controller._programs.cache_clear()  # those of tests before, with the same search space
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -182,7 +182,7 @@ def _won(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> dict[str, s
 
 def _bound(space: SearchSpace, name: str, side: str) -> Notice:
     message = (
-        f"The best {name} so far lies at the {side} bound of its range {space[name]!r}: better values may lie beyond. "
+        f"The best {name} lies at the {side} bound of its range {space[name]!r}: better values may lie beyond. "
         f"{'Raise' if side == 'upper' else 'Lower'} that bound."
     )
     return Notice(f"bound of {name}", message)

@@ -59,7 +59,7 @@ TWIN = core_twin()
 
 
 def assert_alike(ours, theirs, step):
-    """Whole numbers are the same, and others to rounding: XLA fuses the two programs differently on some processors."""
+    """Whole numbers are the same, and others to rounding: two programs that were compiled apart."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
