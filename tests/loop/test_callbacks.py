@@ -327,6 +327,13 @@ def test_a_metric_is_chosen_by_name():
     assert problem.same(alone.state, by_root.state)
 
 
+def test_a_run_that_is_cut_short_is_measured_where_the_whole_run_is():
+    whole, cut = ([row["step"] for row in fit(steps=steps).history.evals] for steps in (None, 60))
+    *regular, last = cut
+    assert len(regular) >= 2 and last == 60
+    assert regular == whole[: len(regular)]
+
+
 def test_a_metric_that_seems_to_be_better_the_other_way_is_told_of():
     with pytest.warns(UserWarning, match="accuracy reads as a metric of which more is better, and mode='min'"):
         result = fit(eval_step=lambda state: {"accuracy": eval_step(state)["root"]})
