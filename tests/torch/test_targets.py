@@ -298,5 +298,5 @@ def test_what_belongs_to_others_is_refused_with_what_to_do():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"A batch size is the loader's: give attach\(..., loader=\)"):
         find("batch_size", model, optimizer)
-    with pytest.raises(TypeError, match="got list. Put the parameters into groups of one optimizer"):
+    with pytest.raises(TypeError, match=r"got list. Put the parameters into groups of one optimizer"):
         AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=100).attach(model, [optimizer, optimizer])
