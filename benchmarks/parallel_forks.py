@@ -15,15 +15,13 @@ import numpy as np
 _FLAG = "--xla_force_host_platform_device_count"
 
 
-def width_rows(width, steps, pairs, at_once):
-    """Seconds of the rounds of some runs: a row per run, of one after the other and of together."""
+def _problem(width):
+    """A training step of two layers, its state and batches."""
     import jax
     import jax.numpy as jnp
     import optax
 
     import autotunenet_jax as atn
-    from autotunenet_jax.controller.state import FORK, TRAIN
-    from autotunenet_jax.session.session import Session
 
     optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     truth = np.random.default_rng(0).normal(size=(width, 1)).astype(np.float32)
@@ -46,6 +44,18 @@ def width_rows(width, steps, pairs, at_once):
     keys = jax.random.split(jax.random.key(0), 2)
     shapes = ((width, width), (width, 1))
     params = [jax.random.normal(key, shape) / np.sqrt(width) for key, shape in zip(keys, shapes, strict=True)]
+    return train_step, (params, optimizer.init(params)), batches
+
+
+def width_rows(width, steps, pairs, at_once):
+    """Seconds of the rounds of some runs: a row per run, of one after the other and of together."""
+    import jax
+
+    import autotunenet_jax as atn
+    from autotunenet_jax.controller.state import FORK, TRAIN
+    from autotunenet_jax.session.session import Session
+
+    train_step, state, batches = _problem(width)
     tuner = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, total_steps=steps, initial={"learning_rate": 1e-3})
     decide, times = Session.decide, []
 
@@ -62,7 +72,6 @@ def width_rows(width, steps, pairs, at_once):
 
     def run(parallel_forks):
         times.clear()
-        state = (params, optimizer.init(params))
         result = atn.fit(train_step, state, batches, tuner=tuner, progress=False, parallel_forks=parallel_forks)
         if result.is_interrupted:
             # A part of a run says nothing of its time.

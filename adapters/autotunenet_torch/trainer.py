@@ -179,68 +179,22 @@ class Trainer:
           ValueError: No budget can be told from the loader, the loss has no gradient, a name of the space is not found,
             or only slow hyperparameters are tuned and there is no ``val_loader``.
         """
-        if not isinstance(tuner, AutoTuneNet):
-            raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
-        if resume not in (True, False, "extend"):
-            raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
+        self._check(model, val_loader, tuner, resume)
         total = arguments.budget(
             train_loader, steps=self.steps, epochs=self.epochs, accumulate=self.accumulate, planned=tuner._planned_steps
         )
-        if val_loader is None:
-            arguments.check_slow(tuner.space)
-            if tuner.mode == "max":
-                raise ValueError(
-                    "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
-                )
-        is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-        self.model = model._apply(self._moved) if is_meta else model.to(self.device)
-        self._val_loader, self._tuner = val_loader, tuner
-        self._session, self.stop_reason, self.is_interrupted = None, None, False
-        if self.restore_best and sharding.is_sharded(self.model):
-            raise ValueError(
-                "restore_best=True needs the whole model on each process, and this one is sharded. Leave it out: with "
-                "a val_loader the run ends in its best state as it is."
-            )
-        self._prepare_lazy(train_loader)
-        self.optimizer = self._optimizer(tuner)
-        arguments.check_closure(self.optimizer)
-        optimizer_state.turn(self.optimizer, trains=True)
-        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self._prepare(model, train_loader, val_loader, tuner)
         source = ReplayBuffer(train_loader)
         shown = engine.atn.Progress(total, is_on=self._progress and distributed.rank() == 0)
         store, is_owned = engine.serialization.open_store(snapshots, tuner)
-        interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         try:
             shown.open()
-            if not self.model.training:
-                self.model.train()
             tuner._stream, tuner._keeps_best = source, True
-            tuner.attach(
-                self.model,
-                self.optimizer,
-                self.scheduler,
-                self.scaler,
-                total_steps=total,
-                loss_fn=self.loss_fn,
-                validate=self._measure if val_loader is not None else None,
-                targets=self._own_targets(train_loader),
-                callbacks=self._callbacks,
-                loggers=self._loggers if distributed.rank() == 0 else (),
-                log_every=self._log_every,
-                progress=shown,
-            )
-            self._session = session = tuner._attached()
-            if val_loader is None:
-                # Before training rather than when none has come.
-                for notice in engine.hosting.of_slow(tuner.space, "Give fit a val_loader"):
-                    tuner._notices.tell(*notice)
+            session = self._attach(train_loader, total, shown)
             if resume and store is not None:
                 self._resume(session, store, source, extend=resume == "extend")
             with engine.hosting.Stop() as stop:
-                self._run(session, total, source, store, interval, shown, stop)
+                self._run(session, total, source, store, shown, stop)
         finally:
             tuner._stream, tuner._keeps_best = None, False
             shown.close()
@@ -256,19 +210,77 @@ class Trainer:
             session.recorder.write(store.folder)
         return history
 
+    @staticmethod
+    def _check(model: Any, val_loader: Any, tuner: Any, resume: Any) -> None:
+        if not isinstance(tuner, AutoTuneNet):
+            raise TypeError(f"tuner must be an autotunenet_torch.AutoTuneNet; got {type(tuner).__name__}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+        if resume not in (True, False, "extend"):
+            raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
+        if val_loader is None:
+            arguments.check_slow(tuner.space)
+            if tuner.mode == "max":
+                raise ValueError(
+                    "mode='max' asks for the highest metric, and there is none without a val_loader. Give one."
+                )
+
+    def _prepare(self, model: nn.Module, train_loader: Iterable[Any], val_loader: Any, tuner: AutoTuneNet) -> None:
+        """The model on its device and in training, its optimizer, scheduler and scaler."""
+        is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        self.model = model._apply(self._moved) if is_meta else model.to(self.device)
+        self._val_loader, self._tuner = val_loader, tuner
+        self._session, self.stop_reason, self.is_interrupted = None, None, False
+        if self.restore_best and sharding.is_sharded(self.model):
+            raise ValueError(
+                "restore_best=True needs the whole model on each process, and this one is sharded. Leave it out: with "
+                "a val_loader the run ends in its best state as it is."
+            )
+        self._prepare_lazy(train_loader)
+        self.optimizer = self._optimizer(tuner)
+        arguments.check_closure(self.optimizer)
+        optimizer_state.turn(self.optimizer, trains=True)
+        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if not self.model.training:
+            self.model.train()
+
+    def _attach(self, train_loader: Iterable[Any], total: int, shown: atn.Progress) -> SoundSession:
+        tuner, validates = self._tuner, self._val_loader is not None
+        tuner.attach(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.scaler,
+            total_steps=total,
+            loss_fn=self.loss_fn,
+            validate=self._measure if validates else None,
+            targets=self._own_targets(train_loader),
+            callbacks=self._callbacks,
+            loggers=self._loggers if distributed.rank() == 0 else (),
+            log_every=self._log_every,
+            progress=shown,
+        )
+        self._session = session = tuner._attached()
+        if not validates:
+            # Before training rather than when none has come.
+            for notice in engine.hosting.of_slow(tuner.space, "Give fit a val_loader"):
+                tuner._notices.tell(*notice)
+        return session
+
     def _run(
         self,
         session: SoundSession,
         total: int,
         source: ReplayBuffer,
         store: atn.Snapshots | None,
-        interval: int,
         shown: atn.Progress,
         stop: Stop,
     ) -> None:
         """Trains to the end of the budget, or until asked to stop."""
         controller = session.controller
         boundary = self._boundary = StepBoundary(self.model, source) if store is not None else None
+        interval = self.eval_every or max(total // _EVALS_PER_RUN, 1)
         shown_at, is_stopping = time.monotonic(), False
         try:
             while controller.step < total and not is_stopping:

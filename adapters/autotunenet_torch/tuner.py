@@ -200,22 +200,7 @@ class AutoTuneNet:
             model, optimizer, schedulers=schedulers, scaler=scaler, aux=aux, device=self._snapshot_device
         )
         arguments.check_belongs(model, optimizer)
-        setters = {**(targets or {}), **self._setters}
-        functions = [name for name, setter in setters.items() if not hasattr(setter, "write")]
-        arguments.check_bounds(self.space, functions)
-        found = {
-            name: find(
-                name,
-                model,
-                optimizer,
-                schedulers,
-                setters=setters,
-                loss_fn=loss_fn,
-                loader=loader,
-            )
-            for name in self.space.names
-        }
-        arguments.check_places(found)
+        found = self._find(model, optimizer, schedulers, {**(targets or {}), **self._setters}, loss_fn, loader)
         arguments.check_schedulers(optimizer, list(lr_schedulers.everything(schedulers)))
         self._release()
         stream, keeps_best = self._stream, self._keeps_best
@@ -227,11 +212,9 @@ class AutoTuneNet:
         self.total_steps = core.total_steps
         distributed.check_alike(f"{core!r} {sorted(core.initial.items())}", total_steps=core.total_steps)
         shown = progress or engine.atn.Progress(core.total_steps or 1, is_on=False)
-        options = {"loggers": loggers, "log_every": log_every, **({} if self._log is None else {"log": self._log})}
-        history = engine.atn.History(self.space.names, is_paired=self._stream is not None)
-        recorder = engine.hosting.Recorder(history, self.space, shown, callbacks, **options)
+        recorder = self._recorder(shown, callbacks, loggers=loggers, log_every=log_every)
         if schedulers:
-            history.mark_scheduled(name for name, target in found.items() if isinstance(target, RateTarget))
+            recorder.history.mark_scheduled(name for name, target in found.items() if isinstance(target, RateTarget))
         engine.hosting.announce_compilation(core.core)
         self._is_over = False
         self._session = engine.sound_session.SoundSession(
@@ -242,6 +225,35 @@ class AutoTuneNet:
         self._notices = engine.notices.Notices(self._session, outside=outside, through=self._through, how=self._how)
         if core.total_steps is not None and self._options["decay"] is None:
             self._look_at_end(schedulers, core.total_steps)
+        self._measure_start(state, optimizer)
+
+    def _find(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedulers: Sequence[Any],
+        setters: Mapping[str, Any],
+        loss_fn: Any,
+        loader: Any,
+    ) -> dict[str, Any]:
+        """What sets each name of the space."""
+        functions = [name for name, setter in setters.items() if not hasattr(setter, "write")]
+        arguments.check_bounds(self.space, functions)
+        found = {
+            name: find(name, model, optimizer, schedulers, setters=setters, loss_fn=loss_fn, loader=loader)
+            for name in self.space.names
+        }
+        arguments.check_places(found)
+        return found
+
+    def _recorder(self, shown: atn.Progress, callbacks: Sequence[Any], **options: Any) -> Any:
+        if self._log is not None:
+            options["log"] = self._log
+        history = engine.atn.History(self.space.names, is_paired=self._stream is not None)
+        return engine.hosting.Recorder(history, self.space, shown, callbacks, **options)
+
+    def _measure_start(self, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
+        """The metric of the state that the run begins from."""
         # Turning an optimizer's mode rounds: of a run that is resumed, and so measured once more, nothing may change.
         before = state.copy_out() if optimizer_state.has_modes(optimizer) else None
         is_measured = self._session.evaluate()

@@ -144,10 +144,7 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
 
     @jax.jit
     def body(packed: Any) -> list[Any]:
-        values = words.unpack(packed, kinds)
-        for place, number in enumerate(live):
-            if signature.impls[number] is not None:
-                values[place] = jax.random.wrap_key_data(values[place], impl=signature.impls[number])
+        values = _with_keys(words.unpack(packed, kinds), [signature.impls[number] for number in live])
         with set_xla_metadata(**_NOTHING):
             return evaluated(*values)
 
@@ -174,6 +171,12 @@ def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[...
         return jax.tree.unflatten(jax.tree.structure(results), values)
 
     return one
+
+
+def _with_keys(values: list[Any], impls: list[Any]) -> list[Any]:
+    """Key data become keys of their implementation, where they have one."""
+    pairs = zip(values, impls, strict=True)
+    return [value if impl is None else jax.random.wrap_key_data(value, impl=impl) for value, impl in pairs]
 
 
 def _is_key(array: Any) -> bool:

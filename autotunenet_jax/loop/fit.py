@@ -252,19 +252,16 @@ def fit(
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
     at_once = check_parallel_forks(parallel_forks)
-    first_hp = hyperparams_jit(tuner.core, tuner.init(key))
-    reads = _Reads(first_hp)
-    first_batch = source.get(0, reads)
-    check_train_step(train_step, state, first_batch, first_hp, used_elsewhere=reads.names, has_aux=has_aux)
+    first_batch, read = _tried(train_step, state, source, hyperparams_jit(tuner.core, tuner.init(key)), has_aux)
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)
     interval = eval_every or max((tuner.total_steps or total) // _EVALS_PER_RUN, 1)
     processes = Processes.of(state, first_batch)
-    _check_together(at_once, tuner, reads.names, processes)
+    _check_together(at_once, tuner, read, processes)
     bar, stop = Progress(total, is_on=progress and processes.is_first), Stop()
     recorder = Recorder(History(tuner.space.names), tuner.space, bar, callbacks, loggers=loggers, log_every=log_every)
 
     with contextlib.ExitStack() as opened:
-        store, ending = opened.enter_context(durable(snapshots, tuner, processes)), _Ending()
+        store = opened.enter_context(durable(snapshots, tuner, processes))
         announce_compilation(tuner.core)
         opened.callback(bar.close)
         bar.open()
@@ -284,25 +281,27 @@ def fit(
             )
             if resume:
                 store.resume(run, extend=resume == "extend")
-            if eval_step is None:
-                # Before training rather than when none has come.
-                run.notices.tell(run.controller.step, of_slow(tuner.space, "Pass eval_step"))
-            if metric is not None and (message := doubt(metric, tuner.mode)):
-                run.notices.tell(run.controller.step, [Notice("direction", message)])
-            is_agreed = False
-            try:
-                _train(run, total, interval, stop, bar, store, processes)
-                is_agreed = True
-            except EndOfDataError:
-                ending = _Ending("The batches ran out before the budget did.", "data", is_cut_short=True)
-                is_agreed = True
-            except StopTraining as asked:
-                ending = _Ending(str(asked) or "a callback asked for it", "stop", is_cut_short=False)
-                is_agreed = True
-            finally:
-                # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
-                store.save_last(run, stop, is_agreed=is_agreed)
+            _forewarn(run, tuner, metric, has_metric=eval_step is not None)
+            ending = _trained(run, total, interval, stop, bar, store, processes)
     return _ended(run, total, ending, stop, store, processes)
+
+
+def _tried(
+    train_step: Callable[..., Any], state: Any, source: BatchSource, hp: dict[str, Any], has_aux: bool
+) -> tuple[Any, set[str]]:
+    """The first batch, on which the step has been checked, and the hyperparameters that batches depend on."""
+    reads = _Reads(hp)
+    batch = source.get(0, reads)
+    check_train_step(train_step, state, batch, hp, used_elsewhere=reads.names, has_aux=has_aux)
+    return batch, reads.names
+
+
+def _forewarn(run: Run, tuner: AutoTuneNet, metric: str | None, *, has_metric: bool) -> None:
+    """Says before training what could be said when its harm is done."""
+    if not has_metric:
+        run.notices.tell(run.controller.step, of_slow(tuner.space, "Pass eval_step"))
+    if metric is not None and (message := doubt(metric, tuner.mode)):
+        run.notices.tell(run.controller.step, [Notice("direction", message)])
 
 
 class _Ending(NamedTuple):
@@ -317,6 +316,26 @@ class _Ending(NamedTuple):
     reason: str = ""
     kind: str = "stop"
     is_cut_short: bool = False
+
+
+def _trained(
+    run: Run, total: int, interval: int, stop: Stop, bar: Progress, store: Durable, processes: Processes
+) -> _Ending:
+    """Trains to the end of the budget, of the data, or until asked to stop; says which it was."""
+    is_agreed, ending = False, _Ending()
+    try:
+        _train(run, total, interval, stop, bar, store, processes)
+        is_agreed = True
+    except EndOfDataError:
+        ending = _Ending("The batches ran out before the budget did.", "data", is_cut_short=True)
+        is_agreed = True
+    except StopTraining as asked:
+        ending = _Ending(str(asked) or "a callback asked for it", "stop", is_cut_short=False)
+        is_agreed = True
+    finally:
+        # Whatever ended the loop, what was learned is kept; an exception goes on to the caller.
+        store.save_last(run, stop, is_agreed=is_agreed)
+    return ending
 
 
 def _ended(run: Run, total: int, ending: _Ending, stop: Stop, store: Durable, processes: Processes) -> FitResult:

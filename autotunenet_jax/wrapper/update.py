@@ -13,7 +13,7 @@ from ..arguments import scalar
 from ..compiler.one_turn import usually, when
 from . import aux_state, bookkeeping, budget, notices, trees
 from .carry_out import Carried, Given, carry_out
-from .loss import hear
+from .loss import Heard, hear
 from .state import AutotuneState, write_in_force
 
 
@@ -50,11 +50,7 @@ def update(
 
     state, given_aux = aux_state.with_room(state, aux)
     opened = bookkeeping.opened(settings, value is None, state.packed)
-    square, value = trees.squared_norm(updates), None if value is None else jnp.asarray(value)
-    if axis_name is not None:
-        # Not finite on one replica, not finite on all.
-        square, value = jax.lax.pmean((square, value), axis_name)
-    is_finite = jnp.isfinite(square) if value is None else jnp.isfinite(square) & jnp.isfinite(value)
+    square, value, is_finite = _size(updates, value, axis_name)
     # Gradients make room for the update, where they can: what is not made of them stays them.
     is_alike = params is None or jax.tree.structure(params) == jax.tree.structure(updates)
     room = updates if is_alike else optax.tree.zeros_like(params)
@@ -72,16 +68,8 @@ def update(
         heard=None,
     )
     is_taken, new, inner = _usual(given, room, state)
-    no = jnp.zeros((), bool)
-    heard, directive, packed = None, None, state.packed
-    if given.loss is not None:
-        # What was left to this update comes before the optimizer's, of which then only the gradients are known yet.
-        is_made = is_taken if state.held is None else is_taken | (given.is_fit & opened.is_left)
-        is_usable = is_finite & (is_made | ~given.is_fit)
-        heard = hear(settings, state.packed, given.loss, opened.lag, is_usable, is_made)
-        packed, directive = heard.packed, heard.directive
+    heard, closed = _close(given, state, is_taken)
     given = given._replace(heard=heard)
-    closed = bookkeeping.closed(settings, state.packed, packed, directive, opened, square, is_taken, no)
     on = Carried(
         is_taken=is_taken,
         new=new,
@@ -91,13 +79,19 @@ def update(
         record=state.record,
         snapshots=state.held,
     )
-    flags = [] if heard is None else [heard.is_noted]
-    flags += [] if on.snapshots is None else [opened.is_left, closed.is_asked]
-    if flags:
-        (on,) = when(functools.reduce(jnp.logical_or, flags), functools.partial(carry_out, given), on)
+    on = _rest(given, closed, on)
     snapshots = state.snapshots if on.snapshots is None else on.snapshots
     state = state._replace(packed=on.packed, inner=on.inner, snapshots=snapshots, aux=on.aux, record=on.record)
     return trees.kept_finite(on.is_taken, params, on.new), state
+
+
+def _size(updates: Any, value: Any, axis_name: Any) -> tuple[Array, Array | None, Array]:
+    """The gradients' squared norm, the loss, and whether both are finite."""
+    square, value = trees.squared_norm(updates), None if value is None else jnp.asarray(value)
+    if axis_name is not None:
+        # Not finite on one replica, not finite on all.
+        square, value = jax.lax.pmean((square, value), axis_name)
+    return square, value, jnp.isfinite(square) if value is None else jnp.isfinite(square) & jnp.isfinite(value)
 
 
 def _usual(given: Given, room: Any, state: AutotuneState) -> tuple[Array, Any, Any]:
@@ -116,6 +110,29 @@ def _usual(given: Given, room: Any, state: AutotuneState) -> tuple[Array, Any, A
         still = inner
     new, inner = usually(is_made, given.step, room, still)
     return is_made & jnp.isfinite(trees.squared_norm(new)), new, inner
+
+
+def _close(given: Given, state: AutotuneState, is_taken: Array) -> tuple[Heard | None, bookkeeping.Closed]:
+    """What the loss comes to, and the course of the run after this update."""
+    opened, heard, directive, packed = given.opened, None, None, state.packed
+    if given.loss is not None:
+        # What was left to this update comes before the optimizer's, of which then only the gradients are known yet.
+        is_made = is_taken if state.held is None else is_taken | (given.is_fit & opened.is_left)
+        is_usable = given.is_finite & (is_made | ~given.is_fit)
+        heard = hear(given.settings, state.packed, given.loss, opened.lag, is_usable, is_made)
+        packed, directive = heard.packed, heard.directive
+    no = jnp.zeros((), bool)
+    closed = bookkeeping.closed(given.settings, state.packed, packed, directive, opened, given.square, is_taken, no)
+    return heard, closed
+
+
+def _rest(given: Given, closed: bookkeeping.Closed, on: Carried) -> Carried:
+    """Whatever else there is to do in this update, which mostly is nothing."""
+    flags = [] if given.heard is None else [given.heard.is_noted]
+    flags += [] if on.snapshots is None else [given.opened.is_left, closed.is_asked]
+    if flags:
+        (on,) = when(functools.reduce(jnp.logical_or, flags), functools.partial(carry_out, given), on)
+    return on
 
 
 def _check(state: AutotuneState, params: Any, value: Any, axis_name: Any) -> None:

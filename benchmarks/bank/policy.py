@@ -226,6 +226,11 @@ class Run:
         self.tested = float(np.clip(read_range_test(losses[0], rates), self.low, self.high))
         return self.tested
 
+    def first_rate(self) -> float:
+        """Log10 of where training goes on from the first round."""
+        x = self.round(self.range_test(), self.knobs.first_share, self.knobs.first_forks) - self.knobs.drift
+        return x - (0.0 if self.knobs.validates else self.knobs.unseen)
+
     def fork(self, x: float, n: int, before: float) -> tuple[States, float]:
         """The state at its end, and its score; ``before`` is the rate that training has got used to."""
         cool = np.clip((n - np.arange(n)) / max(round(self.knobs.cool * n), 1), 0.02, 1.0)
@@ -327,27 +332,21 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
     """The whole run. With ``rate`` (log10) it is known, and ``waste`` of the steps is thrown away instead."""
     run = Run(lab, knobs)
     is_known = rate is not None
-    if rate is None:
-        x = run.round(run.range_test(), knobs.first_share, knobs.first_forks) - knobs.drift
-        x -= 0.0 if knobs.validates else knobs.unseen
-    else:
-        x, run.spent, run.discarded = rate, round(waste * run.steps), round(waste * run.steps)
+    x = run.first_rate() if rate is None else rate
+    if is_known:
+        run.spent = run.discarded = round(waste * run.steps)
     asks_again = knobs.second_forks > 0 and not is_known
     third = knobs.third_start > 0 and not is_known
     best, hot, kept, worse = math.inf, math.inf, None, 0
     better, is_on_trial, climb, has_fallen = 0, False, 0.0, False
     check = max(round(knobs.check_share * run.steps), 10)
     while run.spent < run.steps:
-        asked = True
-        if asks_again and run.spent >= knobs.second_start * run.steps:
-            asks_again = False
-            x = run.round(x, knobs.second_share, knobs.second_forks)
-        elif third and run.spent >= knobs.third_start * run.steps:
-            third = False
-            x = run.round(x, knobs.third_share, 3)
-        else:
-            asked = False
-        if asked:
+        is_second = asks_again and run.spent >= knobs.second_start * run.steps
+        if is_second or (third and run.spent >= knobs.third_start * run.steps):
+            if is_second:
+                asks_again, x = False, run.round(x, knobs.second_share, knobs.second_forks)
+            else:
+                third, x = False, run.round(x, knobs.third_share, 3)
             best, hot, kept, worse = math.inf, math.inf, None, 0
             if knobs.validates:
                 best, kept = run.metric(run.state), run.state

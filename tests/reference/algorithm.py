@@ -445,34 +445,9 @@ class Algorithm:
         if not is_known and abs(loss) >= loss_monitor._LOSS_LIMIT:
             loss = UNKNOWN
         is_finite = bool(np.isfinite(loss))
-        ceiling = LARGE
-        good_steps = self.step - self.bad_steps
-        if good_steps >= tick.FIRST_LOSSES:
-            progress = max(self.initial_loss - self.best_level, ZERO)
-            doubt = max(F(1), F(tick._SPREAD_VALUES) / F(max(self.monitor.count, 1)))
-            ceiling = self.initial_loss + F(0.5) * progress + F(6) * doubt * self.monitor.spread
-        limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
-        has_climbed = self.monitor.short > limit
-        is_new = bool(np.isnan(self.initial_loss))
         usual = self._limit()
-        verdict = self.monitor.see(self.guard, loss, ceiling, usual, self.known_level)
-        self.bad_run = 0 if is_finite else self.bad_run + 1
-        self.bad_steps += not is_finite
-        if self.bad_run >= loss_monitor.BAD_RUN and not is_new:
-            verdict = loss_monitor.NON_FINITE
-        is_blue = verdict == loss_monitor.NON_FINITE and not has_climbed
+        verdict, is_blue = self._see(loss, is_finite, usual)
         failed = verdict in (loss_monitor.NON_FINITE, loss_monitor.SPIKE, loss_monitor.DIVERGED)
-        if is_finite:
-            if np.isnan(self.initial_loss):
-                self.initial_loss = loss
-            elif good_steps < tick.FIRST_LOSSES:
-                self.initial_loss += (loss - self.initial_loss) / F(good_steps + 1)
-            if self.monitor.count >= tick.FIRST_LOSSES:
-                self.best_level = min(self.best_level, self.monitor.short)
-                is_lowest = self.monitor.short < self.held_level
-                if self.phase == TRAIN and verdict == loss_monitor.HEALTHY and is_lowest:
-                    self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
-
         at = self.length - self.left
         waits = self.phase != TRAIN and at == 0 and not is_finite
         self.left -= not waits
@@ -507,18 +482,47 @@ class Algorithm:
             is_well = verdict in (loss_monitor.HEALTHY, loss_monitor.STALLED)
             if (is_well and not due and self.monitor.strikes == 0) or (is_last and not failed):
                 self._snapshots(said)
-            has_round = self.plan.start[self.row] < NEVER
-            said.evaluate = bool(
-                self.step % self.plan.check_every == 0
-                or (has_round and self.left == 1)
-                or self.plan.total - self.step == 1
-            )
+            said.evaluate = self._wants_reading()
         self.since_rollback = min(self.since_rollback + 1, NEVER)
         if due:
             may_retry = self.phase != TRAIN and self.retries < loss_monitor.MAX_RETRIES
             said = self._decide(self.phase == FORK and failed, is_blue and may_retry)
         said.data_step, said.verdict = self.data_step, verdict
         return said
+
+    def _see(self, loss: Any, is_finite: bool, usual: Any) -> tuple[int, bool]:
+        """The monitor's verdict, and whether a loss that is not finite came out of the blue."""
+        ceiling = LARGE
+        good_steps = self.step - self.bad_steps
+        if good_steps >= tick.FIRST_LOSSES:
+            progress = max(self.initial_loss - self.best_level, ZERO)
+            doubt = max(F(1), F(tick._SPREAD_VALUES) / F(max(self.monitor.count, 1)))
+            ceiling = self.initial_loss + F(0.5) * progress + F(6) * doubt * self.monitor.spread
+        limit = np.fmax(self.monitor.level, self.initial_loss) + F(loss_monitor._CALM_SIGMAS) * self.monitor.spread
+        has_climbed = self.monitor.short > limit
+        is_new = bool(np.isnan(self.initial_loss))
+        verdict = self.monitor.see(self.guard, loss, ceiling, usual, self.known_level)
+        self.bad_run = 0 if is_finite else self.bad_run + 1
+        self.bad_steps += not is_finite
+        if self.bad_run >= loss_monitor.BAD_RUN and not is_new:
+            verdict = loss_monitor.NON_FINITE
+        is_blue = verdict == loss_monitor.NON_FINITE and not has_climbed
+        if is_finite:
+            if np.isnan(self.initial_loss):
+                self.initial_loss = loss
+            elif good_steps < tick.FIRST_LOSSES:
+                self.initial_loss += (loss - self.initial_loss) / F(good_steps + 1)
+            if self.monitor.count >= tick.FIRST_LOSSES:
+                self.best_level = min(self.best_level, self.monitor.short)
+                is_lowest = self.monitor.short < self.held_level
+                if self.phase == TRAIN and verdict == loss_monitor.HEALTHY and is_lowest:
+                    self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
+        return verdict, is_blue
+
+    def _wants_reading(self) -> bool:
+        has_round = self.plan.start[self.row] < NEVER
+        is_due = self.step % self.plan.check_every == 0
+        return bool(is_due or (has_round and self.left == 1) or self.plan.total - self.step == 1)
 
     def _hear_fork(self, loss: Any, at: int) -> None:
         if at >= self.length - max(round(schedule.COOL_SHARE * self.length), 2):
@@ -689,13 +693,9 @@ class Algorithm:
         places = np.stack([f.x for f in self.forks] + [x for x, _ in candidates])
         mean, covariance = self.surrogate(self._shortfalls(), places, time)
 
-        def lead(of: int, over: int) -> tuple[float, float]:
-            variance = covariance[of, of] + covariance[over, over] - 2 * covariance[of, over]
-            return mean[over] - mean[of], math.sqrt(max(variance, 1e-12))
-
         last = len(self.forks) - 1
         if succeeded and self.winner is not None:
-            gain, deviation = lead(last, self.winner)
+            gain, deviation = lead(mean, covariance, last, self.winner)
             wins = normal_cdf(gain / deviation) > 0.5
         else:
             wins = succeeded
@@ -708,24 +708,7 @@ class Algorithm:
         else:
             self.discarded += ran
 
-        has_gained = any(f.status == names.FORK_FINISHED and f.score <= self.reference for f in self.forks)
-        if self.winner is None:
-            # While all have failed, lower rates are tried.
-            x, is_allowed = candidates[0]
-            goes_on = is_allowed and len(self.forks) < MAX_FORKS
-        elif self.plan.range_test[row] > 0 and not has_gained and candidates[0][1]:
-            # And while none has gained, in the first round.
-            x, goes_on = candidates[0][0], len(self.forks) < self.plan.forks[row]
-        else:
-            gains = []
-            for number, (_, is_allowed) in enumerate(candidates):
-                gain, deviation = lead(len(self.forks) + number, self.winner)
-                gains.append(expected_improvement(gain, deviation) if is_allowed else -1.0)
-            chosen = int(np.argmax(gains))
-            x, is_allowed = candidates[chosen]
-            price = decision.PRICE if kind == FAST else decision.SLOW_PRICE
-            is_worth_it = len(self.forks) == 1 or gains[chosen] > price
-            goes_on = is_allowed and is_worth_it and len(self.forks) < self.plan.forks[row]
+        x, goes_on = self._next(candidates, mean, covariance)
         length = self._length(x)
         if goes_on and not self.is_void and self.discarded + length <= self._budget and self._remaining > length:
             self.data_step = self.saved.data
@@ -733,6 +716,29 @@ class Algorithm:
             said.restore, said.outcome = True, names.OUTCOME_FORK_STARTED
         else:
             self._end_round(wins, said)
+
+    def _next(
+        self, candidates: list[tuple[np.ndarray, bool]], mean: np.ndarray, covariance: np.ndarray
+    ) -> tuple[np.ndarray, bool]:
+        """The next fork's place, and whether there should be one."""
+        kind, most = self.plan.kind[self.row], self.plan.forks[self.row]
+        has_gained = any(f.status == names.FORK_FINISHED and f.score <= self.reference for f in self.forks)
+        if self.winner is None:
+            # While all have failed, lower rates are tried.
+            x, is_allowed = candidates[0]
+            return x, is_allowed and len(self.forks) < MAX_FORKS
+        if self.plan.range_test[self.row] > 0 and not has_gained and candidates[0][1]:
+            # And while none has gained, in the first round.
+            return candidates[0][0], len(self.forks) < most
+        gains = []
+        for number, (_, is_allowed) in enumerate(candidates):
+            gain, deviation = lead(mean, covariance, len(self.forks) + number, self.winner)
+            gains.append(expected_improvement(gain, deviation) if is_allowed else -1.0)
+        chosen = int(np.argmax(gains))
+        x, is_allowed = candidates[chosen]
+        price = decision.PRICE if kind == FAST else decision.SLOW_PRICE
+        is_worth_it = len(self.forks) == 1 or gains[chosen] > price
+        return x, is_allowed and is_worth_it and len(self.forks) < most
 
     def _shortfalls(self) -> list[Observation]:
         """What the surrogate is told: how far each fork is from the best of its round."""
@@ -817,6 +823,12 @@ def shortfall(y: float, scores: list[float], *, is_fast: bool) -> float:
 
 def normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def lead(mean: np.ndarray, covariance: np.ndarray, of: int, over: int) -> tuple[float, float]:
+    """How much lower the shortfall of one place is than another's, and the standard deviation of that."""
+    variance = covariance[of, of] + covariance[over, over] - 2 * covariance[of, over]
+    return mean[over] - mean[of], math.sqrt(max(variance, 1e-12))
 
 
 def expected_improvement(gain: float, deviation: float) -> float:
