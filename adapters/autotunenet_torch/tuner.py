@@ -231,7 +231,7 @@ class AutoTuneNet:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedulers: Sequence[Any],
+        schedulers: list[Any],
         setters: Mapping[str, Any],
         loss_fn: Any,
         loader: Any,
@@ -254,13 +254,14 @@ class AutoTuneNet:
 
     def _measure_start(self, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
         """The metric of the state that the run begins from."""
+        session = self._attached()
         # Turning an optimizer's mode rounds: of a run that is resumed, and so measured once more, nothing may change.
         before = state.copy_out() if optimizer_state.has_modes(optimizer) else None
-        is_measured = self._session.evaluate()
+        is_measured = session.evaluate()
         if before is not None:
             state.copy_back(before)
         if is_measured:
-            self._session.write()
+            session.write()
 
     def _look_at_end(self, schedulers: Sequence[Any], steps: int) -> None:
         """Says where schedulers of the user's own keep a tuned rate high to the end."""
