@@ -61,6 +61,9 @@ class TorchHost(Host):
         starts, outside = dict(given), {}
         for name, target in self.targets.items():
             value = target.read()
+            if isinstance(target, RateTarget) and value == 0.0:
+                # It has fallen to its end in a run before, or waits for a warm-up: where a run begins is no such place.
+                continue
             if name not in starts and value is not None:
                 (starts if space[name].contains(value) else outside)[name] = value
         return starts, outside

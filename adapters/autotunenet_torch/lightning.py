@@ -80,6 +80,7 @@ class AutoTuneCallback(pl.Callback):
         self._losses: list[torch.Tensor] = []
         self._steps = 0
         self._is_attached = self._has_saved = False
+        self._epochs = math.inf
         self._asked: dict[str, Any] | None = None
         self._is_regular = True
 
@@ -119,12 +120,15 @@ class AutoTuneCallback(pl.Callback):
             loggers=self._loggers if distributed.rank() == 0 else (),
             log_every=self._log_every,
         )
-        self._is_attached, self._asked, self._is_regular = True, None, True
+        self._is_attached, self._asked, self._is_regular, self._epochs = True, None, True, _epochs(trainer)
         self._losses.clear()
         self._shield(trainer)
         if self._pending is not None:
             self.tuner.load_state_dict(self._pending, extend=self._extends)
             self._pending = None
+
+    def _is_tuning(self, trainer: pl.Trainer) -> bool:
+        return self._is_attached and trainer.current_epoch < self._epochs
 
     def _shield(self, trainer: pl.Trainer) -> None:
         """Lets callbacks that monitor a metric see regular validations alone."""
@@ -150,7 +154,7 @@ class AutoTuneCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Reports the loss once per optimizer step: the mean over the batches accumulated into it."""
-        if not self._is_attached:
+        if not self._is_tuning(trainer):
             return
         self._take_back(trainer)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -192,14 +196,14 @@ class AutoTuneCallback(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes whether the metrics to come are those of the training that lives on, at a regular time."""
-        if self._is_attached and not trainer.sanity_checking:
+        if self._is_tuning(trainer) and not trainer.sanity_checking:
             is_in_round = self.tuner._attached().controller.phase != hosting.TRAIN
             self._is_regular = self._asked is None and not is_in_round
             self._take_back(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports the monitored metric, but not that of the sanity check."""
-        if trainer.sanity_checking or not self._is_attached:
+        if trainer.sanity_checking or not self._is_tuning(trainer):
             return
         metrics = trainer.callback_metrics
         name = self.monitor or hosting.metric_names.find_loss(metrics)
@@ -259,15 +263,25 @@ class AutoTuneCallback(pl.Callback):
         self._pending = state_dict or None
 
 
+def _epochs(trainer: pl.Trainer) -> float:
+    """Epochs that train: ``StochasticWeightAveraging`` adds one that gives BatchNorm the statistics of the average."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    swa = [held for held in trainer.callbacks if isinstance(held, pl.callbacks.StochasticWeightAveraging)]
+    own = [getattr(held, "_max_epochs", -1) for held in swa]
+    return min([epochs, *(count for count in own if count > 0)])
+
+
 def _expected_steps(trainer: pl.Trainer) -> float:
     """Optimizer steps of the whole run, also where gradients are accumulated over more batches in later epochs."""
-    expected, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    batches, epochs = trainer.num_training_batches, _epochs(trainer)
+    if not 0 < batches < math.inf or epochs == math.inf:
+        return trainer.estimated_stepping_batches
+    accumulated = [trainer.accumulate_grad_batches] * int(epochs)
     for callback in trainer.callbacks:
-        epochs = trainer.max_epochs or -1
-        if isinstance(callback, pl.callbacks.GradientAccumulationScheduler) and epochs > 0 and math.isfinite(batches):
-            steps = sum(math.ceil(batches / callback.get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
-            expected = steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
-    return expected
+        if isinstance(callback, pl.callbacks.GradientAccumulationScheduler):
+            accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(int(epochs))]
+    steps = sum(math.ceil(batches / each) for each in accumulated)
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def _averages(trainer: pl.Trainer) -> list[Any]:

@@ -175,7 +175,7 @@ class Trainer:
           The history of the run; after a first Ctrl-C too, with what was reached by then.
 
         Raises:
-          TypeError: An argument of the wrong type.
+          TypeError: An argument of the wrong type, or a loader that can be read only once.
           ValueError: No budget can be told from the loader, the loss has no gradient, a name of the space is not found,
             or only slow hyperparameters are tuned and there is no ``val_loader``.
         """
@@ -218,6 +218,10 @@ class Trainer:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
         if resume not in (True, False, "extend"):
             raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
+        if isinstance(val_loader, Iterator):
+            raise TypeError(
+                "val_loader is an iterator, which can be read only once. Give the DataLoader or list itself."
+            )
         if val_loader is None:
             arguments.check_slow(tuner.space)
             if tuner.mode == "max":

@@ -10,6 +10,13 @@ from ..space.injection import places
 
 # Names that a record has for something else.
 _TAKEN = ("step", "data_step", "loss", "phase", "round", "fork", "is_kept")
+# What code that needs numbers raises where it is compiled.
+_HOST_CODE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+_COMPILED = "{owner} is compiled: what it computes must come from jax.numpy, not from NumPy, float() or scikit-learn."
 
 
 def parts_of(output: Any, *, has_aux: bool) -> tuple[Any, Any, Mapping[str, Any]]:
@@ -145,6 +152,9 @@ def check_train_step(
     except KeyError as error:
         error.add_note(f"hp holds what the search space names: {', '.join(map(repr, sorted(hyperparams)))}.")
         raise
+    except _HOST_CODE as error:
+        error.add_note(_COMPILED.format(owner="train_step"))
+        raise
     out = output[-1]
     _check_is_pair(out, has_aux=has_aux)
     new_state, loss, metrics = parts_of(out, has_aux=has_aux)
@@ -205,7 +215,11 @@ def check_eval_step(eval_step: Callable[..., Any], state: Any, *, monitor: str |
       TypeError: It returns a dict with names that are no text.
       ValueError: It returns neither a real scalar nor a dict of them, or ``monitor`` is not in that.
     """
-    metric = jax.eval_shape(eval_step, state)
+    try:
+        metric = jax.eval_shape(eval_step, state)
+    except _HOST_CODE as error:
+        error.add_note(_COMPILED.format(owner="eval_step"))
+        raise
     if isinstance(metric, Mapping):
         _check_metrics(metric, (), owner="eval_step")
         name = _monitored(sorted(metric), monitor, mode=mode)

@@ -1,6 +1,7 @@
 """Batches by position: a callable as it is, an iterable with just enough memory to replay a round of forks."""
 
 import collections
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -78,11 +79,14 @@ class BatchSource:
       batches: ``callable(step, hyperparams) -> batch``, or an iterable of batches.
 
     Raises:
-      TypeError: Neither callable nor iterable.
+      TypeError: Neither callable nor iterable, or a generator function.
       ValueError: An empty iterable.
     """
 
     def __init__(self, batches: Callable[[int, Any], Any] | Iterable[Any]):
+        if inspect.isgeneratorfunction(batches):
+            name = getattr(batches, "__name__", "it")
+            raise TypeError(f"batches must not be a function that yields them; give what it returns, batches={name}().")
         self._function = batches if callable(batches) else None
         if self._function is not None:
             return

@@ -170,7 +170,8 @@ def _won(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> dict[str, s
     found: dict[str, str] = {}
     for row in rounds:
         forks = [fork["hyperparams"] for fork in row["forks"]]
-        if row["best"] < 0:
+        if row["best"] < 0 or len({tuple(fork["scores"]) for fork in row["forks"]}) < 2:
+            # Nobody won, or nothing that was tried made a difference.
             continue
         places = np.asarray(space.encode(forks[row["best"]]))
         for name, u in zip(space.names, places, strict=True):

@@ -3,7 +3,7 @@
 python -m benchmarks.bank.compare run open 0/1 base,argmin    # tasks, part of them, names
 python -m benchmarks.bank.compare report open base argmin
 python -m benchmarks.bank.compare groups open fit "known 15% lost"
-python -m benchmarks.bank.compare constants open              # each one half and double, paired with former
+python -m benchmarks.bank.compare constants open              # each one half and double, paired with base
 
 Tasks are ``open``, ``locked``, ``again`` (the open ones from another start on other batches, held against the oracles
 of the first; differences of two policies do not see that) and ``small`` (`benchmarks.bank.small`); ``open+small`` is
@@ -72,14 +72,37 @@ POLICIES: dict[str, policy.Knobs] = {
     "third, no drift": _with(third_start=0.3, drift=0.0),
     "both sides again": _with(second_least=3),
     "shorter forks": _with(least_fork=8),
+    "longer cool-down": _with(cool=0.5),
+    "flat prior": dataclasses.replace(BASE, curvature=0.0),
+    "forgets nothing": dataclasses.replace(BASE, time_scale=1e9),
 }
-for _field in dataclasses.fields(policy.Knobs):
-    _value = getattr(FORMER, _field.name)
-    if isinstance(_value, float) and _value:
-        for _name, _factor in (("half", 0.5), ("double", 2.0)):
-            POLICIES[f"{_field.name} {_name}"] = _with(
-                **{_field.name: min(_value * _factor, 0.9 if "share" in _field.name else 9.0)}
-            )
+# Numbers that tell where there is a validation metric.
+CONSTANTS = (
+    "test_share",
+    "first_share",
+    "second_start",
+    "second_share",
+    "cool",
+    "line_step",
+    "price",
+    "signal",
+    "lengthscale",
+    "noise",
+    "time_scale",
+    "curvature",
+    "resolution",
+    "hold",
+    "check_share",
+    "back",
+    "climb",
+    "far",
+    "ending",
+    "confirm_share",
+)
+for _field in CONSTANTS:
+    for _name, _factor in (("half", 0.5), ("double", 2.0)):
+        _value = min(getattr(BASE, _field) * _factor, 0.9 if _field == "hold" else 9.0)
+        POLICIES[f"{_field} {_name}"] = dataclasses.replace(BASE, **{_field: _value})
 KNOWN = {f"known {waste:.0%} lost": waste for waste in (0.0, 0.1, 0.15, 0.2)}
 
 
@@ -192,16 +215,16 @@ def report(kind: str, names: list[str]) -> None:
 
 
 def constants(kind: str) -> None:
-    found = [rows for rows in (entry.read() for entry in entries(kind)) if "former" in rows]
-    for field in dataclasses.fields(policy.Knobs):
+    found = [entry.read() for entry in entries(kind)]
+    for field in CONSTANTS:
         cells = []
         for factor in ("half", "double"):
-            name = f"{field.name} {factor}"
-            gaps = np.array([calm(rows[name]) - calm(rows["former"]) for rows in found if name in rows])
+            name = f"{field} {factor}"
+            gaps = np.array([calm(rows[name]) - calm(rows["base"]) for rows in found if name in rows])
             if len(gaps):
                 cells.append(f"{gaps.mean():+.3f} +- {gaps.std() / len(gaps) ** 0.5:.3f} ({len(gaps)})")
-        if cells and any(gap.strip("+-0. ()") for gap in cells):
-            print(f"| {field.name} | {getattr(FORMER, field.name):g} | {' | '.join(cells)} |")
+        if cells:
+            print(f"| {field} | {getattr(BASE, field):g} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

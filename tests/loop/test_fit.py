@@ -405,6 +405,26 @@ def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
     assert "hp holds what the search space names: 'learning_rate'." in caught.value.__notes__
 
 
+@pytest.mark.parametrize("owner", ["train_step", "eval_step"])
+def test_what_cannot_be_compiled_is_told_that_it_is(owner):
+    def step(state, batch, hp):
+        state, loss = problem.train_step(state, batch, hp)
+        return state, jnp.float32(float(loss))
+
+    functions = {"eval_step": lambda state: np.mean(np.asarray(state["params"]["w"])), "train_step": step}
+    given = {"train_step": problem.train_step, "eval_step": problem.eval_step, owner: functions[owner]}
+    with pytest.raises(TypeError) as caught:
+        atn.fit(
+            given["train_step"],
+            problem.new_state(),
+            problem.batches,
+            tuner=problem.tuner(),
+            eval_step=given["eval_step"],
+            progress=False,
+        )
+    assert f"{owner} is compiled" in caught.value.__notes__[0] and "jax.numpy" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize(
     ("eval_step", "says"),
     [

@@ -97,6 +97,15 @@ def test_what_is_no_source_of_batches_is_named(batches, named):
         BatchSource(batches)
 
 
+def test_a_generator_is_given_and_not_the_function_that_makes_one():
+    def stream():
+        yield 0
+
+    with pytest.raises(TypeError, match=r"batches=stream\(\)"):
+        BatchSource(stream)
+    assert BatchSource(stream()).get(0, None) == 0
+
+
 @hypothesis.given(st.data())
 def test_any_path_a_run_can_take_sees_the_stream_by_position(data):
     """Training, rounds of replayed forks, winners that are shorter than the longest fork, rounds that fail."""

@@ -31,9 +31,14 @@ def kinds(*state, **options):
     return [notice.kind for notice in notices(*state, **options)]
 
 
-def a_round(best, *values):
+def a_round(best, *values, scores=None):
     names = ("learning_rate", "weight_decay", "dropout")
-    return {"best": best, "forks": [{"hyperparams": dict(zip(names, row, strict=True))} for row in values]}
+    scores = [0.5 + 0.1 * (number != best) for number in range(len(values))] if scores is None else scores
+    forks = [
+        {"hyperparams": dict(zip(names, row, strict=True)), "scores": [] if score is None else [score]}
+        for row, score in zip(values, scores, strict=True)
+    ]
+    return {"best": best, "forks": forks}
 
 
 def test_a_healthy_run_is_told_nothing():
@@ -88,6 +93,13 @@ def test_a_choice_at_a_bound(best, is_told):
 
 def test_what_was_never_varied_was_never_chosen():
     assert kinds(*made(step=200, level=1.0), rounds=[a_round(0, (1e-2, 1e-5, 0.5), (3e-3, 1e-5, 0.5))]) == []
+
+
+@pytest.mark.parametrize(("scores", "is_told"), [((2.3, 2.3), []), ((None, 2.3), ["bound of learning_rate"])])
+def test_a_choice_at_a_bound_that_made_no_difference_is_none(scores, is_told):
+    """As of a loss that never changes; a fork that failed has no score."""
+    rounds = [a_round(1, (1e-2, 1e-3, 0.1), (1e-4, 1e-3, 0.1), scores=scores)]
+    assert kinds(*made(step=200, level=1.0), rounds=rounds) == is_told
 
 
 def test_a_value_outside_its_range_names_it():

@@ -121,6 +121,21 @@ def test_the_budget_where_later_epochs_accumulate_more(tmp_path, loader):
     assert tuner.history.summary["steps"] == tuner.history.summary["total_steps"] == 4 * 12 + 16 * 6
 
 
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_what_lightning_averages_at_the_end_is_what_the_run_ends_with(tmp_path, loader, has_statistics):
+    """With BatchNorm it adds an epoch without training, after which the tuner must not go back to its best state."""
+    module, tuner, averaging = Module(), AutoTuneNet(SPACE), pl.callbacks.StochasticWeightAveraging(1e-2)
+    if has_statistics:
+        module.net = torch.nn.Sequential(torch.nn.BatchNorm1d(6), module.net)
+    trainer = make(tmp_path, tuner, others=[averaging], enable_checkpointing=False, epochs=20)
+    trainer.fit(module, loader, loader)
+    for mine, average in zip(module.parameters(), averaging._average_model.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach(), average.detach())
+    summary = tuner.history.summary
+    assert summary["steps"] == summary["total_steps"] == 20 * 12
+    assert "budget" not in {event["kind"] for event in tuner.history.events}
+
+
 def test_a_smoke_test_goes_on_without_the_tuner(tmp_path, loader):
     trainer = make(tmp_path, AutoTuneNet(SPACE), fast_dev_run=True)
     trainer.fit(Module(), loader, loader)

@@ -159,6 +159,10 @@ def test_training_starts_where_the_optimizer_is():
     with pytest.warns(UserWarning, match="learning_rate stands at 5, which lies outside its range"):
         tuner.attach(model, optimizer)
     assert 1e-4 <= optimizer.param_groups[0]["lr"] <= 1.0
+    # Where a run before, or a warm-up, has left it: nothing to warn of.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    tuner.attach(model, optimizer)
+    assert 1e-4 <= optimizer.param_groups[0]["lr"] <= 1.0
 
 
 def test_compiled_dropout_is_not_compiled_again(monkeypatch):

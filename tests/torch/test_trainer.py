@@ -199,6 +199,11 @@ def test_snapshots_of_another_model_are_refused(tmp_path, loader):
         trainer(epochs=7).fit(net(), loader, tuner=AutoTuneNet(SPACE), snapshots=tmp_path / "run")
 
 
+def test_validation_data_that_can_be_read_only_once_are_refused_at_the_start(loader):
+    with pytest.raises(TypeError, match=r"val_loader is an iterator.*Give the DataLoader or list itself"):
+        trainer(epochs=6).fit(net(), loader, iter(loader), tuner=AutoTuneNet(SPACE))
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_with_everything(precision, loader):
     run = trainer(precision=precision, clip_norm=1.0, accumulate=2, epochs=20, eval_every=40)
