@@ -59,9 +59,10 @@ class TorchHost(Host):
     def starts(self, given: Mapping[str, Any], space: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Where the training stands, by name, given values first: what lies in its range, and what lies outside."""
         starts, outside = dict(given), {}
+        roles = dict(zip(space.names, space.roles, strict=True))
         for name, target in self.targets.items():
             value = target.read()
-            if isinstance(target, RateTarget) and value == 0.0:
+            if roles[name] == "rate" and value == 0.0:
                 # It has fallen to its end in a run before, or waits for a warm-up: where a run begins is no such place.
                 continue
             if name not in starts and value is not None:
