@@ -53,6 +53,12 @@ def _concatenate(parts: list[Any]) -> Any:
     )
 
 
+def check_read_again(name: str, loader: Any) -> None:
+    """Refuses a loader that can be read only once."""
+    if isinstance(loader, Iterator):
+        raise TypeError(f"{name} is an iterator, which can be read only once. Give the DataLoader or list itself.")
+
+
 class ReplayBuffer:
     """A data loader as an endless stream that can go back within a round of forks.
 
@@ -73,10 +79,7 @@ class ReplayBuffer:
             raise TypeError(
                 f"train_loader must be a DataLoader or an iterable of batches; got {type(loader).__name__}."
             )
-        if isinstance(loader, Iterator):
-            raise TypeError(
-                "train_loader is an iterator, which can be read only once. Give the DataLoader or list itself."
-            )
+        check_read_again("train_loader", loader)
         self._loader = loader
         self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         self._is_threaded = getattr(loader, "num_workers", 0) > 0

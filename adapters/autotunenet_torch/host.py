@@ -62,11 +62,13 @@ class TorchHost(Host):
         roles = dict(zip(space.names, space.roles, strict=True))
         for name, target in self.targets.items():
             value = target.read()
-            if roles[name] == "rate" and value == 0.0:
-                # It has fallen to its end in a run before, or waits for a warm-up: where a run begins is no such place.
+            if name in starts or value is None:
                 continue
-            if name not in starts and value is not None:
-                (starts if space[name].contains(value) else outside)[name] = value
+            if space[name].contains(value):
+                starts[name] = value
+            elif roles[name] != "rate" or value != 0.0:
+                # A rate of 0 has fallen to its end in a run before, or waits for a warm-up.
+                outside[name] = value
         return starts, outside
 
     def overwritten(self) -> list[str]:

@@ -80,7 +80,6 @@ class AutoTuneCallback(pl.Callback):
         self._losses: list[torch.Tensor] = []
         self._steps = 0
         self._is_attached = self._has_saved = False
-        self._epochs = math.inf
         self._asked: dict[str, Any] | None = None
         self._is_regular = True
 
@@ -120,7 +119,7 @@ class AutoTuneCallback(pl.Callback):
             loggers=self._loggers if distributed.rank() == 0 else (),
             log_every=self._log_every,
         )
-        self._is_attached, self._asked, self._is_regular, self._epochs = True, None, True, _epochs(trainer)
+        self._is_attached, self._asked, self._is_regular = True, None, True
         self._losses.clear()
         self._shield(trainer)
         if self._pending is not None:
@@ -128,7 +127,7 @@ class AutoTuneCallback(pl.Callback):
             self._pending = None
 
     def _is_tuning(self, trainer: pl.Trainer) -> bool:
-        return self._is_attached and trainer.current_epoch < self._epochs
+        return self._is_attached and trainer.current_epoch < _epochs(trainer)
 
     def _shield(self, trainer: pl.Trainer) -> None:
         """Lets callbacks that monitor a metric see regular validations alone."""

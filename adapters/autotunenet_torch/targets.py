@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import BatchSampler
 
-from . import lr_schedulers, param_groups
+from . import arguments, lr_schedulers, param_groups
 from .dropout import DropoutTarget
 
 RATES = ("learning_rate", "lr")
@@ -280,6 +280,31 @@ def found(
     if loader is not None:
         names["batch_size"] = "loader"
     return names
+
+
+def find_all(
+    space: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedulers: list[Any],
+    *,
+    setters: Mapping[str, Any],
+    loss_fn: Any = None,
+    loader: Any = None,
+) -> dict[str, Target]:
+    """The target of each name of a search space.
+
+    Raises:
+      ValueError: A name has none, has values that PyTorch does not take, or sets what another one sets.
+    """
+    functions = [name for name, setter in setters.items() if not hasattr(setter, "write")]
+    arguments.check_bounds(space, functions)
+    targets = {
+        name: find(name, model, optimizer, schedulers, setters=setters, loss_fn=loss_fn, loader=loader)
+        for name in space.names
+    }
+    arguments.check_places(targets)
+    return targets
 
 
 def find(

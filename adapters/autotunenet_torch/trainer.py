@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import arguments, distributed, engine, modes, objective, optimizer_state, random_state, sharding
-from .data import ReplayBuffer, map_tensors, rows
+from .data import ReplayBuffer, check_read_again, map_tensors, rows
 from .step_boundary import StepBoundary
 from .targets import AttributeTarget, SetterTarget
 from .tuner import AutoTuneNet
@@ -218,10 +218,7 @@ class Trainer:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
         if resume not in (True, False, "extend"):
             raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
-        if isinstance(val_loader, Iterator):
-            raise TypeError(
-                "val_loader is an iterator, which can be read only once. Give the DataLoader or list itself."
-            )
+        check_read_again("val_loader", val_loader)
         if val_loader is None:
             arguments.check_slow(tuner.space)
             if tuner.mode == "max":

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import arguments, distributed, engine, lr_schedulers, optimizer_state, schedule_end, sharding
 from .step_guard import StepGuard
-from .targets import RateTarget, find
+from .targets import RateTarget, find_all
 from .training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ class AutoTuneNet:
             model, optimizer, schedulers=schedulers, scaler=scaler, aux=aux, device=self._snapshot_device
         )
         arguments.check_belongs(model, optimizer)
-        found = self._find(model, optimizer, schedulers, {**(targets or {}), **self._setters}, loss_fn, loader)
+        setters = {**(targets or {}), **self._setters}
+        found = find_all(self.space, model, optimizer, schedulers, setters=setters, loss_fn=loss_fn, loader=loader)
         arguments.check_schedulers(optimizer, list(lr_schedulers.everything(schedulers)))
         self._release()
         stream, keeps_best = self._stream, self._keeps_best
@@ -226,25 +227,6 @@ class AutoTuneNet:
         if core.total_steps is not None and self._options["decay"] is None:
             self._look_at_end(schedulers, core.total_steps)
         self._measure_start(state, optimizer)
-
-    def _find(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedulers: list[Any],
-        setters: Mapping[str, Any],
-        loss_fn: Any,
-        loader: Any,
-    ) -> dict[str, Any]:
-        """What sets each name of the space."""
-        functions = [name for name, setter in setters.items() if not hasattr(setter, "write")]
-        arguments.check_bounds(self.space, functions)
-        found = {
-            name: find(name, model, optimizer, schedulers, setters=setters, loss_fn=loss_fn, loader=loader)
-            for name in self.space.names
-        }
-        arguments.check_places(found)
-        return found
 
     def _recorder(self, shown: atn.Progress, callbacks: Sequence[Any], **options: Any) -> Any:
         if self._log is not None:

@@ -101,7 +101,7 @@ CONSTANTS = (
 )
 for _field in CONSTANTS:
     for _name, _factor in (("half", 0.5), ("double", 2.0)):
-        _value = min(getattr(BASE, _field) * _factor, 0.9 if _field == "hold" else 9.0)
+        _value = min(getattr(BASE, _field) * _factor, 0.9 if _field == "hold" else math.inf)
         POLICIES[f"{_field} {_name}"] = dataclasses.replace(BASE, **{_field: _value})
 KNOWN = {f"known {waste:.0%} lost": waste for waste in (0.0, 0.1, 0.15, 0.2)}
 

@@ -116,16 +116,16 @@ def run(part: str, kind: str, seeds: int = 2) -> None:
 
 def report() -> None:
     found, others = _load("gp"), _load("random")
-    for name in SPACES:
+    for name in (*SPACES, ""):
         gaps = []
         for cell, row in found.items():
             other = others.get(cell)
-            if f"| {name} |" in cell and other:
+            if other and (not name or f"| {name} |" in cell):
                 pairs = [np.log(max(row[part], 1e-9) / max(other[part], 1e-9)) for part in ("val", "test")]
                 gaps.append(float(np.clip(np.mean(pairs), -0.7, 0.7)))
         if gaps:
             mean, error = np.mean(gaps), np.std(gaps) / len(gaps) ** 0.5
-            print(f"{name:20s} {len(gaps)} pairs, surrogate / random {np.exp(mean):.3f} +- {error:.3f}")
+            print(f"{name or 'all':20s} {len(gaps)} pairs, surrogate / random {np.exp(mean):.3f} +- {error:.3f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from autotunenet_jax import faults
 from autotunenet_jax.controller import loss_monitor
 from autotunenet_jax.controller import state as states
 from autotunenet_jax.loop import fit as fit_module
-from autotunenet_jax.loop import run, train_step_contract
+from autotunenet_jax.loop import run
 from autotunenet_jax.loop.device_copies import Copies
 from autotunenet_jax.session.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
@@ -354,94 +354,6 @@ def test_a_state_with_plain_numbers_is_traced_once():
     result = atn.fit(train_step, state, problem.batches, tuner=problem.tuner(), progress=False)
     assert len(traces) == 2  # the check before training, and the run
     assert float(problem.eval_step(result.state["inner"])) < 0.1
-
-
-@pytest.mark.parametrize(
-    "reader",
-    [
-        lambda hp: dict(hp.items())["noise"],
-        lambda hp: (lambda learning_rate, noise: noise)(**hp),
-        lambda hp: jax.tree.map(lambda value: value, hp)["noise"],
-        lambda hp: jax.jit(lambda values: values["noise"])(hp),
-        lambda hp: {name: hp[name] for name in hp}["noise"],
-        lambda hp: list(hp.values())[1],
-        lambda hp: hp.get("noise"),
-        lambda hp: hp["noise"],
-    ],
-)
-def test_a_hyperparameter_that_only_the_data_needs_is_no_mistake(reader):
-    """However the batches read it."""
-    reads = fit_module._Reads({"learning_rate": jnp.float32(0.1), "noise": jnp.float32(0.5)})
-    assert reads.names == set()
-    assert float(reader(reads)) == 0.5
-    assert "noise" in reads.names
-    train_step_contract.check_train_step(
-        lambda state, batch, hp: (state, hp["learning_rate"]),
-        {},
-        None,
-        dict(reads),
-        used_elsewhere=reads.names,
-        has_aux=False,
-    )
-
-
-def test_a_state_and_a_loss_in_the_wrong_order_are_told_so():
-    def step(state, batch, hp):
-        return problem.train_step(state, batch, hp)[::-1]
-
-    with pytest.raises(TypeError, match=r"must return \(state, loss\), in this order"):
-        atn.fit(step, problem.new_state(), problem.batches, tuner=problem.tuner(), progress=False)
-
-
-def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
-    with pytest.raises(KeyError) as caught:
-        atn.fit(
-            lambda state, batch, hp: (state, hp["learning_rat"]),
-            problem.new_state(),
-            batches_with({}),
-            tuner=problem.tuner(),
-            progress=False,
-        )
-    assert "hp holds what the search space names: 'learning_rate'." in caught.value.__notes__
-
-
-@pytest.mark.parametrize("owner", ["train_step", "eval_step"])
-def test_what_cannot_be_compiled_is_told_that_it_is(owner):
-    def step(state, batch, hp):
-        state, loss = problem.train_step(state, batch, hp)
-        return state, jnp.float32(float(loss))
-
-    functions = {"eval_step": lambda state: np.mean(np.asarray(state["params"]["w"])), "train_step": step}
-    given = {"train_step": problem.train_step, "eval_step": problem.eval_step, owner: functions[owner]}
-    with pytest.raises(TypeError) as caught:
-        atn.fit(
-            given["train_step"],
-            problem.new_state(),
-            problem.batches,
-            tuner=problem.tuner(),
-            eval_step=given["eval_step"],
-            progress=False,
-        )
-    assert any(note.startswith(f"{owner} is compiled") and "jax.numpy" in note for note in caught.value.__notes__)
-
-
-@pytest.mark.parametrize(
-    ("eval_step", "says"),
-    [
-        (lambda state: state["params"]["w"], r"one real scalar.*it returned float32\[8\]"),
-        (lambda state: (problem.eval_step(state), 1.0), "it returned tuple"),
-        (lambda state: state["seen"], "it returned dtype int32. Cast"),
-    ],
-)
-def test_an_eval_step_that_is_no_metric(eval_step, says):
-    with pytest.raises(ValueError, match=says):
-        fit(eval_step=eval_step)
-
-
-def test_an_unused_name_lists_what_the_optimizer_has():
-    tuner = atn.AutoTuneNet({**problem.SPACE, "momentun": (0.0, 0.9)}, problem.TOTAL_STEPS)
-    with pytest.raises(ValueError, match=r"never uses 'momentun'.*the optimizer has \(b1, b2, eps, eps_root, learning"):
-        fit(tuner=tuner)
 
 
 def test_the_progress_line(capsys, monkeypatch):
