@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 import autotunenet_jax as atn
+from autotunenet_jax.controller import decide_jit
 
 BATCH = 256
 # Millions of parameters: few large arrays, and a hundred smaller ones.
@@ -34,6 +35,8 @@ SPACE_4D = {
 # Rounds are over after this many steps of so short a run; the program is the same for any length.
 SHORT_RUN, ROUND_OVER = 100, 60
 DECISION_CAPACITY = 64
+KINDS = ("plain", "wrapped", "decision")
+"""What is compiled."""
 
 
 def make_params(widths, key):
@@ -166,22 +169,36 @@ def time_decision(repeats=30):
 
 
 def time_compile(which):
-    """Seconds to compile a small step of one kind in this process."""
+    """Seconds to compile a small step of one kind, or the decision of a loop on the host, in this process."""
+    if which == "decision":
+        return _timed(_first_decision())
     plain, wrapped = optimizers("keep-winner")
     optimizer, passes_loss = wrapped if which == "wrapped" else plain
     params = make_params((64, 64, 10), jax.random.key(0))
     step = make_step(optimizer, passes_loss=passes_loss)
     args = (params, optimizer.init(params), (jnp.ones((BATCH, 64)), jnp.zeros((BATCH, 10))))
+    return _timed(lambda: step.lower(*args).compile())
+
+
+def _first_decision():
+    import gpjax.kernels  # noqa: F401  (the decision needs it; loading it is no compilation)
+
+    tuner = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, 1000)
+    ts = tuner.init(jax.random.key(0))
+    return lambda: jax.block_until_ready(decide_jit(tuner.core, ts))
+
+
+def _timed(work):
     start, processor = time.perf_counter(), time.process_time()
-    step.lower(*args).compile()
+    work()
     return {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
 
 
 def compile_times():
-    """Cold and cached compilation of both steps, each in a process of its own."""
+    """Cold and cached compilation of both steps and of a decision, each in a process of its own."""
     out = {}
     with tempfile.TemporaryDirectory() as cache:
-        for which in ("plain", "wrapped"):
+        for which in KINDS:
             for visit in ("cold", "cached"):
                 env = {
                     **os.environ,
@@ -214,7 +231,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 20, 3], choices=sorted(WIDTHS), help="millions")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--json")
-    parser.add_argument("--compile", choices=["plain", "wrapped"], help=argparse.SUPPRESS)
+    parser.add_argument("--compile", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--decision", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:
@@ -237,6 +254,9 @@ def main():
             f"compilation, {visit}: plain {plain:.1f} s, wrapped {wrapped:.1f} s, + {wrapped - plain:.1f} s "
             f"(+ {busy[1] - busy[0]:.1f} s of processor time)"
         )
+        apart = report["compile"][f"decision_{visit}"]
+        seconds, busy = apart["seconds"], apart["processor_seconds"]
+        print(f"the decision of fit, {visit}: {seconds:.1f} s ({busy:.1f} s of processor time)")
     for size in arguments.sizes:
         row = time_steps(size, arguments.steps)
         report["steps"].append(row)

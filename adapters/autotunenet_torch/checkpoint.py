@@ -10,7 +10,7 @@ from autotunenet_jax.hosting import TRAIN, Session
 from . import distributed
 from .host import TorchHost
 
-_FORMAT = 9
+_FORMAT = 10
 
 
 def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:

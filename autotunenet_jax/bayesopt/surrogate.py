@@ -51,7 +51,7 @@ class Posterior(NamedTuple):
     scale: Float[Array, ""]
     prior_mean: PriorMean | None
     evidence: Float[Array, ""]
-    """Log evidence plus log prior of the hyperparameters, in nats, up to a constant."""
+    """Log evidence plus the log prior of the hyperparameters, in nats, up to a constant."""
 
 
 def bowl(mean: PriorMean, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
@@ -80,16 +80,19 @@ def _seeds(
     return jnp.where(is_loc, loc, jnp.where(is_safe, safe, seeds))
 
 
+class _Prepared(NamedTuple):
+    """What the trials are to the surrogate: points, which of them count, targets, and what the evidence needs."""
+
+    x: Float[Array, "n d"]
+    used: Bool[Array, "n"]
+    target: Residuals
+    data: Data
+
+
 @single_kernel(static_argnums=(0,))
 def _prepared(
-    config: SurrogateConfig,
-    obs: Observations,
-    start: Hyper,
-    key: PRNGKeyArray,
-    prior_mean: PriorMean | None,
-    noise: Float[Array, ""] | None,
-) -> tuple[Float[Array, "n d"], Bool[Array, "n"], Residuals, Data, Float[Array, "draws starts p"]]:
-    """What a fit begins with: points, which of them count, targets, what the evidence needs, and where to look."""
+    config: SurrogateConfig, obs: Observations, prior_mean: PriorMean | None, noise: Float[Array, ""] | None
+) -> _Prepared:
     used = used_slots(obs)
     x = jnp.where(used[:, None], obs.x, 0.5)
     group = obs.group if config.has_groups else jnp.zeros_like(obs.group)
@@ -105,10 +108,74 @@ def _prepared(
         noise=0.0 if noise is None else noise,
     )
     data = prepare(config, x=x, time=obs.time, group=group, used=used, noise=target.noise, residual=target.residual)
+    return _Prepared(x, used, target, data)
 
+
+def fit_among(
+    config: SurrogateConfig,
+    obs: Observations,
+    candidates: Float[np.ndarray, "s p"],
+    *,
+    prior_mean: PriorMean | None = None,
+) -> Posterior:
+    """Conditions on the trials at those of some hyperparameters that explain them best, a posteriori.
+
+    For few trials, of which a search would learn no more. Any number of them is fine, none included: then the
+    posterior is the prior.
+
+    Args:
+      config: What is modelled; static.
+      obs: The trials.
+      candidates: The hyperparameters to choose from, as `kernels.flatten` gives them.
+      prior_mean: What is believed before the first trial; flat by default.
+
+    Cost:
+      A factorisation for each candidate, O(n^3), for n slots however many are used.
+    """
+    held = _prepared(config, obs, prior_mean, None)
+    data, d, size = held.data, config.dims, held.used.size
+    natural = jnp.exp(candidates * np.asarray([-2.0] * d + [2.0, 2.0, -1.0], np.float32))
+    total = natural[:, :d] @ data.square[:d]
+    shape = shape_kernel(config, total, data.lag, variance=natural[:, d], time_rate=natural[:, d + 2])
+    joint = data.pair * shape.reshape(-1, size, size) + data.fixed
+    joint += natural[:, d + 1, None, None] * data.used.reshape(size, size)
+    factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
+    identity = jnp.broadcast_to(np.eye(size, dtype=np.float32), factor.shape)
+    whiteners = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
     loc, scale = hyperprior(config)
-    low, high = loc - _REACH * scale, loc + _REACH * scale
-    return x, used, target, data, _seeds(config, flatten(start), key, low, high)
+    misfit = jnp.sum(jnp.square(whiteners @ data.residual), axis=1) + np.sum(
+        np.square((candidates - loc) / scale), axis=1
+    )
+    values = 0.5 * misfit + jnp.sum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=1)
+    # Without a factor in float32 there is no value.
+    best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    theta, value, whitener = (
+        jax.lax.dynamic_index_in_dim(part, best, keepdims=False)
+        for part in (jnp.asarray(candidates), values, whiteners)
+    )
+    return _posterior(obs, held, unflatten(config, theta), prior_mean, value, whitener)
+
+
+def _posterior(
+    obs: Observations,
+    held: _Prepared,
+    hyper: Hyper,
+    prior_mean: PriorMean | None,
+    value: Float[Array, ""],
+    whitener: Float[Array, "n n"],
+) -> Posterior:
+    return Posterior(
+        hyper=hyper,
+        x=held.x,
+        time=obs.time,
+        used=held.used,
+        whitener=whitener,
+        white=whitener @ held.target.residual,
+        location=held.target.location,
+        scale=held.target.scale,
+        prior_mean=prior_mean,
+        evidence=-value,
+    )
 
 
 def fit(
@@ -138,28 +205,20 @@ def fit(
     Cost:
       ``fit_starts * (fit_draws + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
     """
-    x, used, target, data, seeds = _prepared(config, obs, start, key, prior_mean, noise)
+    held = _prepared(config, obs, prior_mean, noise)
     loc, scale = hyperprior(config)
     low, high = loc - _REACH * scale, loc + _REACH * scale
+    seeds = _seeds(config, flatten(start), key, low, high)
     search = {"low": low, "high": high, "scale": scale, "steps": config.fit_steps}
-    shape = (config.fit_starts, used.size, used.size)
-    thetas, values, whiteners = minimise(lambda theta: evidence_of(config, data, theta), seeds, extra=shape, **search)
+    shape = (config.fit_starts, held.used.size, held.used.size)
+    thetas, values, whiteners = minimise(
+        lambda theta: evidence_of(config, held.data, theta), seeds, extra=shape, **search
+    )
     best = jnp.argmin(values)
     theta, value, whitener = (
         jax.lax.dynamic_index_in_dim(part, best, keepdims=False) for part in (thetas, values, whiteners)
     )
-    return Posterior(
-        hyper=unflatten(config, theta),
-        x=x,
-        time=obs.time,
-        used=used,
-        whitener=whitener,
-        white=whitener @ target.residual,
-        location=target.location,
-        scale=target.scale,
-        prior_mean=prior_mean,
-        evidence=-value,
-    )
+    return _posterior(obs, held, unflatten(config, theta), prior_mean, value, whitener)
 
 
 def noise_deviation(posterior: Posterior) -> Float[Array, ""]:

@@ -5,7 +5,7 @@ The variable holds names out of `SWITCHES`, separated by commas, or ``all``. It 
 
 import os
 
-SWITCHES = ("single_kernel", "sequential_vmap", "blas_threads", "packing", "one_turn", "cpu_queue")
+SWITCHES = ("single_kernel", "sequential_vmap", "blas_threads", "packing", "one_turn", "cpu_queue", "seldom_run")
 _VARIABLE = "AUTOTUNENET_COMPILER_OFF"
 
 

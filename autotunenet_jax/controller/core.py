@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from ..compiler.one_turn import when
 from ..compiler.precision import in_float32
+from ..compiler.seldom_run import seldom_run
 from ..compiler.sequential_vmap import sequential_vmap
 from ..space.search_space import SearchSpace
 from . import decision, outlook, schedule, tick, validation_monitor
@@ -72,7 +73,7 @@ class Core:
         return validation_monitor.observe(roles_of(self.space), ts, jnp.asarray(metric, jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(seldom_run, static_argnums=0, donate_argnums=1)
 def decide_jit(core: Core, ts: TunerState) -> tuple[TunerState, Directive, Round]:
     """`Core.decide`, compiled once per core and donated."""
     return core.decide(ts)

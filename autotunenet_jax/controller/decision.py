@@ -1,14 +1,14 @@
 """The costly half of the controller: what to do when a stretch of training ends.
 
 One call scores the fork that ended, lets the surrogate judge, and starts the next fork or ends the round. There is one
-handler for each kind of stretch, and the surrogate is fitted once, so that the whole decision compiles quickly.
+handler for each kind of stretch, and the surrogate is asked once, so that the whole decision compiles quickly.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from ..bayesopt import trials
 from ..compiler.single_kernel import single_kernel
@@ -63,13 +63,11 @@ class _Ended(NamedTuple):
       ts: State, with the score of the fork that ended.
       candidates: Where the next fork may go.
       is_retry: Whether the stretch begins again, since it met a bad batch.
-      key: For the fit.
     """
 
     ts: TunerState
     candidates: fork_round.Candidates
     is_retry: Bool[Array, ""]
-    key: PRNGKeyArray
 
 
 def _remaining(ts: TunerState) -> Array:
@@ -80,7 +78,7 @@ def _remaining(ts: TunerState) -> Array:
 @single_kernel(static_argnums=(0,))
 def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     """Scores the stretch that ended."""
-    key, fit_key, turn_key = jax.random.split(jax.random.wrap_key_data(ts.key, impl=KEY_IMPL), 3)
+    key, turn_key = jax.random.split(jax.random.wrap_key_data(ts.key, impl=KEY_IMPL))
     row, fork = ts.round.index, ts.round.fork
     is_retry = ts.health.has_faulted & (_remaining(ts) > ts.plan.length[row] + ts.plan.range_test[row])
     in_fork = (ts.phase == FORK) & ~is_retry
@@ -107,7 +105,7 @@ def _end(space: SearchSpace, ts: TunerState) -> _Ended:
     knowledge = ts.knowledge._replace(observations=select(in_fork & ~is_void(ts), added, ts.knowledge.observations))
     ts = ts._replace(key=jax.random.key_data(key), round=held, knowledge=knowledge)
     turn = jax.random.uniform(turn_key, (space.dims,))
-    return _Ended(ts, fork_round.candidates(space, ts, turn), is_retry, fit_key)
+    return _Ended(ts, fork_round.candidates(space, ts, turn), is_retry)
 
 
 def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, Round]:
@@ -116,11 +114,11 @@ def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, R
     Returns:
       The next state, what the loop must do, and the round as it stood when the decision was taken.
 
-    Cost: one surrogate fit and one posterior; O(capacity^3), whatever the length of the run.
+    Cost: one posterior; O(capacity^3), whatever the length of the run.
     """
     ended = _end(space, ts)
     points = jnp.concatenate([ended.ts.round.x, ended.candidates.x])
-    judged = fork_surrogate.judge(space, ended.ts, points, ended.key)
+    judged = fork_surrogate.judge(space, ended.ts, points)
     return _choose(space, ended._replace(ts=_compared(ended.ts, judged)), judged)
 
 
@@ -141,7 +139,7 @@ def _compared(ts: TunerState, judged: fork_surrogate.Judgement) -> TunerState:
 @single_kernel(static_argnums=(0,))
 def _choose(space: SearchSpace, ended: _Ended, judged: fork_surrogate.Judgement) -> tuple[TunerState, Directive, Round]:
     """Carries on by the kind of stretch that ended."""
-    ts = ended.ts._replace(knowledge=ended.ts.knowledge._replace(hyper=judged.hyper))
+    ts = ended.ts
     after_fork, fork_directive, report = _after_fork(space, ts, ended.candidates, judged)
     results = [
         (ended.is_retry, _again(ts)),

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float
 
 from ..bayesopt import acquisition, kernels, surrogate, trials
+from ..bayesopt.quasi_random import normal_table
 from ..bayesopt.residuals import group_median
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
@@ -32,6 +33,8 @@ _ROUNDING = 1e-6
 _RATE_LENGTHSCALE_DECADES, _OTHER_LENGTHSCALE, _LENGTHSCALE_SCALE = 0.6, 0.7, 0.4
 _SIGNAL, _NOISE, _PRIOR_SCALE = 0.25, 0.04, 0.6
 _TIME_LENGTHSCALE, _TIME_SCALE = 1.5, 0.4
+# Hyperparameters to choose from, spread over that prior.
+_CANDIDATES = 32
 # Prior mean: a bowl about the first fork of a round in the rates, and about the middle in slow hyperparameters.
 _RATE_CURVATURE = 0.15
 _SLOW_CENTRE, _SLOW_CURVATURE = 0.5, 0.6
@@ -55,7 +58,6 @@ def config_of(space: SearchSpace) -> kernels.SurrogateConfig:
         noise_scale=_PRIOR_SCALE,
         time_loc=math.log(_TIME_LENGTHSCALE),
         time_scale=_TIME_SCALE,
-        fit_steps=12,
     )
 
 
@@ -72,7 +74,6 @@ def no_knowledge(space: SearchSpace, capacity: int, u: Float[Array, "d"]) -> Kno
     """Before the first fork of a run that starts at ``u``."""
     return Knowledge(
         observations=trials.empty(capacity, space.dims),
-        hyper=kernels.initial_hyper(config_of(space)),
         prior=prior_about(roles_of(space), u),
     )
 
@@ -115,12 +116,10 @@ class Judgement(NamedTuple):
     Attributes:
       mean: Posterior mean of the shortfall.
       covariance: Its covariance.
-      hyper: Hyperparameters that warm-start the next fit.
     """
 
     mean: Float[Array, "m"]
     covariance: Float[Array, "m m"]
-    hyper: kernels.Hyper
 
 
 def resolution_of(is_slow: Bool[Array, "n"]) -> Float[Array, "n"]:
@@ -135,15 +134,24 @@ def _evidence(ts: TunerState) -> trials.Observations:
     return shortfalls(obs, resolution=resolution_of(is_slow))
 
 
-def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"], key: PRNGKeyArray) -> Judgement:
+def judge(space: SearchSpace, ts: TunerState, x: Float[Array, "m d"]) -> Judgement:
     """What all rounds so far say about some points now.
 
-    Cost: one surrogate fit and one posterior; O(capacity^3 + m capacity^2), whatever the length of the run.
+    Cost: one fit and one posterior; O(capacity^3 + m capacity^2), whatever the length of the run.
     """
-    config = config_of(space)
-    posterior = surrogate.fit(config, _evidence(ts), start=ts.knowledge.hyper, key=key, prior_mean=ts.knowledge.prior)
-    mean, covariance = surrogate.predict(config, posterior, x, time=time_of(ts.data_step))
-    return Judgement(mean, covariance, posterior.hyper)
+    config, knowledge = config_of(space), ts.knowledge
+    posterior = fitted(config, _evidence(ts), knowledge.prior)
+    return Judgement(*surrogate.predict(config, posterior, x, time=time_of(ts.data_step)))
+
+
+def fitted(
+    config: kernels.SurrogateConfig, evidence: trials.Observations, prior: surrogate.PriorMean
+) -> surrogate.Posterior:
+    """The surrogate of some shortfalls: a function of them alone, whatever was fitted before."""
+    loc, scale = kernels.hyperprior(config)
+    candidates = loc + scale * np.asarray(normal_table(_CANDIDATES, loc.size))
+    candidates[0] = loc
+    return surrogate.fit_among(config, evidence, candidates, prior_mean=prior)
 
 
 def probability_better(judged: Judgement, challenger: Array, holder: Array) -> Float[Array, ""]:

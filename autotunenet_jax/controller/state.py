@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from ..bayesopt import kernels, surrogate, trials
+from ..bayesopt import surrogate, trials
 from . import loss_monitor
 from .plan import MAX_FORKS, MAX_RANGE_TEST, NEVER, Plan
 
-FORMAT = 9
+FORMAT = 10
 """Version of the state's layout."""
 
 KEY_IMPL = "threefry2x32"
@@ -225,10 +225,9 @@ class Slots(NamedTuple):
 
 
 class Knowledge(NamedTuple):
-    """What the surrogate has learnt: every fork's score, its hyperparameters, and its prior mean."""
+    """What the surrogate has learnt: every fork's score, and its prior mean."""
 
     observations: trials.Observations
-    hyper: kernels.Hyper
     prior: surrogate.PriorMean
 
 

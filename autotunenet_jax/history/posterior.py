@@ -39,7 +39,7 @@ class RoundPosterior(NamedTuple):
       shortfall: Theirs; NaN where a fork failed.
       best: The fork that won; -1 for none.
       config: Of the surrogate.
-      fitted: The surrogate.
+      posterior: The surrogate.
       time: When the round was.
     """
 
@@ -48,7 +48,7 @@ class RoundPosterior(NamedTuple):
     shortfall: Float[np.ndarray, "forks"]
     best: int
     config: kernels.SurrogateConfig
-    fitted: surrogate.Posterior
+    posterior: surrogate.Posterior
     time: float
 
     def at(self, points: Float[np.ndarray, "m d"]) -> tuple[Float[np.ndarray, "m"], Float[np.ndarray, "m"]]:
@@ -72,7 +72,7 @@ class RoundPosterior(NamedTuple):
         size, count = len(points), len(anchors)
         padding = np.repeat(anchors[:1], _PIECE - size - count, axis=0)
         everything = np.concatenate([points, anchors, padding]).astype(np.float32)
-        found = _predict(self.config, self.fitted, everything, np.float32(self.time))
+        found = _predict(self.config, self.posterior, everything, np.float32(self.time))
         mean, covariance = (np.asarray(part, np.float64)[: size + count] for part in found)
         covariance = covariance[:, : size + count]
         to_anchors = covariance[:size, size:].mean(axis=1)
@@ -129,21 +129,21 @@ def posterior_of(history: "History", number: int) -> RoundPosterior:
       history: Of any run.
       number: Of the round, from 1.
 
-    Cost: one surrogate fit; compiled once for each search space.
+    Cost: one fit; compiled once for each search space.
     """
     space, rounds = space_of(history), history.rounds[:number]
     x = np.stack([encoded(space, fork["hyperparams"]) for fork in rounds[-1]["forks"]])
     obs = trials_of(history, number)
     group, used = np.asarray(obs.group), np.asarray(trials.mask(obs))
     is_slow = np.array([row["kind"] == "slow" for row in rounds])[np.minimum(group, len(rounds) - 1)]
-    evidence, fitted = _fit(space, obs, is_slow, x[0])
+    evidence, posterior = _fit(space, obs, is_slow, x[0])
     shortfall = np.full(len(x), np.nan)
     mine = np.flatnonzero(used & (group == number - 1))
     # A run of very many trials may have forgotten some of a round.
     if len(mine) == len(x):
         shortfall = np.where(np.asarray(evidence.failed), np.nan, np.asarray(evidence.y))[mine]
     time = float(np.asarray(obs.time)[mine].max(initial=0.0))
-    return RoundPosterior(space, x, shortfall, rounds[-1]["best"], fork_surrogate.config_of(space), fitted, time)
+    return RoundPosterior(space, x, shortfall, rounds[-1]["best"], fork_surrogate.config_of(space), posterior, time)
 
 
 def relative(row: Mapping[str, Any], fork: Mapping[str, Any]) -> float:
@@ -183,12 +183,11 @@ def _fit(
 ) -> tuple[trials.Observations, surrogate.Posterior]:
     evidence = fork_surrogate.shortfalls(obs, resolution=fork_surrogate.resolution_of(is_slow))
     config, prior = fork_surrogate.config_of(space), fork_surrogate.prior_about(roles_of(space), start)
-    begin = kernels.initial_hyper(config)
-    return evidence, surrogate.fit(config, evidence, start=begin, key=jax.random.key(0), prior_mean=prior)
+    return evidence, fork_surrogate.fitted(config, evidence, prior)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _predict(
-    config: kernels.SurrogateConfig, fitted: surrogate.Posterior, points: Float[Array, "m d"], time: Array | float
+    config: kernels.SurrogateConfig, posterior: surrogate.Posterior, points: Float[Array, "m d"], time: Array | float
 ) -> tuple[Float[Array, "m"], Float[Array, "m m"]]:
-    return surrogate.predict(config, fitted, points, time=time)
+    return surrogate.predict(config, posterior, points, time=time)

@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..checkpoint.memory_copies import copy_tree
 from ..compiler.blas_threads import one_blas_thread
+from ..compiler.seldom_run import seldom_run
 from ..controller import AutoTuneNet, decide_jit, hyperparams_jit
 from ..controller.core import Core
 from ..controller.state import TunerState
@@ -16,7 +17,7 @@ from ..controller.validation_monitor import kept_at_once
 from ..session.session import Decision
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(seldom_run, static_argnums=0)
 def _observe_jit(core: Core, ts: TunerState, metric: Array) -> tuple[TunerState, Array]:
     return kept_at_once(core.observe_eval(ts, metric))
 

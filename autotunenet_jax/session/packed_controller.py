@@ -17,6 +17,7 @@ import numpy as np
 from ..checkpoint.memory_copies import copy_tree_to_host
 from ..compiler import packing, words
 from ..compiler.blas_threads import one_blas_thread
+from ..compiler.seldom_run import seldom_run
 from ..controller import AutoTuneNet, Core
 from ..controller.fork_score import spoiled
 from ..controller.outlook import MOST
@@ -127,10 +128,10 @@ class _Programs:
         def spoil(packed: packing.Packed) -> packing.Packed:
             return packing.pack(spoiled(unpack(packed)))
 
-        self.begin, self.unpack, self.spoil = jax.jit(begin), jax.jit(unpack), jax.jit(spoil)
+        self.begin, self.unpack, self.spoil = seldom_run(begin), seldom_run(unpack), seldom_run(spoil)
         self.tick = jax.jit(tick, donate_argnums=0)
         # Not donated: they may have to be undone.
-        self.decide, self.observe = jax.jit(decide), jax.jit(observe)
+        self.decide, self.observe = seldom_run(decide), seldom_run(observe)
 
 
 def _nothing(ts: TunerState) -> Directive:

@@ -88,7 +88,6 @@ def note(
     return after, directive, ring.add_level(record, dims, step=step, level=level, flag=heard.is_reading)
 
 
-@single_kernel(static_argnums=(0,))
 def _unpack(settings: Settings, packed: packing.Packed) -> Course:
     return packing.unpack(packed, settings.layout)
 

@@ -88,6 +88,28 @@ def as_data(name, model, residual):
     )
 
 
+def targets(config, obs):
+    """What the surrogate is fitted to."""
+    return residuals_of(
+        obs,
+        group=obs.group if config.has_groups else jnp.zeros_like(obs.group),
+        level=jnp.zeros(CAPACITY),
+        standardise=config.standardise,
+        is_centred_apart=config.has_groups,
+        outlier=config.outlier,
+        failure_margin=config.failure_margin,
+    )
+
+
+def expected_posterior(name, post, target, model, x):
+    """The twin's posterior at time .7, at the hyperparameters of a fit."""
+    config, theta = CONFIGS[name], np.asarray(kernels.flatten(post.hyper), np.float64)
+    time_new = np.full(len(x), 0.7) if config.has_time else None
+    level = 0.0 if config.has_groups else config.intercept_scale**2
+    residual = np.asarray(target.residual, np.float64)[:USED]
+    return twin.posterior(theta, x, residual, time_new=time_new, level=level, **model)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_evidence_and_gradient_agree_with_the_twin(name):
     model = as_model(name, history())
@@ -108,27 +130,43 @@ def test_posterior_agrees_with_the_twin_at_the_fitted_hyperparameters(name):
     config, rows = CONFIGS[name], history()
     obs = record(rows)
     post = FIT[name](obs, kernels.initial_hyper(config))
-    model, theta = as_model(name, rows), np.asarray(kernels.flatten(post.hyper), np.float64)
-    target = residuals_of(
-        obs,
-        group=obs.group if config.has_groups else jnp.zeros_like(obs.group),
-        level=jnp.zeros(CAPACITY),
-        standardise=config.standardise,
-        is_centred_apart=config.has_groups,
-        outlier=config.outlier,
-        failure_margin=config.failure_margin,
-    )
+    model = as_model(name, rows)
+    target = targets(config, obs)
     model["noise"] = np.asarray(target.noise, np.float64)[:USED]
     x = np.random.default_rng(3).uniform(size=(6, DIMS))
     x[:, 2] = 0.25
     mean, covariance = PREDICT[name](post, jnp.asarray(x, jnp.float32), jnp.float32(0.7))
-    time_new = np.full(6, 0.7) if config.has_time else None
-    level = 0.0 if config.has_groups else config.intercept_scale**2
-    expected, spread = twin.posterior(
-        theta, x, np.asarray(target.residual, np.float64)[:USED], time_new=time_new, level=level, **model
-    )
+    expected, spread = expected_posterior(name, post, target, model, x)
     unit = float(post.scale)
     np.testing.assert_allclose((mean - post.location) / unit, expected, atol=2e-3)
+    np.testing.assert_allclose(covariance / unit**2, spread, atol=2e-3 * max(spread.max(), 1.0))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_fit_among_some_hyperparameters_takes_those_that_the_twin_finds_best(name):
+    config, rows = CONFIGS[name], history()
+    obs = record(rows)
+    loc, scale = kernels.hyperprior(config)
+    candidates = (loc + scale * np.random.default_rng(5).normal(size=(6, loc.size))).astype(np.float32)
+    # One that has no factor in float32 is none.
+    candidates[4, -3:-1] = 12.0, -40.0
+    chosen = jax.jit(lambda obs: surrogate.fit_among(config, obs, candidates))(obs)
+    target = targets(config, obs)
+    model = as_model(name, rows) | {"noise": np.asarray(target.noise, np.float64)[:USED]}
+    residual = np.asarray(target.residual, np.float64)[:USED]
+    values = [
+        twin.negative_log_posterior(theta.astype(np.float64), residual, loc=loc, scale=scale, **model)
+        for theta in np.delete(candidates, 4, axis=0)
+    ]
+    np.testing.assert_allclose(-chosen.evidence, min(values), rtol=1e-3)
+    np.testing.assert_array_equal(kernels.flatten(chosen.hyper), np.delete(candidates, 4, axis=0)[np.argmin(values)])
+    # The posterior is that of a search which ends there.
+    x = np.random.default_rng(3).uniform(size=(6, DIMS))
+    x[:, 2] = 0.25
+    mean, covariance = PREDICT[name](chosen, jnp.asarray(x, jnp.float32), jnp.float32(0.7))
+    expected, spread = expected_posterior(name, chosen, target, model, x)
+    unit = float(chosen.scale)
+    np.testing.assert_allclose((mean - chosen.location) / unit, expected, atol=2e-3)
     np.testing.assert_allclose(covariance / unit**2, spread, atol=2e-3 * max(spread.max(), 1.0))
 
 
@@ -140,15 +178,7 @@ def test_fit_reaches_the_optimum_that_scipy_finds(name):
     for _ in range(3):
         post = FIT[name](obs, start)
         start = post.hyper
-    target = residuals_of(
-        obs,
-        group=obs.group if config.has_groups else jnp.zeros_like(obs.group),
-        level=jnp.zeros(CAPACITY),
-        standardise=config.standardise,
-        is_centred_apart=config.has_groups,
-        outlier=config.outlier,
-        failure_margin=config.failure_margin,
-    )
+    target = targets(config, obs)
     model = as_model(name, rows) | {"noise": np.asarray(target.noise, np.float64)[:USED]}
     loc, scale = (part.astype(np.float64) for part in kernels.hyperprior(config))
     residual = np.asarray(target.residual, np.float64)[:USED]

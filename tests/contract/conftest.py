@@ -6,7 +6,6 @@ Gaussian process, the part whose compilation takes seconds in every new program,
 
 import functools
 import types
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +19,13 @@ from autotunenet_jax.bayesopt import surrogate, trials
 TOTAL = 160
 
 
-class Average(NamedTuple):
-    hyper: Any
-    observations: Any
+def light_fit(config, observations, candidates, *, prior_mean):
+    del config, candidates, prior_mean
+    return observations
 
 
-def light_fit(config, observations, *, start, key, prior_mean):
-    del config, key, prior_mean
-    return Average(start, observations)
-
-
-def light_predict(config, posterior, x, *, time):
+def light_predict(config, obs, x, *, time):
     del config, time
-    obs = posterior.observations
     usable = trials.mask(obs) & ~obs.failed
     near = jnp.exp(-jnp.sum((x[:, None] - obs.x[None]) ** 2, -1) / 0.01) * usable
     mean = (near @ obs.y + 0.5e-3) / (jnp.sum(near, -1) + 1e-3)
@@ -41,7 +34,7 @@ def light_predict(config, posterior, x, *, time):
 
 def lighten(set_attribute=setattr):
     """Puts the light surrogate in."""
-    set_attribute(surrogate, "fit", light_fit)
+    set_attribute(surrogate, "fit_among", light_fit)
     set_attribute(surrogate, "predict", light_predict)
 
 

@@ -73,9 +73,7 @@ def compiled():
     @jax.jit
     def judged(obs, x):
         known = ts.knowledge._replace(observations=obs)
-        result = fork_surrogate.judge(
-            SPACE, ts._replace(knowledge=known, data_step=jnp.int32(20)), x, jax.random.key(1)
-        )
+        result = fork_surrogate.judge(SPACE, ts._replace(knowledge=known, data_step=jnp.int32(20)), x)
         return result, fork_surrogate.probability_better(result, 0, 1), fork_surrogate.expected_improvement(result, 0)
 
     return judged
@@ -103,7 +101,7 @@ def test_the_expected_improvement_is_that_of_the_joint_posterior():
     rng = np.random.default_rng(0)
     factor = rng.normal(size=(4, 4))
     mean, covariance = rng.normal(size=4), factor @ factor.T
-    judged = fork_surrogate.Judgement(jnp.float32(mean), jnp.float32(covariance), hyper=None)
+    judged = fork_surrogate.Judgement(jnp.float32(mean), jnp.float32(covariance))
     draws = rng.multivariate_normal(mean, covariance, size=400_000)
     for best in range(4):
         expected = np.mean(np.maximum(draws[:, best, None] - draws, 0.0), axis=0)
@@ -117,5 +115,5 @@ def test_the_expected_improvement_is_that_of_the_joint_posterior():
 
 @pytest.mark.parametrize("gap", [-1e6, -40.0, 0.0, 40.0, 1e6])
 def test_the_expected_improvement_is_never_negative(gap):
-    judged = fork_surrogate.Judgement(jnp.float32([0.0, gap]), jnp.float32(1e-4 * np.eye(2)), hyper=None)
+    judged = fork_surrogate.Judgement(jnp.float32([0.0, gap]), jnp.float32(1e-4 * np.eye(2)))
     assert float(fork_surrogate.expected_improvement(judged, 0)[1]) == pytest.approx(max(-gap, 0.0), abs=0.01)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax.bayesopt import trials
+from autotunenet_jax.bayesopt import surrogate, trials
 from autotunenet_jax.controller import fork_surrogate
 from autotunenet_jax.controller.plan import MAX_FORKS
 from autotunenet_jax.history.belief import DEVIATIONS, believed, rival_of
+from autotunenet_jax.history.posterior import posterior_of
 from tests import problem
 
 REFERENCE = 2.5
@@ -98,6 +99,17 @@ def test_a_run_records_what_it_decided_by(history):
                 low, high = believed(told, place)
                 assert low < high and f"believed {low:.4g} to {high:.4g}" in history.explain()
     assert compared >= 2
+
+
+def test_what_decided_can_be_computed_again_from_the_history(history):
+    for number, told in enumerate(history.rounds, 1):
+        last = len(told["forks"]) - 1
+        rival = rival_of(told, last)
+        again = posterior_of(history, number)
+        mean, covariance = surrogate.predict(again.config, again.posterior, jnp.asarray(again.x), time=again.time)
+        variance = covariance[last, last] + covariance[rival, rival] - 2.0 * covariance[last, rival]
+        assert mean[rival] - mean[last] == pytest.approx(told["forks"][last]["lead"], rel=1e-3, abs=1e-4)
+        assert variance**0.5 == pytest.approx(told["forks"][last]["deviation"], rel=1e-3)
 
 
 def test_it_goes_through_json(history):
