@@ -17,6 +17,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.metadata.ve
 # Pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import contextlib
 import gc
 import signal
 
@@ -40,16 +41,27 @@ def _freeze():
     gc.freeze()
 
 
-@pytest.fixture
-def optimised():
-    """Programs compiled as a user's are, for tests of their bits or of their memory."""
-    from autotunenet_jax.session import packed_controller
-
+@contextlib.contextmanager
+def _optimised():
     before = jax.config.read("jax_disable_most_optimizations")
-    packed_controller._programs.cache_clear()  # those of tests before, with the same search space
+    jax.clear_caches()  # programs of tests before, which may be the same ones
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def optimised():
+    """Programs compiled as a user's are, for tests of their bits or of their memory."""
+    with _optimised():
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_optimised():
+    """The same for all tests of a file, which share what is compiled."""
+    with _optimised():
+        yield
 
 
 @pytest.fixture

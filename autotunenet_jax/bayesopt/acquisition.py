@@ -13,7 +13,7 @@ from ..compiler.single_kernel import single_kernel
 from .bfgs import minimise
 from .kernels import SurrogateConfig
 from .quasi_random import normal_table, spread_table, turned, uniforms
-from .surrogate import Posterior, covariance, level, level_slope, prior_variance
+from .surrogate import Posterior, covariance, prior_variance
 
 # Coefficients, in rising powers of v = (2 - t) / (2 + t), of the logarithm of
 # (1 + t / 2)^2 (1 - t sqrt(pi / 2) erfcx(t / sqrt 2)): a Chebyshev interpolant with error below 6e-7 for all t >= 0.
@@ -106,7 +106,7 @@ def _compare(
     places = jnp.concatenate([posterior.x, reference])
     prior, _ = covariance(config, posterior, reference, places, lag=lags[None, :])
     white = (prior[:, :n] * known) @ posterior.whitener.T
-    mean = level(posterior, reference) + white @ posterior.white
+    mean = white @ posterior.white
     order = jnp.where(mask, -mean, -jnp.inf)
     order = order if pending is None else jnp.where(pending & mask, jnp.inf, order)
     order, index = jax.lax.top_k(order, compared)
@@ -222,15 +222,13 @@ def log_improvement(
         prior, slope = covariance(config, posterior, x, everything, lag=lags[None, :])
         seen = (prior * is_known) @ whitener.T
         variance = unit - jnp.square(seen) @ np.ones(n + compared, np.float32)
-        sample = level(posterior, x)[:, None] + seen @ readout
-        value, per_variance, of_sample, of_level = _improvement(
-            samples, confidence, variance, sample, best, unit, is_live[0]
+        value, per_variance, of_sample = _improvement(
+            samples, confidence, variance, seen @ readout, best, unit, is_live[0]
         )
         # Back through the whitening to the prior covariances, and through them to the point.
         of_prior = (of_sample @ readout.T + per_variance[:, None] * seen) @ whitener
         pull = (of_prior * is_known * slope) @ corner
-        gradient = inverse_square * ((x - 0.5) * pull[:, -1:] - pull[:, :-1])
-        return value, gradient + of_level[:, None] * level_slope(posterior, x)
+        return value, inverse_square * ((x - 0.5) * pull[:, -1:] - pull[:, :-1])
 
     return of, live, is_live
 
@@ -244,8 +242,8 @@ def _improvement(
     best: Float[Array, "s"],
     unit: Float[Array, ""],
     has_reference: Bool[Array, ""],
-) -> tuple[Float[Array, "m"], Float[Array, "m"], Float[Array, "m c"], Float[Array, "m"]]:
-    """The value, and what a unit of the variance, of each sample and of all samples adds to it."""
+) -> tuple[Float[Array, "m"], Float[Array, "m"], Float[Array, "m c"]]:
+    """The value, and what a unit of the variance and of each sample adds to it."""
     deviation = jnp.sqrt(jnp.maximum(variance, _VARIANCE_FLOOR * unit))
     if confidence is not None:
         value, of_deviation = confidence * deviation - sample[:, 0], confidence * deviation
@@ -265,7 +263,7 @@ def _improvement(
         of_deviation = jnp.where(has_reference, of_deviation, 0.0)
         of_sample = jnp.where(has_reference, of_sample, -1.0 / samples)
     per_variance = jnp.where(variance > _VARIANCE_FLOOR * unit, -of_deviation / jnp.square(deviation), 0.0)
-    return value, per_variance, of_sample, of_sample @ np.ones(sample.shape[1], np.float32)
+    return value, per_variance, of_sample
 
 
 def _seeds(

@@ -32,6 +32,10 @@ def _gpjax_kernels() -> Any:
     return gpjax.kernels
 
 
+INTERCEPT = 1.0
+"""``b``, in the (standardised) unit of the score."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SurrogateConfig:
     """What the Gaussian process models, and its priors.
@@ -53,15 +57,10 @@ class SurrogateConfig:
       noise_floor: Smallest ``s`` as a share of the unit. What keeps ``K`` invertible in float32.
       time_loc: Location of the log-normal prior of ``l_t``, in the unit of ``time``.
       time_scale: Scale of that prior.
-      intercept_scale: ``b``, same unit as the score.
-      failure_margin: How much worse than the worst score of its group a failed trial counts, same unit.
-      outlier: Without ``standardise``, scores further than this from the median of their group are compressed
-        logarithmically, same unit.
       kept: With ``standardise`` and without groups, scores count logarithmically beyond so far above the median, in
         standard deviations of the better half, and beyond what noise can have carried there.
       fit_steps: Iterations of the fit; each evaluates the evidence once.
       fit_starts: Searches of the fit that run side by side; the first knows the warm start.
-      fit_draws: Places each search looks at before it descends from the best of them.
     """
 
     dims: int
@@ -78,13 +77,9 @@ class SurrogateConfig:
     noise_floor: float = 3e-3
     time_loc: float = 0.0
     time_scale: float = 1.0
-    intercept_scale: float = 1.0
-    failure_margin: float = 0.5
-    outlier: float = 4.0
     kept: float = 0.2
     fit_steps: int = 16
     fit_starts: int = 3
-    fit_draws: int = 3
 
     def __post_init__(self):
         defaults = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .kernels import SurrogateConfig, hyperprior, shape_kernel, shape_slope, square, time_slope
+from .kernels import INTERCEPT, SurrogateConfig, hyperprior, shape_kernel, shape_slope, square, time_slope
 
 # Triangles up to this size are inverted by substitution.
 _SMALL_TRIANGLE = 32
@@ -46,7 +46,7 @@ def prepare(
     n = used.size
     pair = (used[:, None] & used[None, :]).astype(jnp.float32)
     identity = np.eye(n, dtype=np.float32)
-    level = config.intercept_scale**2 * pair
+    level = INTERCEPT**2 * pair
     if config.has_groups:
         level = jnp.where(group[:, None] == group[None, :], level, 0.0)
     return Data(

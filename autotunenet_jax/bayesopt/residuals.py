@@ -9,6 +9,9 @@ from jaxtyping import Array, Bool, Float, Int
 from .trials import Observations
 from .trials import mask as used_slots
 
+# Distance from the median of the group, in the surrogate's unit, beyond which scores that are not tamed are compressed
+# logarithmically; and how much worse than the worst of its group a failed trial counts.
+_OUTLIER, _FAILURE_MARGIN = 4.0, 0.5
 # How far above the median scores keep their values, in standard deviations of the noise.
 _NOISE_KEPT = 4.0
 
@@ -91,8 +94,6 @@ def residuals_of(
     level: Float[Array, "n"] | None,
     standardise: bool,
     is_centred_apart: bool,
-    outlier: float,
-    failure_margin: float,
     kept: float = 0.2,
     noise: Float[Array, ""] | float = 0.0,
 ) -> Residuals:
@@ -107,9 +108,6 @@ def residuals_of(
       standardise: Whether scores come in an arbitrary unit: then residuals are scaled to unit variance, and scores are
         `tamed` unless groups are centred apart: a median across groups would compare their intercepts.
       is_centred_apart: Whether each group is centred by its own mean, which leaves ``location`` at 0.
-      outlier: Distance from the median of the group, in the unit of the score, beyond which scores are compressed
-        logarithmically unless ``standardise``.
-      failure_margin: How much worse than the worst a failure counts, in the surrogate's unit.
       kept: The ``least`` of `tamed`.
       noise: Standard deviation of the scores' noise as far as it is known, besides that of the trials, for `tamed`.
 
@@ -137,10 +135,10 @@ def residuals_of(
         # Without a better half the others set it; without any difference any unit does.
         scale = jnp.where(scale > 0.0, scale, jnp.max(centred))
         scale = jnp.where(scale > 1e-6 * jnp.max(jnp.abs(jnp.where(good, obs.y, 0.0))), scale, 1.0)
-        centred = _compress(centred / scale, outlier)
+        centred = _compress(centred / scale, _OUTLIER)
     else:
         median = group_median(obs.y, same)
-        centred = _compress(obs.y - median, outlier)
+        centred = _compress(obs.y - median, _OUTLIER)
         if not is_centred_apart:
             location = median[0]
     if level is not None:
@@ -155,7 +153,7 @@ def residuals_of(
         unit = jnp.where(unit > 1e-6, unit, 1.0)
         centred, scale = centred / unit, scale * unit
     worst = _row_max(jnp.where(same, centred[None, :], 0.0))
-    residual = jnp.where(obs.failed, worst + failure_margin, centred)
+    residual = jnp.where(obs.failed, worst + _FAILURE_MARGIN, centred)
     # Beyond this a trial weighs nothing, and larger numbers would cost digits.
     known = jnp.minimum(obs.noise / jnp.square(scale), 1e4)
     return Residuals(jnp.where(used, residual, 0.0), jnp.where(used, known, 0.0), location, scale)

@@ -19,13 +19,25 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ..compiler.single_kernel import single_kernel
 from .bfgs import minimise
-from .kernels import Hyper, SurrogateConfig, flatten, hyperprior, shape_kernel, shape_slope, square, unflatten
+from .kernels import (
+    INTERCEPT,
+    Hyper,
+    SurrogateConfig,
+    flatten,
+    hyperprior,
+    shape_kernel,
+    shape_slope,
+    square,
+    unflatten,
+)
 from .marginal_likelihood import Data, evidence_of, prepare
 from .quasi_random import spread_table, turned, uniforms
 from .residuals import Residuals, residuals_of
 from .trials import Observations
 from .trials import mask as used_slots
 
+# Places each search of a fit looks at before it descends from the best of them.
+_DRAWS = 3
 # Reach of the fit about the prior's location, in the prior's scales.
 _REACH = 4.0
 
@@ -65,7 +77,7 @@ def _seeds(
 ) -> Float[Array, "draws starts p"]:
     """Where the fit looks first: the warm start, a safe place, and draws around the prior's location."""
     loc, scale = hyperprior(config)
-    starts, draws, size = config.fit_starts, config.fit_draws, loc.size
+    starts, draws, size = config.fit_starts, _DRAWS, loc.size
     table = spread_table(starts * draws, size).reshape(starts, draws, size).swapaxes(0, 1)
     table = turned(table, uniforms(key, size))
     # Triangular, up to two scales to either side.
@@ -102,8 +114,6 @@ def _prepared(
         level=None if prior_mean is None else bowl(prior_mean, x),
         standardise=config.standardise,
         is_centred_apart=config.has_groups,
-        outlier=config.outlier,
-        failure_margin=config.failure_margin,
         kept=config.kept,
         noise=0.0 if noise is None else noise,
     )
@@ -184,7 +194,6 @@ def fit(
     *,
     start: Hyper,
     key: PRNGKeyArray,
-    prior_mean: PriorMean | None = None,
     noise: Float[Array, ""] | None = None,
 ) -> Posterior:
     """Fits the hyperparameters to the trials by maximum a posteriori and conditions on the trials.
@@ -196,16 +205,15 @@ def fit(
       obs: The trials.
       start: Warm start, usually the last posterior's ``hyper``.
       key: For the starting points drawn from the prior.
-      prior_mean: What is believed before the first trial; flat by default.
       noise: With ``standardise``, the `noise_deviation` of the last posterior; by default scores carry none.
 
     Returns:
       The posterior at the best hyperparameters found.
 
     Cost:
-      ``fit_starts * (fit_draws + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
+      ``fit_starts * (3 + fit_steps)`` factorisations, O(n^3) each, for n slots however many are used.
     """
-    held = _prepared(config, obs, prior_mean, noise)
+    held = _prepared(config, obs, None, noise)
     loc, scale = hyperprior(config)
     low, high = loc - _REACH * scale, loc + _REACH * scale
     seeds = _seeds(config, flatten(start), key, low, high)
@@ -218,7 +226,7 @@ def fit(
     theta, value, whitener = (
         jax.lax.dynamic_index_in_dim(part, best, keepdims=False) for part in (thetas, values, whiteners)
     )
-    return _posterior(obs, held, unflatten(config, theta), prior_mean, value, whitener)
+    return _posterior(obs, held, unflatten(config, theta), None, value, whitener)
 
 
 def noise_deviation(posterior: Posterior) -> Float[Array, ""]:
@@ -246,30 +254,14 @@ def covariance(
     variance, time_rate = jnp.exp(2.0 * hyper.signal), jnp.exp(-hyper.time_lengthscale)
     prior = shape_kernel(config, total, lag, variance=variance, time_rate=time_rate)
     slope = 2.0 * prior * shape_slope(total)
-    level = 0.0 if config.has_groups else config.intercept_scale**2
+    level = 0.0 if config.has_groups else INTERCEPT**2
     return prior.reshape(shape) + level, slope.reshape(shape)
 
 
 def prior_variance(config: SurrogateConfig, posterior: Posterior) -> Float[Array, ""]:
     """Prior variance of ``f`` at any point, in the surrogate's unit."""
-    level = 0.0 if config.has_groups else config.intercept_scale**2
+    level = 0.0 if config.has_groups else INTERCEPT**2
     return jnp.exp(2.0 * posterior.hyper.signal) + level
-
-
-def level(posterior: Posterior, x: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
-    """Prior mean of ``f``, in the surrogate's unit."""
-    if posterior.prior_mean is None:
-        return jnp.zeros(x.shape[:-1], jnp.float32)
-    return bowl(posterior.prior_mean, x) / posterior.scale
-
-
-def level_slope(posterior: Posterior, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-    """Slope of `level` over each coordinate."""
-    if posterior.prior_mean is None:
-        return jnp.zeros_like(x)
-    curvature, away = posterior.prior_mean.curvature, x - posterior.prior_mean.center
-    root = jnp.sqrt(1.0 + 0.5 * jnp.sum(curvature * jnp.square(away), axis=-1, keepdims=True))
-    return curvature * away / (root * posterior.scale)
 
 
 def predict(
@@ -305,5 +297,7 @@ def predict(
     joint = prior[:, -size:] - white @ white.T
     floor = 1e-7 * prior_variance(config, posterior)
     joint += jnp.diag(jnp.maximum(floor - jnp.diagonal(joint), 0.0))
-    mean = level(posterior, x) + white @ posterior.white
+    mean = white @ posterior.white
+    if posterior.prior_mean is not None:
+        mean += bowl(posterior.prior_mean, x) / posterior.scale
     return posterior.location + posterior.scale * mean, jnp.square(posterior.scale) * joint

@@ -63,7 +63,7 @@ def as_model(name, rows):
         "x": np.array([x for x, *_ in rows], np.float32).astype(np.float64),
         "categorical": np.array(config.is_categorical),
         "group": column("group") if config.has_groups else np.zeros(len(rows)),
-        "intercept": config.intercept_scale,
+        "intercept": kernels.INTERCEPT,
         "noise": column("noise"),
         "floor": config.noise_floor,
         "time": column("time") if config.has_time else None,
@@ -96,8 +96,6 @@ def targets(config, obs):
         level=jnp.zeros(CAPACITY),
         standardise=config.standardise,
         is_centred_apart=config.has_groups,
-        outlier=config.outlier,
-        failure_margin=config.failure_margin,
     )
 
 
@@ -105,7 +103,7 @@ def expected_posterior(name, post, target, model, x):
     """The twin's posterior at time .7, at the hyperparameters of a fit."""
     config, theta = CONFIGS[name], np.asarray(kernels.flatten(post.hyper), np.float64)
     time_new = np.full(len(x), 0.7) if config.has_time else None
-    level = 0.0 if config.has_groups else config.intercept_scale**2
+    level = 0.0 if config.has_groups else kernels.INTERCEPT**2
     residual = np.asarray(target.residual, np.float64)[:USED]
     return twin.posterior(theta, x, residual, time_new=time_new, level=level, **model)
 
@@ -196,11 +194,8 @@ def test_without_observations_the_posterior_is_the_prior():
     config = CONFIGS["everything"]
     mean = surrogate.PriorMean(jnp.array([0.3, 0.5, 0.25]), jnp.array([4.0, 0.0, 0.0]))
 
-    @jax.jit
-    def fit(obs, prior_mean):
-        start = kernels.initial_hyper(config)
-        return surrogate.fit(config, obs, start=start, key=jax.random.key(0), prior_mean=prior_mean)
-
+    candidates = kernels.hyperprior(config)[0][None]
+    fit = jax.jit(lambda obs, mean: surrogate.fit_among(config, obs, candidates, prior_mean=mean))
     fitted = fit(trials.empty(CAPACITY, DIMS), mean)
     x = jnp.array([[0.3, 0.9, 0.25], [0.4, 0.1, 0.25], [1.0, 0.5, 0.75]])
     level, covariance = PREDICT["everything"](fitted, x, jnp.float32(0.0))
@@ -275,7 +270,7 @@ def test_one_trial_known_to_be_worthless_does_not_pass_for_all():
     rows = history(offset=0.0)
     rows[4] = (rows[4][0], 50.0, {})
     doubtful = [*rows[:7], (rows[7][0], rows[7][1], {"noise": 1e6}), *rows[8:]]
-    options = {"level": None, "standardise": True, "is_centred_apart": False, "outlier": 4.0, "failure_margin": 0.5}
+    options = {"level": None, "standardise": True, "is_centred_apart": False}
     group = jnp.zeros(CAPACITY, jnp.int32)
     values = [residuals_of(record(each), group=group, **options).residual for each in (rows, doubtful)]
     assert float(values[1][4]) == pytest.approx(float(values[0][4]), rel=0.05)

@@ -84,7 +84,7 @@ def test_losses_that_wait_change_nothing(kind):
 def test_a_loss_out_of_bounds_is_answered_at_once():
     controller = PackedController(atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, 100_000))
     rng, heard = np.random.default_rng(0), []
-    for _ in range(3000):
+    for _ in range(5000):  # until the first round is over
         if controller.tick(1.0 + 0.1 * rng.standard_normal()).is_due:
             controller.decide()
     for _ in range(12):
