@@ -140,7 +140,7 @@ def fit_among(
       prior_mean: What is believed before the first trial; flat by default.
 
     Cost:
-      A factorisation for each candidate, O(n^3), for n slots however many are used.
+      A factorisation for each of s candidates, O(s n^3) and O(s n^2) of memory, for n slots however many are used.
     """
     held = _prepared(config, obs, prior_mean, None)
     data, d, size = held.data, config.dims, held.used.size
@@ -152,11 +152,9 @@ def fit_among(
     factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
     identity = jnp.broadcast_to(np.eye(size, dtype=np.float32), factor.shape)
     whiteners = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
-    loc, scale = hyperprior(config)
-    misfit = jnp.sum(jnp.square(whiteners @ data.residual), axis=1) + np.sum(
-        np.square((candidates - loc) / scale), axis=1
-    )
-    values = 0.5 * misfit + jnp.sum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=1)
+    white, (loc, scale) = whiteners @ data.residual, hyperprior(config)
+    squares = jnp.sum(jnp.square(white), axis=1) + np.sum(np.square((candidates - loc) / scale), axis=1)
+    values = 0.5 * squares + jnp.sum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=1)
     # Without a factor in float32 there is no value.
     best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     theta, value, whitener = (

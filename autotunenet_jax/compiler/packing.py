@@ -149,15 +149,19 @@ def unpack_row(packed: Packed, layout: Layout, number: Array) -> Any:
 def unpack(packed: Packed, layout: Layout) -> Any:
     """The tree again; leading axes of a batch, as ``jax.vmap`` makes them, go to every leaf."""
     apart = iter(packed.apart)
+    sizes: dict[str, list[int]] = {name: [] for name in packed.vectors}
+    for name, _, shape in layout.places:
+        if name is not None:
+            sizes[name].append(math.prod(shape))
+    # One operation each: indexing leaf by leaf takes longer to trace.
+    parts = {name: iter(jax.lax.split(vector, sizes[name], vector.ndim - 1)) for name, vector in packed.vectors.items()}
     leaves = []
-    for name, begin, shape in layout.places:
+    for name, _, shape in layout.places:
         if name is None:
             leaves.append(next(apart))
             continue
-        vector = packed.vectors[name]
-        # Indexing by JAX's own notation takes longer to trace.
-        part = jax.lax.slice_in_dim(vector, begin, begin + math.prod(shape), axis=-1)
-        leaves.append(part.reshape((*vector.shape[:-1], *shape)))
+        part = next(parts[name])
+        leaves.append(jax.lax.reshape(part, (*part.shape[:-1], *shape)))
     return jax.tree.unflatten(layout.structure, leaves)
 
 

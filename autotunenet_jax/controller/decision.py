@@ -1,7 +1,7 @@
 """The costly half of the controller: what to do when a stretch of training ends.
 
 One call scores the fork that ended, lets the surrogate judge, and starts the next fork or ends the round. There is one
-handler for each kind of stretch, and the surrogate is asked once, so that the whole decision compiles quickly.
+handler for each kind of stretch, and the surrogate is fitted once, so that the whole decision compiles quickly.
 """
 
 from typing import NamedTuple
@@ -114,7 +114,7 @@ def decide(space: SearchSpace, ts: TunerState) -> tuple[TunerState, Directive, R
     Returns:
       The next state, what the loop must do, and the round as it stood when the decision was taken.
 
-    Cost: one posterior; O(capacity^3), whatever the length of the run.
+    Cost: one fit and one posterior; O(capacity^3), whatever the length of the run.
     """
     ended = _end(space, ts)
     points = jnp.concatenate([ended.ts.round.x, ended.candidates.x])

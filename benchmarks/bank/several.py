@@ -91,8 +91,24 @@ def run_one(task: Task, space: dict[str, Any], seed: int) -> dict[str, Any]:
         "val": float(losses[0]),
         "test": float(losses[1]),
         "values": {name: float(value) for name, value in result.hyperparams.items()},
+        **proposals(result.history.rounds),
         "seconds": time.perf_counter() - began,
     }
+
+
+def proposals(rounds: list[dict[str, Any]]) -> dict[str, int]:
+    """Forks with values of their own, the rate aside, after the first of a round; and how many were the best so far."""
+    tried = best = 0
+    for row in rounds:
+        seen, scores = [], []
+        for fork in row["forks"]:
+            others = {name: value for name, value in fork["hyperparams"].items() if name != "learning_rate"}
+            score = fork["scores"][0] if fork["scores"] and fork["status"] != "failed" else np.inf
+            if seen and others not in seen:
+                tried, best = tried + 1, best + (score < min(scores))
+            seen.append(others)
+            scores.append(score)
+    return {"proposals": tried, "best_so_far": best}
 
 
 def _load(kind: str) -> dict[str, Any]:
@@ -126,6 +142,12 @@ def report() -> None:
         if gaps:
             mean, error = np.mean(gaps), np.std(gaps) / len(gaps) ** 0.5
             print(f"{name or 'all':20s} {len(gaps)} pairs, surrogate / random {np.exp(mean):.3f} +- {error:.3f}")
+        for kind, rows in (("surrogate", found), ("random", others)):
+            held = [row for cell, row in rows.items() if (not name or f"| {name} |" in cell) and "proposals" in row]
+            tried, best = (sum(row[part] for row in held) for part in ("proposals", "best_so_far"))
+            if tried:
+                error = (best / tried * (1.0 - best / tried) / tried) ** 0.5
+                print(f"  {kind}: {best} of {tried} proposals the best fork so far, {best / tried:.2f} +- {error:.2f}")
 
 
 if __name__ == "__main__":
