@@ -170,6 +170,8 @@ def time_decision(repeats=30):
 
 def time_compile(which):
     """Seconds to compile a small step of one kind, or the decision of a loop on the host, in this process."""
+    import gpjax.kernels  # noqa: F401  (the decision needs it; loading it is no compilation)
+
     if which == "decision":
         return _timed(_first_decision())
     plain, wrapped = optimizers("keep-winner")
@@ -181,8 +183,6 @@ def time_compile(which):
 
 
 def _first_decision():
-    import gpjax.kernels  # noqa: F401  (the decision needs it; loading it is no compilation)
-
     tuner = atn.AutoTuneNet({"learning_rate": (1e-5, 1e-1)}, 1000)
     ts = tuner.init(jax.random.key(0))
     return lambda: jax.block_until_ready(decide_jit(tuner.core, ts))
