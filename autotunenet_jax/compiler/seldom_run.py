@@ -1,7 +1,7 @@
 """Programs that run a few times in a run: optimising them takes longer than it ever saves.
 
-Measured on jax 0.10.2, CPU (``benchmarks.overhead``): the decision of `fit` compiles in 2.4 s of processor time, without
-this in 3.7 s. Switched off by ``AUTOTUNENET_COMPILER_OFF=seldom_run``; on other devices it changes nothing.
+Measured on jax 0.10.2, CPU (``benchmarks.overhead``): the decision of `fit` compiles in 2.4 s of processor time,
+without this in 3.7 s. Switched off by ``AUTOTUNENET_COMPILER_OFF=seldom_run``; on other devices it changes nothing.
 """
 
 import functools
