@@ -23,6 +23,10 @@ _HOW = (
 _LOGGER = logging.getLogger("lightning.pytorch.autotunenet")
 # What says when Lightning validates.
 _WHEN = ("val_check_batch", "check_val_every_n_epoch", "_val_check_time_interval")
+_OUT_OF_TIME = (
+    "Time was up after {step} of {total} steps, for which rounds and the fall of the rates were planned: the tuner "
+    "does not know of max_time. Give AutoTuneCallback as total_steps the number of steps that there is time for."
+)
 # Where callbacks look at metrics.
 _LOOKS = ("on_validation_end", "on_train_epoch_end", "on_train_batch_end")
 
@@ -227,9 +231,19 @@ class AutoTuneCallback(pl.Callback):
         """Ends before the budget does in the best state so far."""
         self._leave(trainer)
         if self._is_attached:
+            self._tell_of_time(trainer)
             self.tuner.finish()
         if self._has_saved:
             self._write_history(trainer)
+
+    def _tell_of_time(self, trainer: pl.Trainer) -> None:
+        """Says that time was up before the budget was spent: rates may not have fallen."""
+        controller = self.tuner._attached().controller
+        step, total = controller.step, controller.tuner.total_steps
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, pl.callbacks.Timer)]
+        left = [timer.time_remaining() for timer in timers]
+        if total is not None and step < total and any(seconds is not None and seconds <= 0.0 for seconds in left):
+            self.tuner._tell("time", _OUT_OF_TIME.format(step=step, total=total))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

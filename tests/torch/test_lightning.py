@@ -297,6 +297,18 @@ def test_a_training_that_is_stopped_early_ends_in_its_best_state(tmp_path, loade
     assert end <= best + 1e-6 < tuner.history.evals[-1]["value"]
 
 
+@pytest.mark.parametrize("steps", [10, 48])
+def test_a_plan_that_the_clock_cuts_short_is_told(tmp_path, loader, monkeypatch, steps):
+    tuner = AutoTuneNet(SPACE)
+    trainer = make(tmp_path, tuner, enable_checkpointing=False, epochs=4, max_time={"hours": 1})
+    passed = lambda timer, stage=None: 3600.0 * trainer.global_step / steps  # noqa: E731
+    monkeypatch.setattr(pl.callbacks.Timer, "time_elapsed", passed)
+    trainer.fit(Module(), loader, loader)
+    assert trainer.global_step == steps
+    told = warned(tuner).get("time", "")
+    assert (f"after {steps} of 48 steps" in told and "total_steps" in told) == bool(told) == (steps < 48)
+
+
 def test_callbacks_loggers_and_the_tuned_values(tmp_path, loader):
     class Stops(atn.Callback):
         def on_decision(self, decision):
