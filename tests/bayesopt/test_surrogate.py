@@ -99,13 +99,19 @@ def targets(config, obs):
     )
 
 
-def expected_posterior(name, post, target, model, x):
-    """The twin's posterior at time .7, at the hyperparameters of a fit."""
+def assert_the_posterior_is_the_twins(name, post, target, model):
+    """At some points and time .7, at the hyperparameters of a fit."""
     config, theta = CONFIGS[name], np.asarray(kernels.flatten(post.hyper), np.float64)
+    x = np.random.default_rng(3).uniform(size=(6, DIMS))
+    x[:, 2] = 0.25
+    mean, covariance = PREDICT[name](post, jnp.asarray(x, jnp.float32), jnp.float32(0.7))
     time_new = np.full(len(x), 0.7) if config.has_time else None
     level = 0.0 if config.has_groups else kernels.INTERCEPT**2
     residual = np.asarray(target.residual, np.float64)[:USED]
-    return twin.posterior(theta, x, residual, time_new=time_new, level=level, **model)
+    expected, spread = twin.posterior(theta, x, residual, time_new=time_new, level=level, **model)
+    unit = float(post.scale)
+    np.testing.assert_allclose((mean - post.location) / unit, expected, atol=2e-3)
+    np.testing.assert_allclose(covariance / unit**2, spread, atol=2e-3 * max(spread.max(), 1.0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -131,13 +137,7 @@ def test_posterior_agrees_with_the_twin_at_the_fitted_hyperparameters(name):
     model = as_model(name, rows)
     target = targets(config, obs)
     model["noise"] = np.asarray(target.noise, np.float64)[:USED]
-    x = np.random.default_rng(3).uniform(size=(6, DIMS))
-    x[:, 2] = 0.25
-    mean, covariance = PREDICT[name](post, jnp.asarray(x, jnp.float32), jnp.float32(0.7))
-    expected, spread = expected_posterior(name, post, target, model, x)
-    unit = float(post.scale)
-    np.testing.assert_allclose((mean - post.location) / unit, expected, atol=2e-3)
-    np.testing.assert_allclose(covariance / unit**2, spread, atol=2e-3 * max(spread.max(), 1.0))
+    assert_the_posterior_is_the_twins(name, post, target, model)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -146,8 +146,8 @@ def test_a_fit_among_some_hyperparameters_takes_those_that_the_twin_finds_best(n
     obs = record(rows)
     loc, scale = kernels.hyperprior(config)
     candidates = (loc + scale * np.random.default_rng(5).normal(size=(6, loc.size))).astype(np.float32)
-    # One that has no factor in float32 is none.
-    candidates[4, -3:-1] = 12.0, -40.0
+    # All trials alike and without noise: no factor in float32, and so no candidate.
+    candidates[4] = [30.0] * DIMS + [12.0, -40.0, 30.0]
     chosen = jax.jit(lambda obs: surrogate.fit_among(config, obs, candidates))(obs)
     target = targets(config, obs)
     model = as_model(name, rows) | {"noise": np.asarray(target.noise, np.float64)[:USED]}
@@ -158,14 +158,7 @@ def test_a_fit_among_some_hyperparameters_takes_those_that_the_twin_finds_best(n
     ]
     np.testing.assert_allclose(-chosen.evidence, min(values), rtol=1e-3)
     np.testing.assert_array_equal(kernels.flatten(chosen.hyper), np.delete(candidates, 4, axis=0)[np.argmin(values)])
-    # The posterior is that of a search which ends there.
-    x = np.random.default_rng(3).uniform(size=(6, DIMS))
-    x[:, 2] = 0.25
-    mean, covariance = PREDICT[name](chosen, jnp.asarray(x, jnp.float32), jnp.float32(0.7))
-    expected, spread = expected_posterior(name, chosen, target, model, x)
-    unit = float(chosen.scale)
-    np.testing.assert_allclose((mean - chosen.location) / unit, expected, atol=2e-3)
-    np.testing.assert_allclose(covariance / unit**2, spread, atol=2e-3 * max(spread.max(), 1.0))
+    assert_the_posterior_is_the_twins(name, chosen, target, model)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

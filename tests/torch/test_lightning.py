@@ -301,8 +301,11 @@ def test_a_training_that_is_stopped_early_ends_in_its_best_state(tmp_path, loade
 def test_a_plan_that_the_clock_cuts_short_is_told(tmp_path, loader, monkeypatch, steps):
     tuner = AutoTuneNet(SPACE)
     trainer = make(tmp_path, tuner, enable_checkpointing=False, epochs=4, max_time={"hours": 1})
-    passed = lambda timer, stage=None: 3600.0 * trainer.global_step / steps  # noqa: E731
-    monkeypatch.setattr(pl.callbacks.Timer, "time_elapsed", passed)
+
+    def elapsed(timer, stage=None):
+        return 3600.0 * trainer.global_step / steps
+
+    monkeypatch.setattr(pl.callbacks.Timer, "time_elapsed", elapsed)
     trainer.fit(Module(), loader, loader)
     assert trainer.global_step == steps
     told = warned(tuner).get("time", "")
