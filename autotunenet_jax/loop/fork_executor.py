@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .sound_steps import sound_step
-from .train_step_contract import parts_of
+from .sound_steps import train
 
 
 class StepLog(NamedTuple):
@@ -99,8 +98,7 @@ def fork_step(
     train_step: Callable[..., Any], has_aux: bool, state: Any, hyperparams: Mapping[str, Any], batch: Any
 ) -> tuple[Any, StepLog]:
     """One step of a fork; one that breaks the state does not happen."""
-    new, loss, metrics = parts_of(train_step(state, batch, hyperparams), has_aux=has_aux)
-    new, told = sound_step(new, state, loss)
+    new, loss, told, metrics = train(train_step, state, batch, hyperparams, has_aux=has_aux)
     return new, StepLog(jnp.asarray(told, jnp.float32), jnp.asarray(loss, jnp.float32), metrics)
 
 

@@ -26,8 +26,7 @@ from .device_controller import DeviceController
 from .device_copies import Copies, carry_out, refresh_keys
 from .fork_executor import ForkExecutor, StepLog
 from .parallel_forks import ParallelForks, WaitingFork
-from .sound_steps import count_non_finite, sound_step
-from .train_step_contract import parts_of
+from .sound_steps import count_non_finite, train
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
@@ -44,8 +43,7 @@ def _step_jit(
 
     Compiled once for each train step and core, however many runs use them.
     """
-    state, loss, metrics = parts_of(train_step(copies.state, batch, hyperparams), has_aux=has_aux)
-    state, told = sound_step(state, copies.state, loss)
+    state, loss, told, metrics = train(train_step, copies.state, batch, hyperparams, has_aux=has_aux)
     # A snapshot that the tuner distrusts is dated before the run.
     saved_step, kept_step = (jnp.maximum(step, 0) for step in (ts.slots.saved_step, ts.slots.kept_step))
     ts, directive, due = core.tick(ts, told)

@@ -1,10 +1,29 @@
 """A step that breaks the training state does not happen: told on the device, without a look from the host."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from .train_step_contract import parts_of
+
+
+class Trained(NamedTuple):
+    """What came of one step.
+
+    Attributes:
+      state: After it, or as before where the step broke it.
+      loss: As the user's function gave it.
+      told: The same, NaN where the step did not happen.
+      metrics: By name.
+    """
+
+    state: Any
+    loss: Array
+    told: Array
+    metrics: dict[str, Any]
 
 
 def _inexact(tree: Any) -> list[Array]:
@@ -66,3 +85,13 @@ def sound_step(new: Any, old: Any, loss: Array) -> tuple[Any, Array]:
         return state, jnp.where(is_whole & is_finite, loss, jnp.nan)
 
     return jax.lax.cond(is_finite & _is_all_finite(new), lambda new, old, loss: (new, loss), compared, new, old, loss)
+
+
+def train(
+    train_step: Callable[..., Any], state: Any, batch: Any, hyperparams: Mapping[str, Any], *, has_aux: bool
+) -> Trained:
+    """One step by the user's function, which may write into the state that it is given, as a merged NNX model does."""
+    own = jax.tree.map(lambda leaf: leaf, state)
+    new, loss, metrics = parts_of(train_step(own, batch, hyperparams), has_aux=has_aux)
+    new, told = sound_step(new, state, loss)
+    return Trained(new, loss, told, metrics)

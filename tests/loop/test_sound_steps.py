@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import autotunenet_jax as atn
-from autotunenet_jax.loop.sound_steps import sound_step
+from autotunenet_jax.loop.sound_steps import sound_step, train
 from tests import problem
 
 
@@ -65,6 +66,29 @@ def test_a_step_that_skipped_its_own_update_keeps_what_else_it_changed(trained):
     assert problem.same(state, skipped) and np.isnan(told)
     assert problem.same(ended({**skipped, trained: new[trained]}, jnp.inf)[0], old)
     assert problem.same(ended({**skipped, "scalar": jnp.float32(jnp.nan)}, jnp.inf)[0], old)
+
+
+def in_place(state, batch, hp):
+    state["w"] = state["w"] - hp["learning_rate"] * batch
+    return state, jnp.sum(state["w"])
+
+
+def merged(state, batch, hp):
+    """What `nnx.merge` gives writes into the variables of the state that it was made of."""
+    graph = nnx.graphdef(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    model = nnx.merge(graph, state)
+    model.kernel[...] -= hp["learning_rate"] * batch
+    return nnx.state(model), jnp.sum(model.kernel[...])
+
+
+@pytest.mark.parametrize("train_step", [in_place, merged])
+def test_a_step_that_writes_into_the_state_it_is_given_does_not_happen_either(train_step):
+    state = {"w": jnp.ones(2)} if train_step is in_place else nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    step = jax.jit(lambda state, batch: train(train_step, state, batch, {"learning_rate": 0.1}, has_aux=False))
+    done = step(state, jnp.ones(2))
+    assert not problem.same(done.state, state) and done.told == done.loss
+    undone = step(state, jnp.full(2, jnp.nan))
+    assert problem.same(undone.state, state) and np.isnan(undone.told)
 
 
 def test_a_run_under_dynamic_loss_scaling_finds_its_scale():
