@@ -55,7 +55,8 @@ def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
             isinstance(param, engine.atn.Float) or any(value != int(value) for value in values)
         ):
             raise ValueError(
-                f"batch_size must be whole numbers; got {param!r}. Give a list of sizes, or a pair of integers."
+                f"batch_size takes whole numbers; got {param!r}. Give the sizes, autotunenet_jax.Choice([16, 32, 64]), "
+                "or a range of them, autotunenet_jax.Int(16, 128)."
             )
 
 

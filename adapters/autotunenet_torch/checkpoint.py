@@ -80,4 +80,8 @@ def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any],
     host.values, host.behind = {}, list(state["behind"])
     session.write()
     for name in ("saved", "kept"):
-        setattr(session, name, host.copy() if state[name] is None else state[name])
+        if state[name] is None:
+            setattr(session, name, host.copy())
+        else:
+            setattr(session, name, state[name])
+            host.state.follow(state[name]["training"])

@@ -27,6 +27,8 @@ _OUT_OF_TIME = (
     "Time was up after {step} of {total} steps, for which rounds and the fall of the rates were planned: the tuner "
     "does not know of max_time. Give AutoTuneCallback as total_steps the number of steps that there is time for."
 )
+# What a run of ``fast_dev_run`` is taken to be the beginning of.
+_DEV_STEPS = 100_000
 # Where callbacks look at metrics.
 _LOOKS = ("on_validation_end", "on_train_epoch_end", "on_train_batch_end")
 
@@ -89,10 +91,6 @@ class AutoTuneCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attaches, after Lightning has put a checkpoint back if there is one."""
-        if trainer.fast_dev_run:
-            _LOGGER.info("AutoTuneNet: fast_dev_run is too short to tune anything; training goes on as it is")
-            self._is_attached = False
-            return
         if len(trainer.optimizers) != 1:
             raise ValueError(
                 f"AutoTuneCallback tunes one optimizer; configure_optimizers gave {len(trainer.optimizers)}. "
@@ -108,6 +106,9 @@ class AutoTuneCallback(pl.Callback):
         # A second fit goes on counting, and the tuner plans what is left.
         done = 0 if self._pending is not None else self._steps
         total = self._total_steps or (int(expected) - done if math.isfinite(expected) else None)
+        if trainer.fast_dev_run:
+            # Too short for any plan of its own; what a whole run calls is called.
+            total = self._total_steps or _DEV_STEPS
         validate = self._validate
         chosen = TellsChosen(lambda: self.tuner.best_hyperparams, functools.partial(_log, trainer))
         self.tuner._through, self.tuner._log, self.tuner._how = rank_zero_only(_LOGGER.warning), _LOGGER, _HOW

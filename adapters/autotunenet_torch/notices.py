@@ -22,6 +22,10 @@ _SELDOM = (
     "step was called {calls} times, and the optimizer made {asked} steps: call it once per optimizer step, after "
     "optimizer.step(), and with accumulated gradients after the last part alone."
 )
+_UNHEARD = (
+    "The optimizer has made {asked} steps, and the tuner has heard of {calls}: call tuner.step(loss) once after each "
+    "optimizer.step(). It sets the rates for the next one; until then those of the last call stay in force."
+)
 # Calls of step after which it is looked whether the optimizer steps too; a GradScaler skips up to 24 at first.
 _FIRST_CALLS = 60
 
@@ -71,6 +75,11 @@ class Notices:
         """Says that the optimizer steps less often than `AutoTuneNet.step` is called."""
         if calls == _FIRST_CALLS and 2 * asked <= calls:
             self.tell("no steps", (_SELDOM if asked else _IDLE).format(calls=calls, asked=asked))
+
+    def of_calls(self, calls: int, asked: int) -> None:
+        """Says that `AutoTuneNet.step` is called less often than the optimizer steps."""
+        if asked == _FIRST_CALLS and 2 * calls <= asked:
+            self.tell("unheard steps", _UNHEARD.format(calls=calls, asked=asked))
 
     def after(self, report: Report) -> None:
         """Looks at the run after decisions, metrics and the last step."""

@@ -25,13 +25,20 @@ class StepGuard:
 
     Args:
       optimizers: Watched; a step of the first that is asked for one includes those of the others.
+      watch: Called with the optimizer before each of them.
       is_sharded: Whether processes hold parts of the gradients: then a step is skipped on all of them or on none.
 
     Cost: one fused pass over the gradients and one synchronisation with the device for each step.
     """
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], *, is_sharded: bool = False):
-        self._is_sharded = is_sharded
+    def __init__(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        *,
+        watch: Callable[[torch.optim.Optimizer], None],
+        is_sharded: bool = False,
+    ):
+        self._watch, self._is_sharded = watch, is_sharded
         self.loss: torch.Tensor | float | None = None
         self._hidden: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self.asked = self._taken = self._skipped = 0
@@ -61,6 +68,7 @@ class StepGuard:
         self._show()  # after a step that failed
         self._outer = optimizer
         self.asked += 1
+        self._watch(optimizer)
         if getattr(optimizer, "grad_scale", None) is not None:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)

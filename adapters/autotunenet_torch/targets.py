@@ -334,6 +334,8 @@ def find(
         there.setdefault(setter_name, "training loop")
     listed = ", ".join(f"{key} ({where})" for key, where in there.items())
     how = f"Use one of these, or say how to set it: targets={{{name!r}: lambda model, value: ...}}."
+    if leaf == "label_smoothing" and loss_fn is None:
+        how = "Label smoothing is the loss's: give attach(..., loss_fn=torch.nn.CrossEntropyLoss()), and train by that."
     if leaf == "batch_size" and loader is None:
         how = "A batch size is the loader's: give attach(..., loader=), or train by Trainer.fit, which knows it."
     raise ValueError(f"param_space names {name!r}, and nothing here goes by that name. Found: {listed}. {how}")

@@ -37,7 +37,8 @@ class TrainingState:
 
     Parameters, buffers (persistent or not), extra state of modules, the optimizer's state and parameter groups,
     schedulers, gradient scaler, and the random generators of PyTorch (CPU, CUDA), NumPy and Python. Copying back
-    writes into the live tensors, so references to them stay good. Gradients are not part of it.
+    writes into the live tensors, so references to them stay good. Gradients are not part of it. A gradient scaler goes
+    back to the scale that the first step from there was made at: steps that overflow until it is found do so once.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -73,6 +74,8 @@ class TrainingState:
         self.model, self.optimizer, self.schedulers, self.scaler = model, optimizer, list(schedulers), scaler
         self._optimizers = optimizer_state.Whole(optimizer)
         self._aux, self._device = list(aux), device
+        # Copies of where the training stands, from which no step has been made yet.
+        self._standing: list[dict[str, Any]] = []
         if next(model.parameters(), None) is None:
             raise ValueError("the model has no parameters, so there is nothing to train. Is it the right module?")
         lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
@@ -108,7 +111,7 @@ class TrainingState:
         Cost: one pass over parameters, buffers and optimizer state, and their memory.
         """
         with torch.no_grad():
-            return {
+            copy = {
                 "model": {
                     path: None if tensor is None else clone(tensor, self._device)
                     for path, tensor in self.tensors().items()
@@ -123,10 +126,17 @@ class TrainingState:
                 "scaler": clone(self.scaler.state_dict()) if self.scaler is not None else {},
                 "aux": [clone(dict(held.state_dict()), self._device) for held in self._aux],
                 "rng": random_state.capture(),
+                "is_standing": self.scaler is not None,
             }
+        self.follow(copy)
+        return copy
 
     def copy_back(self, saved: dict[str, Any]) -> None:
-        """Puts a copy back; the copy stays as it is and can be put back again."""
+        """Puts a copy back; the copy stays as it is, but for the scale, and can be put back again."""
+        if not any(copy is saved for copy in self._standing):
+            self._leave()
+            saved["is_standing"] = self.scaler is not None
+            self.follow(saved)
         with torch.no_grad():
             self._tensors_back(saved["model"])
             for path, module in self.model.named_modules():
@@ -140,6 +150,25 @@ class TrainingState:
             for held, state in zip(self._aux, saved.get("aux", ()), strict=False):
                 held.load_state_dict(clone(state))
             random_state.restore(saved["rng"])
+
+    def follow(self, copy: dict[str, Any]) -> None:
+        """Counts a copy, perhaps one of another process, among those of where the training stands, if it is one."""
+        if copy.get("is_standing"):
+            self._standing.append(copy)
+
+    def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes the scale of the first step from where the training stands, when the optimizer is asked for one."""
+        # Fused optimizers are asked for steps that overflow, too.
+        overflow = getattr(optimizer, "found_inf", None)
+        if self._standing and (overflow is None or not float(overflow)):
+            for copy in self._standing:
+                copy["scaler"] = clone(self.scaler.state_dict())
+            self._leave()
+
+    def _leave(self) -> None:
+        for copy in self._standing:
+            copy["is_standing"] = False
+        self._standing = []
 
     def _tensors_back(self, saved: dict[str, Any]) -> None:
         sharding.collect(self.model)

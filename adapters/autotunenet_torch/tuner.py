@@ -221,7 +221,8 @@ class AutoTuneNet:
         self._session = engine.sound_session.SoundSession(
             self._host, engine.hosting.PackedController(core, seed=self._seed), recorder
         )
-        self._guard, self._calls = StepGuard(state.optimizers, is_sharded=self._host.is_sharded), 0
+        self._calls = 0
+        self._guard = StepGuard(state.optimizers, watch=self._begin_step, is_sharded=self._host.is_sharded)
         self._leave_joins = distributed.follow_joins(model, self._follow)
         self._notices = engine.notices.Notices(self._session, outside=outside, through=self._through, how=self._how)
         if core.total_steps is not None and self._options["decay"] is None:
@@ -277,6 +278,10 @@ class AutoTuneNet:
         self._notices.of_steps(self._calls, self._guard.asked)
         self._notices.after(report)
         self._attached().recorder.deliver()
+
+    def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._host.state.begin_step(optimizer)
+        self._notices.of_calls(self._calls, self._guard.asked)
 
     def _follow(self) -> None:
         """Decides as the other processes do in a step for which this one has no data."""
@@ -374,7 +379,8 @@ class AutoTuneNet:
     def _end(self, *, at_best: bool) -> None:
         """Ends a run; without ``at_best`` where it stands, which is how one that will be resumed is left."""
         session = self._attached()
-        if not session.is_settled:
+        # Without a step that was told there is nothing to go back over.
+        if not session.is_settled and session.controller.step:
             session.settle()
             if at_best:
                 session.return_to_best()

@@ -136,10 +136,12 @@ def test_what_lightning_averages_at_the_end_is_what_the_run_ends_with(tmp_path, 
     assert "budget spent" not in {event["kind"] for event in tuner.history.events}
 
 
-def test_a_smoke_test_goes_on_without_the_tuner(tmp_path, loader):
-    trainer = make(tmp_path, AutoTuneNet(SPACE), fast_dev_run=True)
+def test_a_smoke_test_runs_all_that_a_program_calls(tmp_path, loader):
+    tuner = AutoTuneNet(SPACE)
+    trainer = make(tmp_path, tuner, fast_dev_run=True)
     trainer.fit(Module(), loader, loader)
-    assert trainer.global_step == 1
+    assert trainer.global_step == 1 and tuner.history.summary["steps"] == 1
+    assert list(tuner.best_hyperparams) == list(SPACE) and not tuner.history.rounds
 
 
 def test_slow_hyperparameters_by_a_validation_of_ones_own(tmp_path, loader):

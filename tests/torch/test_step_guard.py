@@ -31,7 +31,7 @@ def test_no_parameter_and_no_moment_is_touched(name, has_closure, bits):
         pytest.skip("needs a closure")
     model = torch.nn.Linear(3, 2)
     optimizer = OPTIMIZERS[name](model.parameters())
-    guard = StepGuard([optimizer])
+    guard = StepGuard([optimizer], watch=lambda optimizer: None)
 
     def step(scale):
         if has_closure:
@@ -57,7 +57,7 @@ def test_no_parameter_and_no_moment_is_touched(name, has_closure, bits):
 def test_large_gradients_are_finite_and_a_known_loss_counts(bits):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 1e-35)
-    guard = StepGuard([optimizer])
+    guard = StepGuard([optimizer], watch=lambda optimizer: None)
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e30)  # the norm of these overflows
     before = bits(model.state_dict())
@@ -82,7 +82,7 @@ def test_a_step_that_raises_leaves_the_guard_at_work():
 
     model = torch.nn.Linear(3, 2)
     optimizer = Raising(model.parameters(), 0.1)
-    guard = StepGuard([optimizer])
+    guard = StepGuard([optimizer], watch=lambda optimizer: None)
     backward(model)
     with pytest.raises(OSError):
         optimizer.step()
@@ -96,7 +96,7 @@ def test_a_step_that_raises_leaves_the_guard_at_work():
 def test_a_scaler_looks_at_gradients_by_itself():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    guard, scaler = StepGuard([optimizer]), torch.amp.GradScaler("cpu", init_scale=4.0)
+    guard, scaler = StepGuard([optimizer], watch=lambda optimizer: None), torch.amp.GradScaler("cpu", init_scale=4.0)
     for scale in (1.0, math.nan):
         model.zero_grad()
         scaler.scale(model(torch.ones(2, 3)).sum() * scale).backward()

@@ -67,6 +67,19 @@ def test_an_optimizer_that_never_steps_is_told_of():
     assert len([warning for warning in told if "call" in str(warning.message)]) == 1
 
 
+def test_steps_that_the_tuner_never_hears_of_are_told_of_and_stay(bits):
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    with pytest.warns(UserWarning, match="made 60 steps, and the tuner has heard of 0") as told:
+        for _ in range(STEPS):
+            loss_of(model, torch.randn(16, 6)).backward()
+            optimizer.step()
+    assert len(told) == 1
+    trained = bits(model.state_dict())
+    tuner.finish()
+    assert bits(model.state_dict()) == trained
+
+
 def test_calls_for_parts_of_a_step_are_told_of():
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
@@ -327,15 +340,44 @@ def test_open_ended():
     assert tuner.history.summary["rounds"] >= 1
 
 
-def test_gradient_scaler_skips_are_no_failures():
+def overflowing(stop_at=None):
+    """A loop whose loss scale is too large by far at the start. Returns its state and how often the scale fell."""
+    torch.manual_seed(0)
     model, optimizer, tuner = make()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    scaler, fallen = torch.amp.GradScaler("cpu", init_scale=2.0**126), 0
     tuner.attach(model, optimizer, scaler=scaler)
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step == stop_at:
+            state = copy.deepcopy([part.state_dict() for part in (model, optimizer, scaler, tuner)])
+            model, optimizer, tuner = make()
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+            for part, saved in zip((model, optimizer, scaler), state, strict=False):
+                part.load_state_dict(saved)
+            tuner.attach(model, optimizer, scaler=scaler)
+            tuner.load_state_dict(state[-1])
+        torch.manual_seed(step)
         optimizer.zero_grad()
         loss = loss_of(model, torch.randn(16, 6))
-        scaler.scale(8.0 * loss).backward()  # overflows, so steps are skipped until the scale has come down
+        before = scaler.get_scale()
+        scaler.scale(2.0**10 * loss).backward()  # steps are skipped until the scale has come down
         scaler.step(optimizer)
         scaler.update()
+        fallen += scaler.get_scale() < before
         tuner.step(loss)
-    assert tuner.history.summary["rollbacks"] == 0
+    return model, tuner, fallen
+
+
+def test_gradient_scaler_skips_are_no_failures_and_happen_once():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The best .* lies at|AutoTuneNet: the best")
+        _, tuner, fallen = overflowing()
+    assert tuner.history.summary["rollbacks"] == 0 and len(tuner.history.rounds[0]["forks"]) >= 2
+    assert 5 <= fallen <= 15
+
+
+@pytest.mark.parametrize("stop_at", [2, 30])
+def test_a_run_with_a_gradient_scaler_goes_on_bit_for_bit(stop_at, bits):
+    """Before the first step that does not overflow, and after."""
+    (one, _, _), (other, _, _) = overflowing(), overflowing(stop_at)
+    assert bits(one.state_dict()) == bits(other.state_dict())
