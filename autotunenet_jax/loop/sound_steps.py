@@ -23,7 +23,7 @@ class Trained(NamedTuple):
     state: Any
     loss: Array
     told: Array
-    metrics: dict[str, Any]
+    metrics: Mapping[str, Any]
 
 
 def _inexact(tree: Any) -> list[Array]:

@@ -24,6 +24,9 @@ _BAD_STEPS, _BAD_SHARE = 10, 0.01
 # So many metrics that are not finite are told of where they are such a share of all.
 _UNUSABLE, _UNUSABLE_SHARE = 2, 0.2
 
+# So many metrics worse than the first, and none better, are told of.
+_WORSE = 6
+
 # A value this close to a bound, in decades (of which a linear range counts four), lies at it.
 _AT_BOUND_DECADES = 0.05
 
@@ -75,7 +78,7 @@ def notices(
     is_late = is_over or (total is not None and step >= _MISSED_SHARE * total)
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
-    found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
+    found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals) + _backwards(tuner, evals)
     if is_late and step:
         found += _no_metric(tuner, ts, how)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
@@ -127,6 +130,20 @@ def _unusable(evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
         "validation data, or a metric that divides by zero."
     )
     return [Notice("unusable metrics", message)]
+
+
+def _backwards(tuner: AutoTuneNet, evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
+    sign = 1.0 if tuner.mode == "min" else -1.0
+    first, *later = [row["value"] for row in evals if math.isfinite(row["value"])] or [0.0]
+    worse = sum(sign * value > sign * first for value in later)
+    if worse < _WORSE or any(sign * value < sign * first for value in later):
+        return []
+    than, better, other = ("above", "larger", "max") if tuner.mode == "min" else ("below", "smaller", "min")
+    message = (
+        f"None of {len(later)} validation metrics was better than the first, {first:.4g}, and {worse} lay {than} it. If "
+        f'{better} ones are better, give mode="{other}": as it is, training is taken back from what it learns.'
+    )
+    return [Notice("backwards", message)]
 
 
 def of_slow(space: SearchSpace, how: str) -> list[Notice]:

@@ -58,6 +58,21 @@ def test_many_rollbacks():
     assert "6 times" in notices(*made(step=300, rollbacks=6, level=1.0), rounds=[])[0].message
 
 
+@pytest.mark.parametrize(("mode", "other"), [("min", "max"), ("max", "min")])
+def test_a_metric_that_is_never_better_than_untrained(mode, other):
+    sign = 1.0 if mode == "min" else -1.0
+    state = made(mode=mode, level=1.0)
+
+    def told(values):
+        found = notices(*state, rounds=[], evals=[{"value": sign * value} for value in values])
+        return [notice.message for notice in found]
+
+    wrong = [0.1, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8]
+    (message,) = told(wrong)
+    assert f'mode="{other}"' in message and "None of 7" in message
+    assert told(wrong[:7]) == told([*wrong, 0.09]) == told([]) == []
+
+
 @pytest.mark.parametrize(("unusable", "good", "is_told"), [(1, 1, False), (2, 0, True), (2, 8, True), (2, 9, False)])
 def test_metrics_that_are_not_finite(unusable, good, is_told):
     evals = [{"value": float("nan")}] * unusable + [{"value": 0.3}] * good
