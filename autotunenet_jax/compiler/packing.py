@@ -179,6 +179,13 @@ def positions(layout: Layout) -> Any:
     return jax.tree.unflatten(layout.structure, [place[:2] for place in layout.places])
 
 
+def wait(packed: Packed) -> None:
+    """Waits for the device to be done with them; not under transformations."""
+    arrays = jax.tree.leaves(packed)
+    if not any(isinstance(array, Tracer) for array in arrays):
+        jax.block_until_ready(arrays)
+
+
 def read_number(packed: Packed, position: tuple[str | None, int]) -> Any:
     """The number at a position, on the host; None while the device still works on it, and under transformations."""
     name, begin = position

@@ -118,14 +118,14 @@ def hyperparams(opt_state: Any) -> dict[str, Array]:
     Raises:
       ValueError: There are no hyperparameters in it, or several tuned optimizers.
 
-    Cost: O(number of hyperparameters).
+    Cost: O(number of hyperparameters). Outside of compiled functions it waits for the update under way.
     """
     state = _find(opt_state)
     if state is None:
         return injection.injected_hyperparams(_tree_of(opt_state))
     state = _unboxed(state)
     budget.check(state)
-    notices.tell(state)
+    notices.tell(state, waits=True)
     # Only a number of accumulated batches depends on what the next update brings back.
     if not any(place.is_held for place in injection.places(state.inner)):
         state = state._replace(snapshots=None, record=None)

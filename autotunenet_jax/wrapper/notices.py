@@ -1,4 +1,4 @@
-"""What the user of a tuned optimizer is told, where the host looks anyway; never waits for the device."""
+"""What the user of a tuned optimizer is told, where the host looks anyway."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -50,10 +50,12 @@ _SPENT = (
 )
 
 
-def tell(state: AutotuneState) -> None:
-    """Warns of what there is to say."""
+def tell(state: AutotuneState, *, waits: bool = False) -> None:
+    """Warns of what there is to say; where the device still works on the state, only if it may be waited for."""
     if not state.settings.is_on:
         return
+    if waits:
+        packing.wait(state.packed)
     for text in _texts(state):
         warn(text)
 

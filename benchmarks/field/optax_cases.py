@@ -132,7 +132,9 @@ print(float(atn.hyperparams(one)["learning_rate"]))
 
 @case("F", "autotune")
 def a_state_stacked_for_pmap(way: str) -> Outcome:
-    done = frameworks.python(_PMAP, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    # Steps are queued without a wait, which needs these threads, tuned or not.
+    flags = "--xla_force_host_platform_device_count=2"
+    done = frameworks.python(_PMAP, XLA_FLAGS=flags, PJRT_NPROC="4")
     lines = done.stdout.strip().splitlines()
     last = (done.stderr.strip().splitlines() or ["?"])[-1]
     is_ok = len(lines) == 2 and float(lines[0].split()[1]) < 0.05
