@@ -37,8 +37,14 @@ def check(state: AutotuneState, digests: tuple[int, ...] | None = None) -> None:
       digests: Of the optimizer that is to go on with it, where that is known.
 
     Raises:
+      TypeError: It is no state of `autotune`.
       ValueError: They are of another one; the message says in what.
     """
+    if not isinstance(state, AutotuneState):
+        raise TypeError(
+            f"the optimizer's state is that of autotune, which its init makes; got {type(state).__name__}. Arguments of "
+            "update come in optax's order: update(grads, opt_state, params, value=loss)."
+        )
     settings = state.settings
     if not settings.is_on:
         return

@@ -1,6 +1,7 @@
 """One update of a tuned optimizer: the inner one's, what the tuner hears of it, and whatever else there is to do."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -160,5 +161,9 @@ def _step(
 ) -> tuple[Any, Any]:
     """The inner optimizer's update, in the types of ``like``, and its state, in the types that it had."""
     optimise = optax.with_extra_args_support(optimizer).update
+    takes = inspect.signature(optimise).parameters
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes.values()):
+        # Some of optax's own refuse a loss that they have no use for, such as sam.
+        told = {name: each for name, each in told.items() if name in takes}
     new, stepped = optimise(gradients, inner, None if params is None else seen(params), **told)
     return jax.tree.map(lambda u, old: u.astype(old.dtype), new, like), trees.cast_like(stepped, inner)

@@ -130,6 +130,17 @@ def test_update_checks_its_arguments(tuned):
         optimizer.update(PARAMS, state, PARAMS, value=jnp.ones(3))
     with pytest.raises(ValueError, match=r"scalar; got shape \(2,\)"):
         atn.observe(state, jnp.ones(2))
+    with pytest.raises(TypeError, match=r"got dict.*update\(grads, opt_state, params, value=loss\)"):
+        optimizer.update(PARAMS, PARAMS, state, value=1.0)
+
+
+def test_an_optimizer_that_refuses_a_loss_is_not_told_of_it():
+    sgd = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    optimizer = atn.autotune(optax.contrib.sam(sgd, optax.sgd(0.05), sync_period=2), SPACE, 100)
+    params = {"w": jnp.ones(3)}
+    step = functools.partial(optimizer.update, params, value=jnp.float32(1.0))
+    updates, _ = jax.eval_shape(step, optimizer.init(params), params)
+    assert jax.tree.map(jnp.shape, updates) == {"w": (3,)}
 
 
 @pytest.mark.parametrize(
