@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from .data import ReplayBuffer
     from .sound_session import SoundSession
+
+# Whose hooks an optimizer has: those of the tuner that was attached to it last.
+_ATTACHED: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[AutoTuneNet]] = weakref.WeakKeyDictionary()
 
 
 class AutoTuneNet:
@@ -204,6 +208,9 @@ class AutoTuneNet:
         found = find_all(self.space, model, optimizer, schedulers, setters=setters, loss_fn=loss_fn, loader=loader)
         arguments.check_schedulers(optimizer, list(lr_schedulers.everything(schedulers)))
         self._release()
+        if optimizer in _ATTACHED and (former := _ATTACHED[optimizer]()) is not None:
+            former._release()
+        _ATTACHED[optimizer] = weakref.ref(self)
         stream, keeps_best = self._stream, self._keeps_best
         self._host = engine.host.TorchHost(
             state, found, steps=total_steps, validate=validate, stream=stream, keeps_best=keeps_best

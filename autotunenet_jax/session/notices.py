@@ -25,7 +25,7 @@ _BAD_STEPS, _BAD_SHARE = 10, 0.01
 _UNUSABLE, _UNUSABLE_SHARE = 2, 0.2
 
 # So many metrics worse than the first, and none better, are told of.
-_WORSE = 6
+_WORSE = 8
 
 # A value this close to a bound, in decades (of which a linear range counts four), lies at it.
 _AT_BOUND_DECADES = 0.05
@@ -78,9 +78,9 @@ def notices(
     is_late = is_over or (total is not None and step >= _MISSED_SHARE * total)
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
-    found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals) + _backwards(tuner, evals)
+    found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
     if is_late and step:
-        found += _no_metric(tuner, ts, how)
+        found += _no_metric(tuner, ts, how) + _backwards(tuner, evals)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
 
 

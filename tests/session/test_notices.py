@@ -61,16 +61,16 @@ def test_many_rollbacks():
 @pytest.mark.parametrize(("mode", "other"), [("min", "max"), ("max", "min")])
 def test_a_metric_that_is_never_better_than_untrained(mode, other):
     sign = 1.0 if mode == "min" else -1.0
-    state = made(mode=mode, level=1.0)
+    state = made(mode=mode, level=1.0, step=400)
 
     def told(values):
         found = notices(*state, rounds=[], evals=[{"value": sign * value} for value in values])
         return [notice.message for notice in found]
 
-    wrong = [0.1, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8]
+    wrong = [0.1, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8]
     (message,) = told(wrong)
-    assert f'mode="{other}"' in message and "None of 7" in message
-    assert told(wrong[:7]) == told([*wrong, 0.09]) == told([]) == []
+    assert f'mode="{other}"' in message and "None of 9" in message
+    assert told(wrong[:9]) == told([*wrong, 0.09]) == told([]) == []
 
 
 @pytest.mark.parametrize(("unusable", "good", "is_told"), [(1, 1, False), (2, 0, True), (2, 8, True), (2, 9, False)])

@@ -80,6 +80,21 @@ def test_steps_that_the_tuner_never_hears_of_are_told_of_and_stay(bits):
     assert bits(model.state_dict()) == trained
 
 
+def test_a_tuner_takes_over_from_one_that_was_left():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for _ in range(10):
+        train_one(model, optimizer, tuner)
+    other = AutoTuneNet(SPACE, STEPS)
+    other.attach(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The best .* lies at")
+        for _ in range(STEPS):
+            train_one(model, optimizer, other)
+    assert other.history.summary["steps"] == STEPS and tuner.history.summary["steps"] == 10
+
+
 def test_calls_for_parts_of_a_step_are_told_of():
     model, optimizer, tuner = make()
     tuner.attach(model, optimizer)
@@ -211,11 +226,11 @@ def test_a_state_goes_on_to_another_budget_on_request():
 
 def test_validation_is_asked_for_and_used():
     model, optimizer, tuner = make(BOTH, mode="max", max_share=0.8, total_steps=300)
-    asked = []
+    asked, x = [], torch.randn(64, 6)
 
     def validate():
         asked.append(len(asked))
-        return -float(loss_of(model, torch.ones(4, 6).cumsum(1)).detach())
+        return -float(loss_of(model, x).detach())
 
     tuner.attach(model, optimizer, validate=validate)
     for _ in range(300):
