@@ -78,7 +78,7 @@ class Notices:
 
     def of_calls(self, calls: int, asked: int) -> None:
         """Says that `AutoTuneNet.step` is called less often than the optimizer steps."""
-        if asked == _FIRST_CALLS and 2 * calls <= asked:
+        if asked == _FIRST_CALLS and 4 * calls <= asked:
             self.tell("unheard steps", _UNHEARD.format(calls=calls, asked=asked))
 
     def after(self, report: Report) -> None:
