@@ -145,7 +145,7 @@ def _told(history: "History", row: Mapping[str, Any], place: int) -> str:
     fork = row["forks"][place - 1]
     best = row["forks"][row["best"]] if row["best"] >= 0 else None
     if not fork["scores"]:
-        return f"failed after {fork['steps']} steps"
+        return f"{_end_of(row)} after {fork['steps']} steps"
     text = f"scored {score_of(history, row, fork['scores'][0]):.4g}"
     held = believed(row, place - 1)
     if held is not None:
@@ -161,13 +161,28 @@ def _told(history: "History", row: Mapping[str, Any], place: int) -> str:
     return f"{text}; kept" if fork is best else text
 
 
+def _end_of(row: Mapping[str, Any]) -> str:
+    """What is said of a fork without a score."""
+    return "not measured" if _is_unmeasured(row) else "failed"
+
+
 def _is_known(probability: Any) -> bool:
     return probability is not None and math.isfinite(probability)
+
+
+def _is_unmeasured(row: Mapping[str, Any]) -> bool:
+    """Whether a round of slow hyperparameters ended without the metric that it needs."""
+    return row["kind"] == "slow" and row["scored_by"] != "validation"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
     """The outcome of a round, in a sentence."""
     names = varied(row)
+    if row["best"] < 0 and _is_unmeasured(row):
+        return (
+            "no validation metric came when it was asked for, and nothing else judges these; training went back to "
+            f"where it began, with {settings(row['chosen'], names)}."
+        )
     if row["best"] < 0:
         return f"every fork failed; training went back to where they began, with {settings(row['chosen'], names)}."
     best = row["forks"][row["best"]]
@@ -189,7 +204,7 @@ def _in_short(history: "History", number: int, row: Mapping[str, Any]) -> list[s
     names = varied(row)
     tried = "; ".join(
         f"{settings(fork['hyperparams'], names)} -> "
-        + (f"{score_of(history, row, fork['scores'][0]):.4g}" if fork["scores"] else "failed")
+        + (f"{score_of(history, row, fork['scores'][0]):.4g}" if fork["scores"] else _end_of(row))
         for fork in row["forks"]
     )
     if len(tried) > _MOST_CHARACTERS:

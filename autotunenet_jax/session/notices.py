@@ -3,11 +3,10 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..controller import AutoTuneNet
 from ..controller.core import Core
 from ..controller.roles import roles_of
 from ..controller.state import TunerState
@@ -37,6 +36,25 @@ HOW = "Report a validation metric whenever the tuner asks for one (eval_step, va
 """How a metric is reported."""
 
 
+class Tuned(Protocol):
+    """What is looked at of an `AutoTuneNet`."""
+
+    @property
+    def space(self) -> SearchSpace:
+        """What is tuned."""
+        ...
+
+    @property
+    def mode(self) -> str:
+        """Whether the metric is minimised or maximised."""
+        ...
+
+    @property
+    def total_steps(self) -> int | None:
+        """The budget, if there is one."""
+        ...
+
+
 class Notice(NamedTuple):
     """One thing to be told.
 
@@ -50,7 +68,7 @@ class Notice(NamedTuple):
 
 
 def notices(
-    tuner: AutoTuneNet,
+    tuner: Tuned,
     ts: TunerState,
     *,
     rounds: Sequence[Mapping[str, Any]],
@@ -80,7 +98,7 @@ def notices(
     found += _bad_steps(int(ts.health.bad_steps), step)
     found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
     if is_late and step:
-        found += _no_metric(tuner, ts, how) + _backwards(tuner, evals)
+        found += _no_metric(tuner, ts, rounds, how) + _backwards(tuner, evals)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
 
 
@@ -90,7 +108,7 @@ def announce_compilation(core: Core) -> None:
     LOGGER.info("compiling the tuner, once, about 8 s; where JAX_COMPILATION_CACHE_DIR is set later processes need not")
 
 
-def _moved(tuner: AutoTuneNet, name: str, value: Any) -> Notice:
+def _moved(tuner: Tuned, name: str, value: Any) -> Notice:
     return Notice(
         f"outside {name}",
         f"{name} stands at {value:g}, which lies outside its range {tuner.space[name]!r}: the run starts inside. "
@@ -132,7 +150,7 @@ def _unusable(evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
     return [Notice("unusable metrics", message)]
 
 
-def _backwards(tuner: AutoTuneNet, evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
+def _backwards(tuner: Tuned, evals: Sequence[Mapping[str, Any]]) -> list[Notice]:
     sign = 1.0 if tuner.mode == "min" else -1.0
     first, *later = [row["value"] for row in evals if math.isfinite(row["value"])] or [0.0]
     worse = sum(sign * value > sign * first for value in later)
@@ -140,28 +158,30 @@ def _backwards(tuner: AutoTuneNet, evals: Sequence[Mapping[str, Any]]) -> list[N
         return []
     than, better, other = ("above", "larger", "max") if tuner.mode == "min" else ("below", "smaller", "min")
     message = (
-        f"None of {len(later)} validation metrics was better than the first, {first:.4g}, and {worse} lay {than} it. If "
-        f'{better} ones are better, give mode="{other}": as it is, training is taken back from what it learns.'
+        f"None of {len(later)} validation metrics was better than the first, {first:.4g}, and {worse} lay {than} it. "
+        f'If {better} ones are better, give mode="{other}": as it is, training is taken back from what it learns.'
     )
     return [Notice("backwards", message)]
 
 
-def of_slow(space: SearchSpace, how: str) -> list[Notice]:
+def of_slow(space: SearchSpace, how: str, *, came: str = "there is none") -> list[Notice]:
     """That slow hyperparameters stay put for want of a metric, if there are any; ``how`` one is reported."""
     slow = [name for name, role in zip(space.names, space.roles, strict=True) if role == "slow"]
     stay, they, them = (
         ("stays as it starts", "it does", "it") if len(slow) == 1 else ("stay as they start", "they do", "them")
     )
     message = (
-        f"{', '.join(slow)} {stay}: only a validation metric shows what {they}, and there is none. "
+        f"{', '.join(slow)} {stay}: only a validation metric shows what {they}, and {came}. "
         f"{how}, or leave {them} out of the search space."
     )
     return [Notice("no metric", message)] if slow else []
 
 
-def _no_metric(tuner: AutoTuneNet, ts: TunerState, how: str) -> list[Notice]:
+def _no_metric(tuner: Tuned, ts: TunerState, rounds: Sequence[Mapping[str, Any]], how: str) -> list[Notice]:
     if math.isfinite(ts.validation.level):
-        return []
+        judged = [row["scored_by"] for row in rounds if row["kind"] == "slow"]
+        is_missed = bool(judged) and "validation" not in judged
+        return of_slow(tuner.space, how, came="none came when it was asked for") if is_missed else []
     found = of_slow(tuner.space, how)
     if tuner.mode == "max":
         message = 'mode="max" is about a validation metric, and no finite one came; the training loss is minimised. '

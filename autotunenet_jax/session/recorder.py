@@ -399,13 +399,22 @@ class Recorder:
         self.flush()
         try:
             os.makedirs(folder, exist_ok=True)
-            self.history.to_json(os.path.join(folder, HISTORY_NAME))
+            self._so_far().to_json(os.path.join(folder, HISTORY_NAME))
         except OSError as error:
             if self._has_written:
                 LOGGER.warning("The history could not be written to %s: %s", folder, error)
             self._has_written = False
         else:
             self._has_written = True
+
+    def _so_far(self) -> History:
+        """The history; of a round that is under way only the fork that is, so that what is kept is one training."""
+        if not (self._forks and self._undoes):
+            return self.history
+        history = History.from_dict(self.history.to_dict())
+        for start, end in self._forks:
+            history.discard(start, end)
+        return history
 
     def finish(self, step: int, rollbacks: int, *, total: int = 0, dropped: int = 0) -> None:
         """The totals of the run up to a step.

@@ -42,8 +42,8 @@ def check(state: AutotuneState, digests: tuple[int, ...] | None = None) -> None:
     """
     if not isinstance(state, AutotuneState):
         raise TypeError(
-            f"the optimizer's state is that of autotune, which its init makes; got {type(state).__name__}. Arguments of "
-            "update come in optax's order: update(grads, opt_state, params, value=loss)."
+            f"the optimizer's state is that of autotune, which its init makes; got {type(state).__name__}. "
+            "Arguments of update come in optax's order: update(grads, opt_state, params, value=loss)."
         )
     settings = state.settings
     if not settings.is_on:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,13 @@ from ..controller.state import (
     empty_round,
 )
 from ..history.history import History
+from ..session.notices import notices
 from ..session.progress import Progress
 from ..session.recorder import Recorder
+from ..space.search_space import SearchSpace
 from . import ring
 from .accessors import tuned_state
+from .notices import HOW
 from .state import AutotuneState, Course, Settings, advanced, in_force
 
 # Most records of training steps; beyond, they are thinned, but for those where something changes.
@@ -85,6 +88,14 @@ def history(opt_state: Any) -> History:
     return _Reading(state, made).finished()
 
 
+class _Tuned(NamedTuple):
+    """What `notices` looks at."""
+
+    space: SearchSpace
+    mode: str
+    total_steps: int | None
+
+
 class _Reading:
     """Tells a recorder of a run, entry by entry."""
 
@@ -125,8 +136,17 @@ class _Reading:
         for step, metric, is_settled in self.held.metrics:
             self.recorder.add_eval(step, metric, is_settled=is_settled)
         self.recorder.discarded = int(ts.discarded)
+        self._note_what_is_told(last)
         self.recorder.finish(last, int(ts.rollbacks), total=int(ts.plan.total), dropped=self.held.dropped)
         return self.history
+
+    def _note_what_is_told(self, last: int) -> None:
+        """Events of what the user should know by now."""
+        ts, held = self.course.tuner, self.history
+        tuned = _Tuned(self.space, held.mode, int(ts.plan.total) or None)
+        is_over = 0 < int(ts.plan.total) <= last
+        for notice in notices(tuned, ts, rounds=held.rounds, evals=held.evals, is_over=is_over, how=HOW):
+            self.recorder.note(last, notice.kind, notice.message)
 
     def _begin(self, first: ring.Entry) -> None:
         step, phase = int(first.step), int(first.stretch.phase)

@@ -30,7 +30,9 @@ _SILENT = (
     "Pass value=loss to update, or call autotunenet_jax.observe(opt_state, loss) after each step."
 )
 _AT_BOUND = "{name} lies at the {end} bound of its range, {bound:g}; the best value may lie beyond. Widen the range."
-_HOW = "Report one by autotunenet_jax.observe_eval(opt_state, metric) where wants_eval(opt_state) asks for it"
+HOW = "Report one by autotunenet_jax.observe_eval(opt_state, metric) where wants_eval(opt_state) asks for it"
+"""How a metric is reported."""
+
 _BAD = (
     f"more than {_BAD_SHARE:.0%} of the steps were skipped, since loss or gradients were not finite. "
     "Look for bad batches in the data, or for a loss that divides by zero."
@@ -93,7 +95,7 @@ def _texts(state: AutotuneState) -> Iterator[str]:
     if total and step > total:
         yield _SPENT
     if total and step >= _SLOW_SHARE * total and np.isnan(number(tuner.validation.level)):
-        yield from (notice.message for notice in of_slow(space, _HOW))
+        yield from (notice.message for notice in of_slow(space, HOW))
     if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:
         return
     # Without a metric training goes on below what won.

@@ -38,7 +38,7 @@ def a_round(best, *values, scores=None):
         {"hyperparams": dict(zip(names, row, strict=True)), "scores": [] if score is None else [score]}
         for row, score in zip(values, scores, strict=True)
     ]
-    return {"best": best, "forks": forks}
+    return {"best": best, "forks": forks, "kind": "fast", "scored_by": "validation"}
 
 
 def test_a_healthy_run_is_told_nothing():
@@ -71,6 +71,15 @@ def test_a_metric_that_is_never_better_than_untrained(mode, other):
     (message,) = told(wrong)
     assert f'mode="{other}"' in message and "None of 9" in message
     assert told(wrong[:9]) == told([*wrong, 0.09]) == told([]) == []
+
+
+@pytest.mark.parametrize(("scored_by", "is_told"), [("training loss", True), ("validation", False)])
+def test_a_metric_that_came_but_not_when_it_was_asked_for(scored_by, is_told):
+    rounds = [{**a_round(-1, (1e-2, 1e-3, 0.1), scores=[None]), "kind": "slow", "scored_by": scored_by}]
+    found = notices(*made(step=400, level=0.4), rounds=rounds)
+    assert [notice.kind for notice in found] == ["no metric"] * is_told
+    assert not is_told or "dropout, weight_decay stay as they start" in found[0].message
+    assert not is_told or "none came when it was asked for" in found[0].message
 
 
 @pytest.mark.parametrize(("unusable", "good", "is_told"), [(1, 1, False), (2, 0, True), (2, 8, True), (2, 9, False)])

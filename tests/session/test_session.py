@@ -235,3 +235,14 @@ def test_the_rates_fall_once_and_the_history_says_so():
 )
 def test_which_metric_is_better(metric, other, mode, better):
     assert is_better(metric, other, mode) == better
+
+
+def test_what_is_written_inside_a_round_is_one_training(tmp_path):
+    session, host = begun()
+    while len(session.recorder._forks) < 2:
+        trained(session, host, 1)
+    trained(session, host, 3)
+    session.recorder.write(tmp_path)
+    kept = atn.History.from_json(tmp_path / "history.json").kept()
+    assert len({row["data_step"] for row in kept}) == len(kept) == 3
+    assert len(session.recorder.history.kept()) > len(kept)
