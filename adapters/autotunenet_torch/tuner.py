@@ -281,7 +281,6 @@ class AutoTuneNet:
           a run. Reading a loss on a GPU waits for it.
         """
         report = self._report(distributed.to_float(loss, name="loss"))
-        self._calls += 1
         self._notices.of_steps(self._calls, self._guard.asked)
         self._notices.after(report)
         self._attached().recorder.deliver()
@@ -300,6 +299,7 @@ class AutoTuneNet:
 
     def _report(self, own: float) -> Report:
         session, is_absent = self._attached(), self._host.is_absent
+        self._calls += not is_absent
         self._notices.before(self._host)
         told = distributed.mean(math.nan if self._guard.was_skipped() else own, counts=not is_absent)
         report = session.report(told, recorded=told if is_absent else own)

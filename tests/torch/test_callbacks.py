@@ -66,7 +66,8 @@ def test_an_early_stop_ends_in_the_best_model(loader):
     )
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    history = run.fit(model, loader, loader, tuner=AutoTuneNet(SPACE))
+    with pytest.warns(UserWarning, match='None of .* was better than the first, 1, .*give mode="max"'):
+        history = run.fit(model, loader, loader, tuner=AutoTuneNet(SPACE))
     settled = [row["value"] for row in history.evals if row["is_settled"]]
     assert settled[0] == min(settled) and 5 <= len(settled) <= 6
     assert history.summary["steps"] < 240 and not run.is_interrupted
