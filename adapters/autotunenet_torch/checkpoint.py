@@ -37,6 +37,11 @@ def _check(session: Session, host: TorchHost, state: Mapping[str, Any], *, exten
         )
 
 
+def _apart(copy: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A copy that keeps the scale it has now, whatever the next step notes in the one that is held."""
+    return None if copy is None else {**copy, "training": dict(copy["training"])}
+
+
 def state_dict(session: Session, host: TorchHost, *, is_whole: bool = False) -> dict[str, Any]:
     """The tuner's own state, with those copies of the training that are part of what is being decided.
 
@@ -57,17 +62,17 @@ def state_dict(session: Session, host: TorchHost, *, is_whole: bool = False) -> 
         "warm_up_end": host.warm_up.end,
         # Processes that share a model out each save their part of it.
         "parts": distributed.size() if host.is_sharded else 1,
-        "saved": session.saved if is_whole or in_round else None,
-        "kept": session.kept if is_whole or in_round or has_best else None,
+        "saved": _apart(session.saved) if is_whole or in_round else None,
+        "kept": _apart(session.kept) if is_whole or in_round or has_best else None,
         "behind": list(host.behind),
     }
-    return {**state, "now": host.copy(), "best": session.best} if is_whole else state
+    return {**state, "now": _apart(host.copy()), "best": session.best} if is_whole else state
 
 
 def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
     """Goes on from what `state_dict` gave, on request with another budget; what it does not hold is there already."""
     _check(session, host, state, extend=extend)
-    now = state.get("now")
+    now = _apart(state.get("now"))
     if now is not None:
         host.state.check(now["training"])
     session.controller.from_bytes(state["controller"].numpy(), extend=extend)
@@ -80,8 +85,7 @@ def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any],
     host.values, host.behind = {}, list(state["behind"])
     session.write()
     for name in ("saved", "kept"):
-        if state[name] is None:
-            setattr(session, name, host.copy())
-        else:
-            setattr(session, name, state[name])
-            host.state.follow(state[name]["training"])
+        held = _apart(state[name])
+        if held is not None:
+            host.state.follow(held["training"])
+        setattr(session, name, host.copy() if held is None else held)

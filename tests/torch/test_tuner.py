@@ -363,13 +363,15 @@ def overflowing(stop_at=None):
     tuner.attach(model, optimizer, scaler=scaler)
     for step in range(STEPS):
         if step == stop_at:
-            state = copy.deepcopy([part.state_dict() for part in (model, optimizer, scaler, tuner)])
+            mine = tuner.state_dict()
+            state = copy.deepcopy([part.state_dict() for part in (model, optimizer, scaler)])
             model, optimizer, tuner = make()
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
             for part, saved in zip((model, optimizer, scaler), state, strict=False):
                 part.load_state_dict(saved)
             tuner.attach(model, optimizer, scaler=scaler)
-            tuner.load_state_dict(state[-1])
+            tuner.load_state_dict(mine)
+            held = copy.deepcopy(mine)
         torch.manual_seed(step)
         optimizer.zero_grad()
         loss = loss_of(model, torch.randn(16, 6))
@@ -379,6 +381,8 @@ def overflowing(stop_at=None):
         scaler.update()
         fallen += scaler.get_scale() < before
         tuner.step(loss)
+    # What was loaded stays as it was.
+    assert stop_at is None or mine["saved"]["training"]["scaler"] == held["saved"]["training"]["scaler"]
     return model, tuner, fallen
 
 
