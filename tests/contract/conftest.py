@@ -99,9 +99,12 @@ def run(optimizer, steps=TOTAL, *, params=None, seed=5, **options):
 
 @functools.cache
 def usual():
-    """The usual optimizer, its compiled step and its whole run, which many tests hold against something else."""
+    """The usual optimizer, its compiled step, whole runs and their end, which many tests hold against something else."""
     optimizer = wrapped()
-    return types.SimpleNamespace(optimizer=optimizer, step=jax.jit(make_step(optimizer)), end=run(optimizer))
+    step = make_step(optimizer)
+    scan = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    (params, opt_state, _), losses = scan(start(optimizer), draws())
+    return types.SimpleNamespace(optimizer=optimizer, step=jax.jit(step), scan=scan, end=(params, opt_state, losses))
 
 
 def quality(params):

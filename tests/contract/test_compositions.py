@@ -219,13 +219,16 @@ def test_frozen_and_empty_subtrees(toy):
     assert toy.quality(after["model"]) < 0.5 * toy.quality(toy.make_params())
 
 
-@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
-def test_keys_of_both_kinds(toy, key):
+def test_keys_of_both_kinds(toy):
     # The optimizer's own state holds a typed key as well.
     noisy = optax.inject_hyperparams(
         lambda learning_rate: optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(0)), optax.sgd(learning_rate))
     )(learning_rate=1e-2)
-    params, opt_state, _ = toy.run(toy.wrapped(noisy, key=key))
+    typed, raw = (toy.wrapped(noisy, key=make(3)) for make in (jax.random.key, jax.random.PRNGKey))
+    first, same = (jax.tree.leaves(optimizer.init(toy.make_params()).packed) for optimizer in (typed, raw))
+    for a, b in zip(first, same, strict=True):
+        np.testing.assert_array_equal(a, b)
+    params, opt_state, _ = toy.run(typed)
     assert opt_state.tuner.key.dtype == jnp.uint32
     assert toy.rounds_begun(opt_state.tuner) >= 1
     assert toy.quality(params) < toy.quality(toy.make_params())

@@ -82,11 +82,10 @@ def test_scan_is_the_loop(toy):
 
 
 def test_vmap_of_three_is_three_runs(toy):
-    optimizer = toy.wrapped()
+    optimizer = toy.usual().optimizer
     starts = [jax.tree.map(lambda p, k=k: p * k, toy.make_params()) for k in (0.5, 1.0, 1.5)]
     carries = [toy.start(optimizer, params) for params in starts]
-    single = jax.jit(lambda carry, keys: jax.lax.scan(toy.make_step(optimizer), carry, keys))
-    singles = [single(carry, toy.draws())[0][:2] for carry in carries]
+    singles = [toy.usual().scan(carry, toy.draws())[0][:2] for carry in carries]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *carries)
     step = jax.vmap(toy.make_step(optimizer), in_axes=(0, None))
     (params, opt_state, _), _ = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))(stacked, toy.draws())
@@ -110,7 +109,7 @@ def test_obeys_as_a_loop_of_ones_own_would(toy):
     """The wrapper makes exactly the copies that the directives of the pure tuner ask for."""
     inner = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
     # A run in which a fork before the last one wins.
-    final, opt_state, losses = toy.run(toy.usual().optimizer, seed=9)
+    (final, opt_state, _), losses = toy.usual().scan(toy.start(toy.usual().optimizer), toy.draws(seed=9))
 
     tuner = atn.AutoTuneNet({"learning_rate": (1e-4, 1.0)}, toy.TOTAL, initial={"learning_rate": 1e-3}, capacity=33)
 

@@ -184,7 +184,7 @@ store.close()
 """
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.soak)])
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, unstopped, kills):
     """Killed in the sweep, in forks and in training, and while it saves; the benchmark kills more often."""
     rng = np.random.default_rng(0)
