@@ -15,7 +15,7 @@ from ..controller import AutoTuneNet, Guard
 from ..controller.schedule import Decay
 from ..controller.state import TunerState
 from ..space import injection
-from . import aux_state, inner_state, memory_drift, ring, trees
+from . import aux_state, flax_serialization, inner_state, memory_drift, ring, trees
 from .budget import digests_of, planned
 from .held_snapshots import Snapshot, snapshots_of
 from .inner_optimizer import build, starting_values
@@ -162,6 +162,7 @@ def _init(
     aux: tuple[Any, ...],
     params: Any,
 ) -> AutotuneState:
+    flax_serialization.register()
     inner = trees.copied(inner_state.with_real_values(optimizer.init(seen(params))))
     start = starting_values(tuner, inner)
     ts = tuner.init(jax.random.key(0) if key is None else key, start=start)

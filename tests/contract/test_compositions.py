@@ -242,12 +242,18 @@ def test_any_serializer_stores_its_state(toy, tmp_path):
     np.savez(tmp_path / "state.npz", *leaves)
     stored = np.load(tmp_path / "state.npz")
     read = [stored[f"arr_{number}"] for number in range(len(leaves))]
-    packed = serialization.from_bytes(leaves, serialization.to_bytes(leaves))
-    for again in (pickle.loads(pickle.dumps(opt_state)), structure.unflatten(read), structure.unflatten(packed)):
+    made = toy.usual().optimizer.init(toy.make_params())
+    packed = serialization.from_bytes(made, serialization.to_bytes(opt_state))
+    for again in (pickle.loads(pickle.dumps(opt_state)), structure.unflatten(read), packed):
         assert jax.tree.structure(again) == structure
         for a, b in zip(jax.tree.leaves(again), leaves, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
+    params = toy.make_params()
+    other = toy.wrapped(total_steps=2 * toy.TOTAL)
+    foreign = serialization.from_bytes(other.init(params), serialization.to_bytes(opt_state))
+    with pytest.raises(ValueError, match=r"another plan.*extend"):
+        other.update(params, foreign, params, value=jnp.float32(1.0))
 
 
 def test_nnx_optimizer(toy):
