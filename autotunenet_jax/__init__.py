@@ -41,6 +41,7 @@ from .space.search_space import Int as Int
 from .space.search_space import SearchSpace as SearchSpace
 from .wrapper.accessors import extend as extend
 from .wrapper.accessors import hyperparams as hyperparams
+from .wrapper.accessors import in_round as in_round
 from .wrapper.accessors import observe as observe
 from .wrapper.accessors import observe_eval as observe_eval
 from .wrapper.accessors import rewound as rewound

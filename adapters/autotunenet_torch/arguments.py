@@ -38,13 +38,23 @@ _LIMITS = {
 
 
 def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
-    """Whether every value of the space is one that PyTorch takes; those with a setter are the user's affair."""
+    """Whether every value of the space is one that PyTorch takes; those with a setter are the user's affair.
+
+    Raises:
+      TypeError: Options that are no numbers, for what is one.
+      ValueError: Values out of range.
+    """
     for name in space.names:
         param = space[name]
         leaf = name.rpartition("/")[2]
         values = param.options if isinstance(param, engine.atn.Choice) else (param.lo, param.hi)
-        if name in setters or leaf not in _LIMITS or not all(isinstance(value, float | int) for value in values):
+        if name in setters or leaf not in _LIMITS:
             continue
+        if not all(isinstance(value, float | int) for value in values):
+            raise TypeError(
+                f"param_space: {name!r} is a number; got the options {list(values)!r}. Where they come from YAML, "
+                "write 1.0e-3: it reads 1e-3 as text."
+            )
         low, high = _LIMITS[leaf]
         if min(values) < low or max(values) > high:
             allowed = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
@@ -58,6 +68,30 @@ def check_bounds(space: atn.SearchSpace, setters: Collection[str]) -> None:
                 f"batch_size takes whole numbers; got {param!r}. Give the sizes, autotunenet_jax.Choice([16, 32, 64]), "
                 "or a range of them, autotunenet_jax.Int(16, 128)."
             )
+
+
+def check_callable(name: str, value: Any, example: str) -> None:
+    """Whether what is to make an optimizer or a scheduler can be called.
+
+    Raises:
+      TypeError: It cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be {example}; got {value!r}.")
+
+
+def check_device(device: Any) -> None:
+    """Whether copies can be kept there.
+
+    Raises:
+      ValueError: There is no such device, or it keeps nothing.
+    """
+    try:
+        is_real = device is None or torch.device(device).type != "meta"
+    except (RuntimeError, TypeError):
+        is_real = False
+    if not is_real:
+        raise ValueError(f"snapshot_device must name a device of torch, such as 'cpu' or 'cuda:0'; got {device!r}.")
 
 
 def check_belongs(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -53,8 +53,14 @@ def _concatenate(parts: list[Any]) -> Any:
     )
 
 
-def check_read_again(name: str, loader: Any) -> None:
-    """Refuses a loader that can be read only once."""
+def check_loader(name: str, loader: Any) -> None:
+    """Refuses what is no loader, or one that can be read only once.
+
+    Raises:
+      TypeError: It is not iterable, as a data set is not, or an iterator.
+    """
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"{name} must be a DataLoader or an iterable of batches; got {type(loader).__name__}.")
     if isinstance(loader, Iterator):
         raise TypeError(f"{name} is an iterator, which can be read only once. Give the DataLoader or list itself.")
 
@@ -75,11 +81,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, loader: Iterable[Any], *, seed: int | None = None):
-        if not isinstance(loader, Iterable):
-            raise TypeError(
-                f"train_loader must be a DataLoader or an iterable of batches; got {type(loader).__name__}."
-            )
-        check_read_again("train_loader", loader)
+        check_loader("train_loader", loader)
         self._loader = loader
         self._seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
         self._is_threaded = getattr(loader, "num_workers", 0) > 0

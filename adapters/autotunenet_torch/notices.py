@@ -26,6 +26,10 @@ _UNHEARD = (
     "The optimizer has made {asked} steps, and the tuner has heard of {calls}: call tuner.step(loss) once after each "
     "optimizer.step(). It sets the rates for the next one; until then those of the last call stay in force."
 )
+_FIRST_ROUND = (
+    "The run ends in its first round of forks, after {step} of {total} steps: nothing is tuned yet. If an early "
+    "stopping of your own ended it, metrics of forks stopped it: give it those alone for which tuner.in_round is false."
+)
 # Calls of step after which it is looked whether the optimizer steps too; a GradScaler skips up to 24 at first.
 _FIRST_CALLS = 60
 
@@ -80,6 +84,14 @@ class Notices:
         """Says that `AutoTuneNet.step` is called less often than the optimizer steps."""
         if asked == _FIRST_CALLS and 4 * calls <= asked:
             self.tell("unheard steps", _UNHEARD.format(calls=calls, asked=asked))
+
+    def before_finish(self) -> None:
+        """Says that a run is ended before it began, perhaps by metrics that were of no training."""
+        controller, evals = self._session.controller, self._session.recorder.history.evals
+        is_first = controller.phase != TRAIN and int(controller.state.round.index) == 0
+        if is_first and sum(not row["is_settled"] for row in evals) > 1:
+            total = controller.tuner.total_steps
+            self.tell("ended in its first round", _FIRST_ROUND.format(step=controller.step, total=total or "its"))
 
     def after(self, report: Report) -> None:
         """Looks at the run after decisions, metrics and the last step."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,6 +59,25 @@ def takes(function: Any, argument: str) -> bool:
         return argument in inspect.signature(function).parameters
     except (TypeError, ValueError):
         return False
+
+
+def default_of(function: Any, argument: str) -> Any:
+    """What a function takes for an argument that is not given; None where it has to be."""
+    value = inspect.signature(function).parameters[argument].default
+    return None if value is inspect.Parameter.empty else value
+
+
+def number(name: str, value: Any) -> Any:
+    """What a metric gave, a number or a tensor of one.
+
+    Raises:
+      TypeError: It is something else.
+    """
+    shape = getattr(value, "shape", None)
+    if isinstance(value, numbers.Real) or (shape is not None and math.prod(shape) == 1):
+        return value
+    shown = f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else type(value).__name__
+    raise TypeError(f"the metric {name!r} must be a number or a tensor of one; its function returned a {shown}.")
 
 
 def split(model: Any, batch: Any) -> tuple[Any, Any]:

@@ -197,13 +197,13 @@ class AttributeTarget:
 
 
 class SetterTarget:
-    """Whatever a user's function sets."""
+    """Whatever a function sets, which may be known to start somewhere."""
 
-    def __init__(self, setter: Callable[[Any, Any], Any], model: Any):
-        self._setter, self._model = setter, model
+    def __init__(self, setter: Callable[[Any, Any], Any], model: Any, *, start: Any = None):
+        self._setter, self._model, self._start = setter, model, start
 
-    def read(self) -> None:
-        return None
+    def read(self) -> Any:
+        return self._start
 
     def write(self, value: Any) -> None:
         self._setter(self._model, value)

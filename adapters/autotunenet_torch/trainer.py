@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import arguments, distributed, engine, modes, objective, optimizer_state, random_state, sharding
-from .data import ReplayBuffer, check_read_again, map_tensors, rows
+from .data import ReplayBuffer, check_loader, map_tensors, rows
 from .step_boundary import StepBoundary
 from .targets import AttributeTarget, SetterTarget
 from .tuner import AutoTuneNet
@@ -114,6 +114,12 @@ class Trainer:
         for name, value in counts.items():
             if value is not None:
                 engine.hosting.whole_number(name, value)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            arguments.check_callable("optimizer", optimizer, "an optimizer or its class, such as torch.optim.AdamW")
+        if scheduler is not None:
+            arguments.check_callable("scheduler", scheduler, "a function of the optimizer that returns a scheduler")
+        if metrics is not None and not (isinstance(metrics, Mapping) and all(map(callable, metrics.values()))):
+            raise TypeError(f"metrics must map names to functions (outputs, targets) -> scalar; got {metrics!r}.")
         if precision != "fp32" and precision not in _AUTOCAST:
             raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16'; got {precision!r}.")
         if clip_norm is not None and not clip_norm > 0:
@@ -218,8 +224,9 @@ class Trainer:
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
         if resume not in (True, False, "extend"):
             raise ValueError(f"resume must be True, False or 'extend'; got {resume!r}.")
-        check_read_again("val_loader", val_loader)
-        if val_loader is None:
+        if val_loader is not None:
+            check_loader("val_loader", val_loader)
+        else:
             arguments.check_slow(tuner.space)
             if tuner.mode == "max":
                 raise ValueError(
@@ -409,7 +416,7 @@ class Trainer:
                     outputs, targets = self._forward(self.model, batch)
                     values = {"loss": objective.scalar(self.loss_fn(outputs, targets, **options))}
                 for name, metric in objective.metrics_for(self._metrics, outputs, targets).items():
-                    values[name] = metric(outputs, targets)
+                    values[name] = objective.number(name, metric(outputs, targets))
                 size = rows(targets)
                 count += size
                 for name, value in values.items():
@@ -485,7 +492,9 @@ class Trainer:
         if objective.takes(self.loss_fn, "label_smoothing"):
             options = self._loss_options
             targets["label_smoothing"] = SetterTarget(
-                lambda _, value: options.update(label_smoothing=value), self.model
+                lambda _, value: options.update(label_smoothing=value),
+                self.model,
+                start=objective.default_of(self.loss_fn, "label_smoothing"),
             )
         return targets
 

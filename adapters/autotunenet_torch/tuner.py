@@ -105,7 +105,10 @@ class AutoTuneNet:
         self.space = engine.atn.SearchSpace(param_space)
         self.mode: Literal["min", "max"] = mode
         self.total_steps = self._planned_steps = total_steps
-        self._initial = dict(initial or {})
+        if targets is not None and not isinstance(targets, Mapping):
+            raise TypeError(f"targets must map names to functions (model, value) -> None; got {targets!r}.")
+        arguments.check_device(snapshot_device)
+        engine.hosting.whole_number("seed", seed, least=0)
         self._setters = dict(targets or {})
         for name, setter in self._setters.items():
             if name not in self.space:
@@ -116,9 +119,10 @@ class AutoTuneNet:
                 raise TypeError(f"targets[{name!r}] must be a function (model, value) -> None; got {setter!r}.")
         self._seed, self._snapshot_device = seed, snapshot_device
         # Every argument is checked now, not at attach. The core has an order of its own for the names.
-        self.space = self._core(total_steps, self._initial, has_scheduler=False).space
+        core = self._core(total_steps, initial, has_scheduler=False)
+        self.space, self._initial = core.space, core.initial
         self._session: SoundSession | None = None
-        self._is_over = False
+        self._is_over = self._is_replaced = False
         # What `Trainer` adds: batches that can be asked for again, and whether the best state is kept.
         self._stream: ReplayBuffer | None = None
         self._keeps_best = False
@@ -130,7 +134,9 @@ class AutoTuneNet:
     def __repr__(self) -> str:
         return f"AutoTuneNet({self.space!r}, total_steps={self.total_steps}, mode={self.mode!r})"
 
-    def _core(self, total_steps: int | None, initial: Mapping[str, Any], *, has_scheduler: bool) -> atn.AutoTuneNet:
+    def _core(
+        self, total_steps: int | None, initial: Mapping[str, Any] | None, *, has_scheduler: bool
+    ) -> atn.AutoTuneNet:
         options = dict(self._options)
         # Two decays would multiply: a scheduler of the user's own does the shaping.
         if has_scheduler and options.get("schedule") is not None:
@@ -210,6 +216,7 @@ class AutoTuneNet:
         self._release()
         if optimizer in _ATTACHED and (former := _ATTACHED[optimizer]()) is not None:
             former._release()
+            former._is_replaced = former is not self
         _ATTACHED[optimizer] = weakref.ref(self)
         stream, keeps_best = self._stream, self._keeps_best
         self._host = engine.host.TorchHost(
@@ -224,7 +231,7 @@ class AutoTuneNet:
         if schedulers:
             recorder.history.mark_scheduled(name for name, target in found.items() if isinstance(target, RateTarget))
         engine.hosting.announce_compilation(core.core)
-        self._is_over = False
+        self._is_over = self._is_replaced = False
         self._session = engine.sound_session.SoundSession(
             self._host, engine.hosting.PackedController(core, seed=self._seed), recorder
         )
@@ -273,13 +280,15 @@ class AutoTuneNet:
             nothing, and what it left behind is put back.
 
         Raises:
-          RuntimeError: `attach` was not called.
+          RuntimeError: `attach` was not called, `finish` was before the end of the budget, or another tuner was
+            attached to the optimizer since.
           TypeError: Not a scalar.
 
         Cost:
           Outside rounds some 0.05 ms on the host, the look at the gradients included; more at decisions, a few dozen in
           a run. Reading a loss on a GPU waits for it.
         """
+        self._check_goes_on()
         report = self._report(distributed.to_float(loss, name="loss"))
         self._notices.of_steps(self._calls, self._guard.asked)
         self._notices.after(report)
@@ -314,6 +323,21 @@ class AutoTuneNet:
             self._guard.release()
             self._leave_joins()
 
+    def _check_goes_on(self) -> None:
+        """Whether the run is this tuner's to move, and not over."""
+        session = self._attached()
+        if self._is_replaced:
+            raise RuntimeError(
+                "another tuner was attached to this optimizer since, and two would undo each other's steps. Call the "
+                "step of that one, or attach one tuner with all that is to be tuned in its param_space."
+            )
+        at, total = session.controller.step, session.controller.tuner.total_steps
+        if self._is_over and (total is None or at < total):
+            raise RuntimeError(
+                f"the run was ended by finish after {at} steps, and its copies are let go of. To tune what comes now "
+                "attach the tuner again."
+            )
+
     def _attached(self) -> SoundSession:
         if self._session is None:
             raise RuntimeError(
@@ -323,6 +347,11 @@ class AutoTuneNet:
         return self._session
 
     # Validation.
+
+    @property
+    def in_round(self) -> bool:
+        """Whether this is a range test or a fork, whose steps may be undone; see `validate`."""
+        return self._attached().controller.phase != engine.hosting.TRAIN
 
     @property
     def wants_validation(self) -> bool:
@@ -336,6 +365,9 @@ class AutoTuneNet:
         whether training still generalises. Where it does not, the rates cool down, and if that does not help training
         goes back to the best state, after the last step too. On several processes each gives its own value; their mean
         counts.
+
+        A metric of a range test or a fork (`in_round`) says nothing of the training: for an early stopping, or a best
+        model, of your own look at the others alone.
 
         Args:
           value: Scalar tensor or number.
@@ -388,6 +420,8 @@ class AutoTuneNet:
         session = self._attached()
         # Without a step that was told there is nothing to go back over.
         if not session.is_settled and session.controller.step:
+            if at_best:
+                self._notices.before_finish()
             session.settle()
             if at_best:
                 session.return_to_best()

@@ -12,9 +12,6 @@ from .plan import MAX_FORKS, SLOW
 from .roles import Roles, roles_of
 from .state import FORK_FINISHED, Round, TunerState
 
-LINE_STEP_DECADES = 0.5
-"""Step of the line search over the rates."""
-
 PROPOSALS = 128
 """Points that compete for the next fork where more than the rates are searched."""
 
@@ -66,7 +63,7 @@ def candidates(space: SearchSpace, ts: TunerState, shift: Float[Array, "d"]) -> 
     roles, held = roles_of(space), ts.round
     is_slow = ts.plan.kind[held.index] == SLOW
     ran = has_run(held)
-    line = _line(roles, held, ran)
+    line = _line(space, held, ran)
     allowed = line.is_allowed & ~is_slow
     if space.dims == 1 and roles.is_rate.all():
         return Candidates(line.x, allowed)
@@ -77,7 +74,7 @@ def candidates(space: SearchSpace, ts: TunerState, shift: Float[Array, "d"]) -> 
     spread = lower + (upper - lower) * turned(spread_table(PROPOSALS, space.dims), shift)
     spread = jnp.where(active, space.snap(spread), centre)
     # Proposals wait until the rates lie between worse ones: what else is searched shows at the right rates only.
-    searches = jnp.where(is_slow | ~np.any(roles.is_rate), held.fork >= 0, _is_bracketed(roles, held))
+    searches = jnp.where(is_slow | ~np.any(roles.is_rate), held.fork >= 0, _is_bracketed(space, held))
     return Candidates(
         jnp.concatenate([line.x, spread]), jnp.concatenate([allowed, jnp.broadcast_to(searches, PROPOSALS)])
     )
@@ -88,16 +85,17 @@ def _height(roles: Roles, x: Float[Array, "m d"]) -> Float[Array, "m"]:
     return x @ jnp.asarray(roles.is_rate * roles.decades, jnp.float32)
 
 
-def _line(roles: Roles, held: Round, ran: Array) -> Candidates:
+def _line(space: SearchSpace, held: Round, ran: Array) -> Candidates:
     """A step below the lowest fork, and one above the highest."""
-    height = _height(roles, held.x)
+    roles = roles_of(space)
+    height, step = _height(roles, held.x), roles.step
     lowest = held.x[jnp.argmin(jnp.where(ran, height, jnp.inf))]
     highest = held.x[jnp.argmax(jnp.where(ran, height, -jnp.inf))]
-    step = LINE_STEP_DECADES / roles.decades
-    below, above = jnp.maximum(lowest - step, 0.0), jnp.minimum(highest + step, 1.0)
+    here = jnp.stack([lowest, highest])
+    there = space.snap(here + jnp.asarray([-step, step]))
     # What is left beyond the last full step is tried as a whole; less than a fifth of a step is nothing new.
-    room = jnp.stack([jnp.max(jnp.where(roles.is_rate, near, 0.0)) for near in (lowest - below, above - highest)])
-    x = jnp.stack([jnp.where(roles.is_rate, below, lowest), jnp.where(roles.is_rate, above, highest)])
+    room = jnp.max(jnp.where(roles.is_rate, jnp.abs(there - space.snap(here)), 0.0), axis=1)
+    x = jnp.where(roles.is_rate, there, here)
     return Candidates(x, room > 0.2 * float(np.min(step[roles.is_rate], initial=1.0)))
 
 
@@ -118,7 +116,7 @@ def foreseen(space: SearchSpace, ts: TunerState, count: int) -> Candidates:
     is_line = (ts.plan.kind[held.index] != SLOW) & bool(roles.is_rate.any())
     x, allowed = [ts.trial], [jnp.ones((), bool)]
     while len(x) < count:
-        line = _line(roles, held, has_run(held))
+        line = _line(space, held, has_run(held))
         for point, is_new in zip(line.x, line.is_allowed & is_line, strict=True):
             held = ran(held._replace(fork=held.fork + 1), point)
             x.append(point)
@@ -126,9 +124,10 @@ def foreseen(space: SearchSpace, ts: TunerState, count: int) -> Candidates:
     return Candidates(jnp.stack(x[:count]), jnp.stack(allowed[:count]))
 
 
-def _is_bracketed(roles: Roles, held: Round) -> Bool[Array, ""]:
+def _is_bracketed(space: SearchSpace, held: Round) -> Bool[Array, ""]:
     """Whether the best fork has worse ones at lower and at higher rates, or nothing is left beyond."""
+    roles = roles_of(space)
     height, ran = _height(roles, held.x), has_run(held)
     best = height[jnp.argmin(jnp.where(finished(held), held.score, jnp.inf))]
-    below, above = _line(roles, held, ran).is_allowed
+    below, above = _line(space, held, ran).is_allowed
     return (jnp.any(ran & (height < best - 0.01)) | ~below) & (jnp.any(ran & (height > best + 0.01)) | ~above)

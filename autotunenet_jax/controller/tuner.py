@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from ..arguments import scalar, whole_number
 from ..compiler.precision import in_float32
-from ..space.search_space import SearchSpace
+from ..space.search_space import Choice, SearchSpace
 from . import plan as planning
 from . import schedule as shapes
 from . import validation_monitor
@@ -43,6 +43,8 @@ def _check_initial(space: SearchSpace, initial: Mapping[str, Any] | None) -> dic
             raise ValueError(
                 f"initial names {name!r}, which is not in the search space; it has {', '.join(space.names)}."
             )
+        if isinstance(value, str) and not isinstance(space[name], Choice):
+            raise TypeError(f"initial[{name!r}] must be a number; got {value!r}, which is text.")
         if not space[name].contains(value):
             raise ValueError(
                 f"initial[{name!r}] = {value!r} lies outside the declared {space[name]!r}. "
@@ -121,7 +123,7 @@ class AutoTuneNet:
         self.initial = _check_initial(self.space, initial)
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max'; got {mode!r}.")
-        if max_share is not None and not 0.0 < max_share < 1.0:
+        if max_share is not None and not (isinstance(max_share, numbers.Real) and 0.0 < max_share < 1.0):
             raise ValueError(f"max_share must lie strictly between 0 and 1; got {max_share!r}.")
         if guard is not None and not isinstance(guard, Guard):
             raise TypeError(f"guard must be a Guard; got {guard!r}.")

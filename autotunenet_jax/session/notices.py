@@ -98,7 +98,7 @@ def notices(
     found += _bad_steps(int(ts.health.bad_steps), step)
     found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
     if is_late and step:
-        found += _no_metric(tuner, ts, rounds, how) + _backwards(tuner, evals)
+        found += _no_metric(tuner, ts, rounds, evals, how) + _backwards(tuner, evals)
     return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
 
 
@@ -177,12 +177,14 @@ def of_slow(space: SearchSpace, how: str, *, came: str = "there is none") -> lis
     return [Notice("no metric", message)] if slow else []
 
 
-def _no_metric(tuner: Tuned, ts: TunerState, rounds: Sequence[Mapping[str, Any]], how: str) -> list[Notice]:
+def _no_metric(
+    tuner: Tuned, ts: TunerState, rounds: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], how: str
+) -> list[Notice]:
+    missed = of_slow(tuner.space, how, came="none came when it was asked for")
     if math.isfinite(ts.validation.level):
         judged = [row["scored_by"] for row in rounds if row["kind"] == "slow"]
-        is_missed = bool(judged) and "validation" not in judged
-        return of_slow(tuner.space, how, came="none came when it was asked for") if is_missed else []
-    found = of_slow(tuner.space, how)
+        return missed if judged and "validation" not in judged else []
+    found = missed if evals else of_slow(tuner.space, how)
     if tuner.mode == "max":
         message = 'mode="max" is about a validation metric, and no finite one came; the training loss is minimised. '
         found.append(Notice("nothing to maximise", f"{message}{how}, or leave mode out."))

@@ -140,9 +140,13 @@ class Float:
         return _clip_nan_low(value, *self._inner)
 
     def contains(self, value: Any) -> bool:
-        """Whether all of the value, a number or an array of them, lies inside the declared bounds. Host only."""
+        """Whether all of the value, a number or an array of them, lies inside the bounds, to float32. Host only."""
         array = _as_numbers(value)
-        return array is not None and bool(np.all((self.lo <= array) & (array <= self.hi)))
+        if array is None:
+            return False
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+        return bool(np.all((np.float32(self.lo) <= array) & (array <= np.float32(self.hi))))
 
 
 @dataclasses.dataclass(frozen=True)

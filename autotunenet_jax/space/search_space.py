@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import numbers
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,8 @@ from .parameters import Choice, Float, Int, Parameter
 
 # A plain ``(lo, hi)`` spanning at least two decades is read as a log scale.
 _LOG_RATIO = 100.0
+# What a range written as a mapping says: the arguments of `Float`.
+_RANGE_KEYS = frozenset({"lo", "hi", "log", "role"})
 
 _RATE_NAMES = frozenset({"learning_rate", "lr", "step_size", "stepsize"})
 _FAST_NAMES = frozenset(
@@ -31,6 +33,10 @@ def _role_from_name(name: str) -> Literal["rate", "fast", "slow"]:
     return "fast" if leaf in _FAST_NAMES else "slow"
 
 
+def _role_of(name: str, param: Parameter) -> Literal["rate", "fast", "slow"]:
+    return _role_from_name(name) if param.role == "auto" else param.role
+
+
 def _check_aliases(names: list[str]) -> None:
     """Refuses two names of one rate."""
     found: dict[str, str] = {}
@@ -43,27 +49,55 @@ def _check_aliases(names: list[str]) -> None:
         found[path] = name
 
 
-def _as_parameter(name: str, spec: Any) -> Parameter:
+def _as_parameter(spec: Any) -> Parameter:
     if isinstance(spec, Float | Int | Choice):
         return spec
-    if isinstance(spec, list):
-        is_pair = len(spec) == 2 and all(
-            isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_) for x in spec
-        )
-        if is_pair and spec[0] < spec[1]:
-            raise ValueError(
-                f"the list {spec!r} may be meant as a range or as two options. "
-                f"Write the tuple {tuple(spec)!r}, Float or Int for a range, Choice({spec!r}) for the options."
-            )
-        return Choice(spec)
     if isinstance(spec, tuple) and len(spec) == 2:
-        lo, hi = spec
-        is_log = all(isinstance(bound, numbers.Real) for bound in spec) and lo > 0 and hi >= _LOG_RATIO * lo
-        return Float(lo, hi, log=bool(is_log))
+        return _as_range(*spec)
+    if isinstance(spec, Mapping) and {"lo", "hi"} <= set(spec) <= _RANGE_KEYS:
+        return _as_range(**spec)
+    # Lists, and what other libraries have for them, such as those of a configuration; a longer tuple is neither.
+    if isinstance(spec, Sequence | np.ndarray) and not isinstance(spec, str | bytes | tuple):
+        options = list(spec)
+        is_pair = len(options) == 2 and all(
+            isinstance(x, numbers.Real) and not isinstance(x, bool | np.bool_) for x in options
+        )
+        if is_pair and options[0] < options[1]:
+            raise ValueError(
+                f"the list {options!r} may be meant as a range or as two options. Write the tuple {tuple(options)!r}, "
+                f"Float or Int for a range, Choice({options!r}) for the options; where there are no tuples, as in YAML "
+                f"and JSON, a range is {{lo: {options[0]}, hi: {options[1]}}}."
+            )
+        return Choice(options)
     raise TypeError(
-        f"a hyperparameter is a Float, Int or Choice, a (lo, hi) tuple or a list of options; got {spec!r}. "
-        "Give one of these."
+        "a hyperparameter is a Float, Int or Choice, a (lo, hi) tuple, a mapping with lo and hi, or a list of options; "
+        f"got {spec!r}, of type {type(spec).__name__}. Give one of these."
     )
+
+
+def _as_range(lo: Any, hi: Any, log: bool | None = None, role: Any = "auto") -> Float:
+    if log is None:
+        log = all(isinstance(bound, numbers.Real) for bound in (lo, hi)) and lo > 0 and hi >= _LOG_RATIO * lo
+    return Float(lo, hi, log=bool(log), role=role)
+
+
+def _as_rate(param: Parameter) -> Parameter:
+    """A learning rate as it can be searched: positive numbers, rising, since the way down from one is to the next."""
+    if not isinstance(param, Choice):
+        if param.lo < 0:
+            raise ValueError(
+                f"a learning rate is not negative; got ({param.lo!r}, {param.hi!r}). Begin the range above zero, some "
+                "decades below its upper bound."
+            )
+        return param
+    if not param.is_numeric:
+        raise TypeError(
+            f"a learning rate is a number; got the options {list(param.options)!r}. Where they come from YAML, write "
+            "1.0e-3: it reads 1e-3 as text."
+        )
+    if min(param.options) < 0:
+        raise ValueError(f"a learning rate is not negative; got the options {list(param.options)!r}. Drop that one.")
+    return dataclasses.replace(param, options=sorted(param.options))
 
 
 @jax.tree_util.register_static
@@ -80,11 +114,14 @@ class SearchSpace:
 
     Args:
       params: Mapping from name to `Float`, `Int` or `Choice`. A plain ``(lo, hi)`` tuple is a `Float`, on a log scale
-        when ``lo > 0`` and ``hi / lo >= 100``; a list is a `Choice`, but one of two rising numbers is refused, since it
-        may be meant as a range. Another `SearchSpace` is taken as it is.
+        when ``lo > 0`` and ``hi / lo >= 100``, and so is ``{"lo": ..., "hi": ...}``, for files that have no tuples,
+        with ``log`` and ``role`` as for `Float`. A list is a `Choice`, but one of two rising numbers is refused, since
+        it may be meant as a range; options of a learning rate are put in rising order. Another `SearchSpace` is taken
+        as it is.
 
     Raises:
-      TypeError: Not a mapping, a name that is not a string, or an entry of unknown type; the entry is named.
+      TypeError: Not a mapping, a name that is not a string, an entry of unknown type, or a learning rate that is no
+        number; the entry is named.
       ValueError: An empty space, bad bounds, or two names of one rate, such as ``lr`` beside ``learning_rate``; the
         entry is named.
     """
@@ -110,17 +147,12 @@ class SearchSpace:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"hyperparameter names are non-empty strings; got {name!r}. Name it.")
             try:
-                entries.append((name, _as_parameter(name, spec)))
+                param = _as_parameter(spec)
+                entries.append((name, _as_rate(param) if _role_of(name, param) == "rate" else param))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"search space, {name!r}: {error}") from error
         _check_aliases([name for name, _ in entries])
         object.__setattr__(self, "params", tuple(entries))
-        for (name, param), role in zip(entries, self.roles, strict=True):
-            if role == "rate" and isinstance(param, Float) and param.lo < 0.0:
-                raise ValueError(
-                    f"search space, {name!r}: a learning rate is not negative; got ({param.lo!r}, {param.hi!r}). Begin "
-                    "the range above zero, some decades below its upper bound."
-                )
 
     def __repr__(self) -> str:
         def show(param: Parameter) -> str:
@@ -155,7 +187,7 @@ class SearchSpace:
     @property
     def roles(self) -> tuple[Literal["rate", "fast", "slow"], ...]:
         """How each hyperparameter is treated, with ``"auto"`` resolved by its name."""
-        return tuple(_role_from_name(name) if p.role == "auto" else p.role for name, p in self.params)
+        return tuple(_role_of(name, p) for name, p in self.params)
 
     @property
     def is_categorical(self) -> np.ndarray:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool
 from ..arguments import scalar
 from ..compiler import packing
 from ..compiler.single_kernel import single_kernel
-from ..controller.state import Directive
+from ..controller.state import TRAIN, Directive
 from ..controller.validation_monitor import wants_metric
 from ..space import injection
 from . import aux_state, budget, inner_state, notices, ring
@@ -327,3 +327,26 @@ def wants_eval(opt_state: Any) -> Bool[Array, ""]:
     course = state.course
     wants = wants_metric(course.tuner) & (course.lag == 0)
     return wants if state.settings.is_on else jnp.zeros_like(wants)
+
+
+def in_round(opt_state: Any) -> Bool[Array, ""]:
+    """Whether the training is in a range test or a fork, whose steps may be undone; a bool scalar. Jit-able.
+
+    A metric of then says nothing of the training: an early stopping of your own should look at the others alone, and so
+    should whatever keeps the best model.
+
+    Example:
+        >>> import optax
+        >>> from autotunenet_jax import autotune
+        >>> optimizer = autotune(optax.sgd, {"learning_rate": (1e-3, 1.0)}, total_steps=1000)
+        >>> bool(in_round(optimizer.init(jnp.ones(3))))  # the run begins with a range test
+        True
+
+    Args:
+      opt_state: As for `hyperparams`.
+
+    Raises:
+      ValueError: There is no tuned optimizer in it.
+    """
+    state = tuned_state(opt_state)
+    return state.course.tuner.phase != TRAIN if state.settings.is_on else jnp.zeros((), bool)

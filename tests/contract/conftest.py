@@ -99,7 +99,7 @@ def run(optimizer, steps=TOTAL, *, params=None, seed=5, **options):
 
 @functools.cache
 def usual():
-    """The usual optimizer, its compiled step, whole runs and their end, which many tests hold against something else."""
+    """The usual optimizer, its compiled step, whole runs and their end, which many tests hold others against."""
     optimizer = wrapped()
     step = make_step(optimizer)
     scan = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import autotunenet_jax as atn
-from autotunenet_jax.controller import fork_round, state
+from autotunenet_jax.controller import fork_round, roles, state
 from autotunenet_jax.controller.plan import FAST, SLOW
 from tests.controller.light import SPACES
 
-STEP = fork_round.LINE_STEP_DECADES / 5.0
+STEP = roles.LINE_STEP_DECADES / 5.0
 MOMENTUM = {"momentum": (0.0, 0.99)}
 
 
@@ -53,6 +53,35 @@ def test_the_last_step_before_a_bound_is_taken_as_a_whole_and_none_beyond():
     assert allowed.all()
     _, allowed = candidates("rate", [[0.99], [0.0]], [1.0, 2.0])
     assert not allowed.any()
+
+
+@pytest.mark.parametrize("options", [[1e-5, 1e-4, 1e-3, 1e-2, 1e-1], [3e-2, 1e-2, 3e-3, 1e-3], [1e-4, 2e-4, 1e-1]])
+def test_the_next_fork_is_at_the_next_option(options):
+    """However far apart the options are, and in whatever order they were given."""
+    space = atn.SearchSpace({"learning_rate": options})
+    line = functools.partial(fork_round.candidates, space)
+    tuned = atn.AutoTuneNet(space, 1000)
+    rising = sorted(options)
+
+    def around(option):
+        x = np.broadcast_to(space.encode({"learning_rate": option}), (state.MAX_FORKS, 1))
+        steps = np.zeros(state.MAX_FORKS, np.int32)
+        steps[0] = 30
+        ts = tuned.init(jax.random.key(0))
+        found = jax.jit(line)(ts._replace(round=ts.round._replace(x=x, steps=steps, fork=jnp.int32(0))), jnp.zeros(1))
+        rates = space.decode(found.x)["learning_rate"]
+        return [float(rate) if ok else None for rate, ok in zip(rates, found.is_allowed, strict=True)]
+
+    for below, here, above in zip([None, *rising], rising, [*rising[1:], None], strict=False):
+        assert around(here) == [option and pytest.approx(option) for option in (below, above)]
+
+
+@pytest.mark.parametrize("decades", [-0.5, -1.0, 0.5])
+def test_half_a_decade_changes_the_option(decades):
+    space = atn.SearchSpace({"learning_rate": [1e-4, 1e-3, 1e-2, 1e-1]})
+    moved = roles.roles_of(space).shifted(space.encode({"learning_rate": 1e-2}), decades)
+    expected = 1e-3 if decades < 0 else 1e-1
+    assert float(space.decode(moved)["learning_rate"]) == pytest.approx(expected)
 
 
 def test_rates_move_together_by_the_same_decades():

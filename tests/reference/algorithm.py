@@ -18,6 +18,7 @@ from autotunenet_jax.controller import (
     fork_surrogate,
     loss_monitor,
     range_test,
+    roles,
     rollback,
     schedule,
     tick,
@@ -757,7 +758,7 @@ class Algorithm:
     def _candidates(self, points: np.ndarray) -> list[tuple[np.ndarray, bool]]:
         """Where the next fork may go, and whether it may."""
         is_fast = self.plan.kind[self.row] == FAST
-        step = (F(fork_round.LINE_STEP_DECADES) / self.decades).astype(F)
+        step = (F(roles.LINE_STEP_DECADES) / self.decades).astype(F)
         lowest = min((f.x for f in self.forks), key=self._height)
         highest = max((f.x for f in self.forks), key=self._height)
         below = np.where(self.is_rate, np.maximum(lowest - step, 0), lowest).astype(F)

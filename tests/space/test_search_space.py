@@ -1,3 +1,6 @@
+import collections
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,6 +206,31 @@ def test_two_rising_numbers_in_a_list_are_asked_about(spec):
     with pytest.raises(ValueError, match=r"'x': the list .* may be meant as a range or as two options.*tuple.*Choice"):
         atn.SearchSpace({"x": spec})
     assert atn.SearchSpace({"x": atn.Choice(spec)})["x"].options == tuple(spec)
+
+
+def test_files_without_tuples_write_a_range_as_a_mapping():
+    given = {"lr": (1e-5, 0.1), "dropout": (0.0, 0.5), "decay": atn.Float(1, 200, role="slow")}
+    text = '{"lr": {"lo": 1e-5, "hi": 0.1}, "dropout": {"lo": 0, "hi": 0.5}, '
+    text += '"decay": {"lo": 1, "hi": 200, "log": false, "role": "slow"}}'
+    assert atn.SearchSpace(json.loads(text)) == atn.SearchSpace(given)
+    for spec in ({"lo": 1.0}, {"lo": 0.0, "hi": 1.0, "step": 0.1}, {}):
+        with pytest.raises(TypeError, match=r"'x': a hyperparameter is .*a mapping with lo and hi.*of type dict"):
+            atn.SearchSpace({"x": spec})
+
+
+def test_lists_of_other_libraries_are_lists():
+    for spec in (np.array([1e-4, 1e-3, 1e-2]), collections.UserList([1e-4, 1e-3, 1e-2])):
+        assert atn.SearchSpace({"lr": spec})["lr"].options == pytest.approx((1e-4, 1e-3, 1e-2))
+
+
+def test_options_of_a_rate_are_rising_numbers():
+    assert atn.SearchSpace({"lr": [1e-2, 1e-4, 1e-3]})["lr"].options == (1e-4, 1e-3, 1e-2)
+    assert atn.SearchSpace({"x": [1e-2, 1e-4, 1e-3]})["x"].options == (1e-2, 1e-4, 1e-3)
+    for options in (["1e-3", "1e-2"], [None, 1e-3]):
+        with pytest.raises(TypeError, match=r"'head/lr': a learning rate is a number.*YAML"):
+            atn.SearchSpace({"head/lr": options})
+    with pytest.raises(ValueError, match="'lr': a learning rate is not negative"):
+        atn.SearchSpace({"lr": [-1.0, 1e-3, 1e-2]})
 
 
 def test_other_lists_are_choices():

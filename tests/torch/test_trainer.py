@@ -1,5 +1,6 @@
 """The loop that the adapter owns."""
 
+import functools
 import signal
 
 import pytest
@@ -199,6 +200,13 @@ def test_snapshots_of_another_model_are_refused(tmp_path, loader):
         trainer(epochs=7).fit(net(), loader, tuner=AutoTuneNet(SPACE), snapshots=tmp_path / "run")
 
 
+@pytest.mark.parametrize("place", ["train_loader", "val_loader"])
+def test_a_data_set_is_no_loader(place, rows, loader):
+    loaders = {"train_loader": loader, "val_loader": loader, place: rows}
+    with pytest.raises(TypeError, match=f"{place} must be a DataLoader or an iterable of batches; got .*Dataset"):
+        trainer().fit(net(), **loaders, tuner=AutoTuneNet(SPACE))
+
+
 def test_validation_data_that_can_be_read_only_once_are_refused_at_the_start(loader):
     with pytest.raises(TypeError, match=r"val_loader is an iterator.*Give the DataLoader or list itself"):
         trainer(epochs=6).fit(net(), loader, iter(loader), tuner=AutoTuneNet(SPACE))
@@ -232,6 +240,21 @@ def test_tunes_batch_size_label_smoothing_and_clipping(loader):
     assert set(sizes) <= {8, 16, 24} and sizes[0] == 16
     assert run._loss_options["label_smoothing"] == tuner.hyperparams["label_smoothing"]
     assert 0.1 <= run.clip_norm <= 10.0
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "start"),
+    [
+        (cross_entropy, 0.0),
+        (torch.nn.CrossEntropyLoss(), 0.0),
+        (functools.partial(cross_entropy, label_smoothing=0.1), 0.1),
+    ],
+)
+def test_tuned_label_smoothing_starts_where_the_loss_has_it(loss_fn, start, loader):
+    run = Trainer(loss_fn, steps=120, progress=False)
+    tuner = AutoTuneNet({**SPACE, "label_smoothing": (0.0, 0.3)})
+    run.fit(net(), loader, loader, tuner=tuner)
+    assert tuner.history.records[0]["label_smoothing"] == pytest.approx(start)
 
 
 @pytest.mark.parametrize("is_module", [False, True])
@@ -322,6 +345,17 @@ def test_bad_input(rows, loader):
         fit(data=[torch.ones(2, 6)] * 64)
     with pytest.raises(ValueError, match="one of them"):
         Trainer(cross_entropy)
+    for options, says in [
+        ({"optimizer": "adam"}, r"optimizer must be .*torch\.optim\.AdamW; got 'adam'"),
+        ({"scheduler": "cosine"}, "scheduler must be a function of the optimizer"),
+        ({"metrics": [len]}, "metrics must map names"),
+    ]:
+        with pytest.raises(TypeError, match=says):
+            Trainer(cross_entropy, epochs=1, **options)
+    for value, says in [(None, "NoneType"), (torch.ones(2), r"Tensor of shape \(2,\)")]:
+        run = Trainer(cross_entropy, epochs=10, progress=False, metrics={"odd": lambda outputs, targets, v=value: v})
+        with pytest.raises(TypeError, match=f"metric 'odd' must be a number.*{says}"):
+            fit(run, val_loader=loader)
     with pytest.raises(ValueError, match="precision"):
         Trainer(cross_entropy, epochs=1, precision="int8")
     with pytest.raises(ValueError, match="Found"):

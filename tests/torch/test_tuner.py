@@ -93,6 +93,46 @@ def test_a_tuner_takes_over_from_one_that_was_left():
         for _ in range(STEPS):
             train_one(model, optimizer, other)
     assert other.history.summary["steps"] == STEPS and tuner.history.summary["steps"] == 10
+    # The one that was left moves nothing any more.
+    with pytest.raises(RuntimeError, match="another tuner was attached to this optimizer"):
+        train_one(model, optimizer, tuner)
+    tuner.attach(model, optimizer)
+    train_one(model, optimizer, tuner)
+
+
+def test_whose_metrics_are_of_the_training_is_told():
+    """An early stopping of the user's own that looks at those alone."""
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    seen = []
+    for _ in range(STEPS):
+        seen.append(tuner.in_round)
+        train_one(model, optimizer, tuner)
+    phases = [row["phase"] for row in tuner.history.to_dict()["records"]]
+    assert seen == [phase != "train" for phase in phases] and seen[0] and not seen[-1]
+
+
+def test_a_run_that_ends_before_it_is_tuned_says_so():
+    model, optimizer, tuner = make()
+    tuner.attach(model, optimizer)
+    for step in range(20):
+        train_one(model, optimizer, tuner)
+        if step % 5 == 4:
+            tuner.validate(1.0)
+    with pytest.warns(UserWarning, match=f"ends in its first round of forks, after 20 of {STEPS} steps.*in_round"):
+        tuner.finish()
+    with pytest.raises(RuntimeError, match=r"ended by finish after 20 steps.*attach"):
+        train_one(model, optimizer, tuner)
+
+
+def test_a_rate_in_a_tensor_may_stand_at_a_bound():
+    for bound in (1e-4, 0.1):
+        model, _, tuner = make({"learning_rate": (1e-4, 0.1)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(bound))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tuner.attach(model, optimizer)
+        assert tuner._session.controller.tuner.initial["learning_rate"] == pytest.approx(bound)
 
 
 def test_calls_for_parts_of_a_step_are_told_of():
@@ -323,6 +363,19 @@ def test_bad_input():
         tuner.attach(model, optimizer, total_steps=10)
     with pytest.raises(ValueError, match="outside"):
         AutoTuneNet(SPACE, initial={"learning_rate": 7.0})
+    for options, error, says in [
+        ({"initial": 1e-3}, TypeError, "initial must be a mapping"),
+        ({"targets": [len]}, TypeError, "targets must map names"),
+        ({"seed": None}, ValueError, "seed must be an integer"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer"),
+        ({"max_share": "x"}, ValueError, "max_share must lie"),
+        ({"snapshot_device": "gpu"}, ValueError, "snapshot_device must name a device"),
+        ({"snapshot_device": "meta"}, ValueError, "snapshot_device must name a device"),
+    ]:
+        with pytest.raises(error, match=says):
+            AutoTuneNet(SPACE, **options)
+    with pytest.raises(TypeError, match=r"'momentum' is a number; got the options \['0.8', '0.9'\].*YAML"):
+        make({"momentum": ["0.8", "0.9"]})[2].attach(model, optimizer)
     tuner.attach(model, optimizer)
     with pytest.raises(TypeError, match="shape"):
         tuner.step(torch.ones(2))
