@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from ..compiler.sequential_vmap import sequential_vmap
 from ..compiler.single_kernel import single_kernel
 from .bfgs import minimise
 from .kernels import (
@@ -149,9 +150,7 @@ def fit_among(
     shape = shape_kernel(config, total, data.lag, variance=natural[:, d], time_rate=natural[:, d + 2])
     joint = data.pair * shape.reshape(-1, size, size) + data.fixed
     joint += natural[:, d + 1, None, None] * data.used.reshape(size, size)
-    factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
-    identity = jnp.broadcast_to(np.eye(size, dtype=np.float32), factor.shape)
-    whiteners = jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    factor, whiteners = jax.vmap(_factorised)(joint)
     white, (loc, scale) = whiteners @ data.residual, hyperprior(config)
     squares = jnp.sum(jnp.square(white), axis=1) + np.sum(np.square((candidates - loc) / scale), axis=1)
     values = 0.5 * squares + jnp.sum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=1)
@@ -162,6 +161,14 @@ def fit_among(
         for part in (jnp.asarray(candidates), values, whiteners)
     )
     return _posterior(obs, held, unflatten(config, theta), prior_mean, value, whitener)
+
+
+@sequential_vmap()
+def _factorised(joint: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
+    """The Cholesky factor of a covariance, and its inverse."""
+    factor = jax.lax.linalg.cholesky(joint, symmetrize_input=False)
+    identity = jnp.asarray(np.eye(joint.shape[0], dtype=np.float32))
+    return factor, jax.lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
 
 
 def _posterior(

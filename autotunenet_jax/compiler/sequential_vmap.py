@@ -1,8 +1,9 @@
 """Batches of large functions, one member after the other.
 
 Measured on jax 0.10.2, CPU. What a decision works on fits into a core's cache, what a batch of them works on does not:
-in one call each takes longer than alone. Some hundred factorisations in one call can also wait for each other for ever,
-where XLA runs several threads. Switched off by ``AUTOTUNENET_COMPILER_OFF=sequential_vmap``.
+in one call each takes longer than alone. And of a batch of factorisations JAX makes tasks for XLA's threads, and keeps
+the one that it runs on waiting for them: where as many devices as there are threads do so at once, for ever. Switched
+off by ``AUTOTUNENET_COMPILER_OFF=sequential_vmap``.
 """
 
 import functools
