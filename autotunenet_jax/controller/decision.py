@@ -266,9 +266,9 @@ def _after_fork(
         kept_data=jnp.where(wins, ts.data_step, ts.slots.kept_data),
         kept_step=jnp.where(wins, ts.step, ts.slots.kept_step),
     )
-    ts = ts._replace(
-        round=held, slots=slots, discarded=ts.discarded + lost, health=_held(ts.health, wins, ts.plan.kind[row] != FAST)
-    )
+    is_slow = ts.plan.kind[row] != FAST
+    health = _held(ts.health, wins, is_slow=is_slow, replaces=is_slow & has_holder)
+    ts = ts._replace(round=held, slots=slots, discarded=ts.discarded + lost, health=health)
 
     best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
     gain = jnp.where(next_forks.is_allowed, fork_surrogate.expected_improvement(judged, best)[MAX_FORKS:], -1.0)
@@ -291,11 +291,18 @@ def _after_fork(
     return new, directive._replace(keep=wins), held
 
 
-def _held(health: Health, wins: Array, is_slow: Array) -> Health:
-    """With the level of a fork whose state is kept; under other regularisation the loss may be higher for good."""
+def _held(health: Health, wins: Array, *, is_slow: Array, replaces: Array) -> Health:
+    """With the level of a fork whose state is kept.
+
+    Under other regularisation the loss may stand elsewhere for good: by as much as between two forks of equal length,
+    where one ``replaces`` the other, all that is remembered of it moves.
+    """
     level, spread = health.monitor.short, health.monitor.spread
     is_held = wins & ((level < health.held_level) | is_slow)
+    moved = jnp.where(wins & replaces, level - health.held_level, 0.0)
     return health._replace(
+        initial_loss=health.initial_loss + moved,
+        best_level=health.best_level + moved,
         held_level=jnp.where(is_held, level, health.held_level),
         held_spread=jnp.where(is_held, spread, health.held_spread),
     )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from ..compiler.single_kernel import single_kernel
 from ..space.search_space import SearchSpace
 from . import fork_score, loss_monitor, range_test, rollback
-from .plan import NEVER
+from .plan import FAST, NEVER
 from .roles import roles_of
 from .rollback import select
 from .state import FORK, SWEEP, TRAIN, Directive, Health, TunerState, position
@@ -35,10 +35,14 @@ def half_way_back(health: Health, held: Array) -> Float[Array, ""]:
 
 
 def ceiling(ts: TunerState) -> Float[Array, ""]:
-    """A loss that training which is still healthy does not stay above."""
+    """A loss that training which is still healthy does not stay above.
+
+    Other regularisation may be a part of the loss, so that it stands elsewhere: slow forks are judged by the metric.
+    """
     health = ts.health
     limit = above_start(health, spread=health.monitor.spread, count=health.monitor.count)
-    return jnp.where(ts.step - health.bad_steps >= FIRST_LOSSES, limit, jnp.inf)
+    is_slow_fork = (ts.phase == FORK) & (ts.plan.kind[ts.round.index] != FAST)
+    return jnp.where((ts.step - health.bad_steps >= FIRST_LOSSES) & ~is_slow_fork, limit, jnp.inf)
 
 
 def _limit(guard: loss_monitor.Guard, ts: TunerState) -> Float[Array, ""]:

@@ -183,3 +183,25 @@ def test_regularisation_that_raises_the_training_loss_for_good_is_no_damage():
             ts = observe(ts, np.float32(1.0 + fitted - values["dropout"]))
         assert int(directive.outcome) != state.OUTCOME_ROLLBACK, step
     assert dropped[0] < 0.3 < dropped[-1], (dropped[0], dropped[-1])
+
+
+def test_a_loss_that_contains_the_hyperparameter_is_no_damage_either():
+    """As that of a variational autoencoder, whose weight multiplies a term which nothing makes small."""
+    tuned = atn.AutoTuneNet({"learning_rate": (1e-5, 1.0), "weight": (1e-2, 1e2)}, 1000, initial={"weight": 1.0})
+    update, observe = jax.jit(tuned.update), jax.jit(tuned.observe_eval)
+    noise = 0.05 * np.random.default_rng(0).normal(size=1000)
+
+    def run(told):
+        """The weight at the end, where its part of the loss is told; validation asks for a large one."""
+        ts, weight = observe(tuned.init(jax.random.key(0)), 4.0), 1.0
+        for step in range(1000):
+            weight = float(tuned.hyperparams(ts)["weight"])
+            fitted = 2.0 * np.exp(-int(ts.data_step) / 60)
+            ts, directive = update(ts, np.float32(0.05 + fitted + told * weight + noise[step]))
+            if directive.evaluate:
+                ts = observe(ts, np.float32(1.0 + fitted + 0.3 * (2.0 - np.log10(weight))))
+            assert int(directive.outcome) != state.OUTCOME_ROLLBACK, (step, weight)
+        return weight, float(ts.incumbent[tuned.space.names.index("learning_rate")])
+
+    expected = run(0.0)
+    assert run(1.0) == pytest.approx(expected) and expected[0] > 5.0

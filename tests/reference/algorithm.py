@@ -495,7 +495,9 @@ class Algorithm:
         """The monitor's verdict, and whether a loss that is not finite came out of the blue."""
         ceiling = LARGE
         good_steps = self.step - self.bad_steps
-        if good_steps >= tick.FIRST_LOSSES:
+        # In forks of a slow round the loss may stand elsewhere, whatever the training's health.
+        is_judged = self.phase != FORK or self.plan.kind[self.row] == FAST
+        if good_steps >= tick.FIRST_LOSSES and is_judged:
             progress = max(self.initial_loss - self.best_level, ZERO)
             doubt = max(F(1), F(tick._SPREAD_VALUES) / F(max(self.monitor.count, 1)))
             ceiling = self.initial_loss + F(0.5) * progress + F(6) * doubt * self.monitor.spread
@@ -702,6 +704,9 @@ class Algorithm:
             wins = succeeded
         if wins:
             self.discarded += 0 if self.winner is None else self.forks[self.winner].steps
+            if self.winner is not None and self.plan.kind[self.row] != FAST:
+                self.initial_loss += self.monitor.short - self.held_level
+                self.best_level += self.monitor.short - self.held_level
             self.winner, said.keep = last, True
             if self.monitor.short < self.held_level or self.plan.kind[self.row] != FAST:
                 self.held_level, self.held_spread = self.monitor.short, self.monitor.spread
