@@ -1,5 +1,6 @@
 """What the user is told before training starts: the rule, the value, and what to do."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -149,12 +150,49 @@ def test_an_optimizer_without_injected_hyperparameters():
         ({"key": 3}, TypeError, r"jax.random.key\(0\); got int"),
         ({"callbacks": [atn.EarlyStopping(patience=5)]}, ValueError, "EarlyStopping goes by the validation metric"),
         ({"batches": {"x": jnp.ones(3)}}, TypeError, r"got dict. A batch that is always the same is \[batch\]"),
+        ({"batches": (jnp.ones((8, 3)), jnp.ones(8))}, TypeError, r"float32\[3\], float32\[\].*like one batch"),
+        ({"eval_step": lambda state: jnp.float32(1.0)}, ValueError, "eval_step reads nothing of the state"),
         ({"batches": [("text", jnp.ones(3))]}, TypeError, r"batch\[0\] is a builtins.str. Convert it"),
     ],
 )
 def test_bad_arguments_of_fit(options, error, says):
     with pytest.raises(error, match=says):
         fit(**options)
+
+
+@pytest.mark.parametrize("batches", [lambda: 1, lambda step: 1])
+def test_a_function_of_other_arguments_gives_no_batches(batches):
+    with pytest.raises(TypeError, match=r"batches, a function, is called with the position.*batches\(step, hp\)"):
+        atn.fit(problem.train_step, problem.new_state(), batches, tuner=problem.tuner(), progress=False)
+
+
+def test_a_loss_by_another_name_than_optaxs():
+    optimizer = atn.autotune(optax.adam, problem.SPACE, 100, learning_rate=1e-3)
+    params = jnp.ones(3)
+    with pytest.raises(TypeError, match=r"update\(grads, opt_state, params, value=loss\)"):
+        optimizer.update(params, optimizer.init(params), params, loss=jnp.float32(1.0))
+
+
+def test_what_the_optimizer_could_have_and_has_not_is_told_of():
+    space = {**problem.SPACE, "momentum": (0.5, 0.99), "weight": (0.0, 1.0)}
+    optimizer = atn.autotune(optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2), space, 1000)
+    with pytest.warns(UserWarning, match="no hyperparameter 'momentum'; it has learning_rate.*momentum=0.9"):
+        optimizer.init(jnp.ones(3))
+    # A factory has it injected.
+    state = atn.autotune(optax.sgd, space, 1000, learning_rate=1e-2).init(jnp.ones(3))
+    assert "momentum" in state.inner.hyperparams
+
+
+def test_a_model_that_is_a_tree_with_functions_in_it():
+    """As Equinox's are, whose gradients have None where a leaf is no array."""
+    optimizer = atn.autotune(optax.adam, problem.SPACE, 100, learning_rate=1e-3)
+    model, grads = {"w": jnp.ones(3), "activation": jax.nn.relu}, {"w": jnp.ones(3), "activation": None}
+    state = optimizer.init({"w": jnp.ones(3), "activation": None})
+    updates, state = optimizer.update(grads, state, model, value=jnp.float32(1.0))
+    assert updates["activation"] is None and jax.tree.structure(updates) == jax.tree.structure(grads)
+    assert float(updates["w"][0]) < 0.0
+    with pytest.raises(TypeError, match=r"params hold what is no array, such as a .*arrays alone"):
+        optimizer.update({"w": jnp.ones(3)}, state, model, value=jnp.float32(1.0))
 
 
 @pytest.mark.parametrize("value", [None, "0.5", jnp.ones(1), [0.5]])

@@ -68,6 +68,30 @@ def _copied(batch: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
 
 
+def _check_takes_two(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(0, {})
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"batches, a function, is called with the position in the data and the hyperparameters; {name}{signature} "
+            "does not take these two. Write it as batches(step, hp)."
+        ) from error
+
+
+def _is_one_batch(batch: tuple[Any, ...]) -> bool:
+    is_of_arrays = all(hasattr(part, "shape") and hasattr(part, "dtype") for part in batch)
+    return is_of_arrays and len({_kind(part) for part in batch}) > 1
+
+
+def _kind(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape[1:])}"
+
+
 class BatchSource:
     """Hands out the batch at a position of the data stream.
 
@@ -79,7 +103,7 @@ class BatchSource:
       batches: ``callable(step, hyperparams) -> batch``, or an iterable of batches.
 
     Raises:
-      TypeError: Neither callable nor iterable, or a generator function.
+      TypeError: Neither callable nor iterable, a generator function, a function of other arguments, or one batch.
       ValueError: An empty iterable.
     """
 
@@ -89,7 +113,14 @@ class BatchSource:
             raise TypeError(f"batches must not be a function that yields them; give what it returns, batches={name}().")
         self._function = batches if callable(batches) else None
         if self._function is not None:
+            _check_takes_two(self._function)
             return
+        if isinstance(batches, tuple) and _is_one_batch(batches):
+            raise TypeError(
+                "batches must be callable(step, hyperparams) or an iterable of batches; this tuple of arrays of "
+                f"different kinds ({', '.join(map(_kind, batches))}) looks like one batch. A batch that is always the "
+                "same is [batch]."
+            )
         if not isinstance(batches, Iterable) or isinstance(batches, Mapping):
             hint = " A batch that is always the same is [batch]." if isinstance(batches, Mapping) else ""
             raise TypeError(

@@ -15,6 +15,12 @@ from jaxtyping import Array
 from ..controller import AutoTuneNet, as_argument
 from ..space import injection
 from ..space.search_space import SearchSpace
+from ..user_warning import warn
+
+# Names that are arguments of optimizers, whatever else a training step may read.
+_OF_OPTIMIZERS = frozenset(
+    {"momentum", "weight_decay", "b1", "b2", "b3", "beta1", "beta2", "eps", "eps_root", "decay", "decay_rate"}
+)
 
 
 def build(factory: Any, tuner: AutoTuneNet, arguments: dict[str, Any]) -> optax.GradientTransformation:
@@ -64,6 +70,14 @@ def starting_values(tuner: AutoTuneNet, inner: Any) -> dict[str, Array]:
         close = difflib.get_close_matches(name, [other for other in available if other not in space], n=1, cutoff=0.85)
         if name not in where and close:
             raise ValueError(f"the optimizer has no hyperparameter {name!r}; did you mean {close[0]!r}?")
+    missing = [name for name in space.names if name not in where and name.rsplit("/", 1)[-1] in _OF_OPTIMIZERS]
+    if missing:
+        warn(
+            f"the optimizer has no hyperparameter {' or '.join(map(repr, missing))}; it has {', '.join(available)}. It "
+            "is tuned to no effect unless the training step reads it from autotunenet_jax.hyperparams(opt_state). One "
+            "that the optimizer could have is injected where it is given a number, as in "
+            "optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9)."
+        )
     found = {name: value for name, value in injection.read(inner, where).items() if name not in tuner.initial}
     start = {name: as_argument(space[name], value) for name, value in tuner.start().items()}
     values, allowed = _in_dtype(space, {**start, **found})

@@ -44,7 +44,7 @@ _ROLLBACKS = (
 
 _SHORTENED = (
     f"a way back to a snapshot takes more than {_LONG_WAY} updates, in which nothing is learned: something after "
-    "autotune in the chain shortens them, such as clipping or reduce_on_plateau. Put it into the optimizer inside."
+    "autotune in the chain changes them, such as clipping or a decay of weights. Put it into the optimizer inside."
 )
 _SPENT = (
     "autotune has had more updates than its total_steps: nothing is tuned any more, and a decayed rate is zero. "

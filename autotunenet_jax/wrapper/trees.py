@@ -1,5 +1,6 @@
 """Arithmetic on trees of parameters and updates: what is finite, copies, and the update from one to another."""
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,31 @@ _ARRIVED, _ARRIVED_EPS = 1e-5, 0.25
 
 def _is_inexact(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)
+
+
+def arrays_of(params: Any, gradients: Any) -> Any:
+    """Parameters without what is no array, as a module that is a tree has it: ``gradients`` have None there.
+
+    Raises:
+      TypeError: Something in them is no array, and has a gradient.
+    """
+    strange = [leaf for leaf in jax.tree.leaves(params) if not _is_numeric(leaf)]
+    if not strange:
+        return params
+    try:
+        known = jax.tree.map(lambda g, p: None if g is None else p, gradients, params, is_leaf=lambda g: g is None)
+    except ValueError:
+        known = params
+    if not all(map(_is_numeric, jax.tree.leaves(known))):
+        raise TypeError(
+            f"params hold what is no array, such as a {type(strange[0]).__name__}. Give update the arrays alone, as "
+            "equinox.filter(model, equinox.is_inexact_array) has them."
+        )
+    return known
 
 
 def copied(tree: Any) -> Any:

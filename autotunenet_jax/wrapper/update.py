@@ -34,11 +34,14 @@ def update(
     """The update of `autotune`, which binds the inner optimizer, how that sees parameters, the axis, and its digests.
 
     Raises:
-      TypeError: A loss that is no real number.
+      TypeError: A loss that is no real number, or goes by another name than ``value``.
       ValueError: A state of another optimizer, no parameters, a loss that is no scalar, or ``aux`` of another structure
         than before.
     """
     budget.check(state, digests)
+    if value is None and "loss" in extra_args:
+        raise TypeError("the loss goes by optax's name for it: update(grads, opt_state, params, value=loss).")
+    params = trees.arrays_of(params, updates)
     _check(state, params, value, axis_name)
     notices.tell_of_queue(updates)
     if value is None:

@@ -56,7 +56,7 @@ def test_nothing_is_said_of_a_run_that_goes_well(started):
         ({"health__bad_steps": jnp.int32(60)}, "more than 2% of the steps were skipped"),
         ({"rollbacks": jnp.int32(8)}, "went back to a snapshot more than 5 times"),
         ({"step": jnp.int32(1001)}, "more updates than its total_steps"),
-        ({"home": jnp.int32(1), "attempts": jnp.int32(30)}, "something after autotune in the chain shortens them"),
+        ({"home": jnp.int32(1), "attempts": jnp.int32(30)}, "something after autotune in the chain changes them"),
     ],
 )
 def test_one_thing_is_said_in_one_text(started, changes, text):
