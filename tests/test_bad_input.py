@@ -188,7 +188,8 @@ def test_a_model_that_is_a_tree_with_functions_in_it():
     optimizer = atn.autotune(optax.adam, problem.SPACE, 100, learning_rate=1e-3)
     model, grads = {"w": jnp.ones(3), "activation": jax.nn.relu}, {"w": jnp.ones(3), "activation": None}
     state = optimizer.init({"w": jnp.ones(3), "activation": None})
-    updates, state = optimizer.update(grads, state, model, value=jnp.float32(1.0))
+    step = jax.jit(lambda grads, state: optimizer.update(grads, state, model, value=jnp.float32(1.0)))
+    updates, state = step(grads, state)
     assert updates["activation"] is None and jax.tree.structure(updates) == jax.tree.structure(grads)
     assert float(updates["w"][0]) < 0.0
     with pytest.raises(TypeError, match=r"params hold what is no array, such as a .*arrays alone"):

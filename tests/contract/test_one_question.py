@@ -26,7 +26,7 @@ def reached(text):
 
 
 @pytest.mark.parametrize(("off", "questions"), [("one_turn", 1), ("", 2)])
-@pytest.mark.parametrize("memory", ["keep-winner", "drift"])
+@pytest.mark.parametrize("memory", ["keep-winner", pytest.param("drift", marks=pytest.mark.soak)])
 def test_a_step_asks_once(toy, monkeypatch, memory, off, questions):
     """On CPUs, where asking costs nothing, the inner optimizer's update is a loop of one turn too, in its place."""
     monkeypatch.setenv("AUTOTUNENET_COMPILER_OFF", off)

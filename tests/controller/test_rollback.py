@@ -191,17 +191,14 @@ def test_a_loss_that_contains_the_hyperparameter_is_no_damage_either():
     update, observe = jax.jit(tuned.update), jax.jit(tuned.observe_eval)
     noise = 0.05 * np.random.default_rng(0).normal(size=1000)
 
-    def run(told):
-        """The weight at the end, where its part of the loss is told; validation asks for a large one."""
-        ts, weight = observe(tuned.init(jax.random.key(0)), 4.0), 1.0
-        for step in range(1000):
-            weight = float(tuned.hyperparams(ts)["weight"])
-            fitted = 2.0 * np.exp(-int(ts.data_step) / 60)
-            ts, directive = update(ts, np.float32(0.05 + fitted + told * weight + noise[step]))
-            if directive.evaluate:
-                ts = observe(ts, np.float32(1.0 + fitted + 0.3 * (2.0 - np.log10(weight))))
-            assert int(directive.outcome) != state.OUTCOME_ROLLBACK, (step, weight)
-        return weight, float(ts.incumbent[tuned.space.names.index("learning_rate")])
-
-    expected = run(0.0)
-    assert run(1.0) == pytest.approx(expected) and expected[0] > 5.0
+    ts, weight = observe(tuned.init(jax.random.key(0)), 4.0), 1.0
+    for step in range(1000):
+        weight = float(tuned.hyperparams(ts)["weight"])
+        fitted = 2.0 * np.exp(-int(ts.data_step) / 60)
+        ts, directive = update(ts, np.float32(0.05 + fitted + weight + noise[step]))
+        if directive.evaluate:
+            # A large one is best.
+            ts = observe(ts, np.float32(1.0 + fitted + 0.3 * (2.0 - np.log10(weight))))
+        assert int(directive.outcome) != state.OUTCOME_ROLLBACK, (step, weight)
+    assert weight > 10.0
+    assert not bool(ts.knowledge.observations.failed.any())
