@@ -151,7 +151,6 @@ def test_an_optimizer_without_injected_hyperparameters():
         ({"callbacks": [atn.EarlyStopping(patience=5)]}, ValueError, "EarlyStopping goes by the validation metric"),
         ({"batches": {"x": jnp.ones(3)}}, TypeError, r"got dict. A batch that is always the same is \[batch\]"),
         ({"batches": (jnp.ones((8, 3)), jnp.ones(8))}, TypeError, r"float32\[3\], float32\[\].*like one batch"),
-        ({"eval_step": lambda state: jnp.float32(1.0)}, ValueError, "eval_step reads nothing of the state"),
         ({"batches": [("text", jnp.ones(3))]}, TypeError, r"batch\[0\] is a builtins.str. Convert it"),
     ],
 )

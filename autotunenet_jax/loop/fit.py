@@ -30,8 +30,12 @@ from .fork_executor import ForkExecutor
 from .parallel_forks import check_parallel_forks
 from .processes import Processes
 from .run import Run
-from .train_step_contract import check_eval_step, check_train_step
+from .train_step_contract import check_eval_step, check_train_step, reads_its_state
 
+_METRIC_OF_NOTHING = (
+    "eval_step reads nothing of the state that it is given, so its metric is the same for all of them. Measure its "
+    "argument, not a variable from outside, which stays as it was when eval_step was compiled."
+)
 _EVALS_PER_RUN = 20
 _SHOW_EVERY_SECONDS = 0.25
 # Most characters that a line of a result shown says of one thing.
@@ -281,7 +285,7 @@ def fit(
             )
             if resume:
                 store.resume(run, extend=resume == "extend")
-            _forewarn(run, tuner, metric, has_metric=eval_step is not None)
+            _forewarn(run, tuner, metric, eval_step=eval_step, state=state)
             ending = _trained(run, total, interval, stop, bar, store, processes)
     return _ended(run, total, ending, stop, store, processes)
 
@@ -296,10 +300,12 @@ def _tried(
     return batch, reads.names
 
 
-def _forewarn(run: Run, tuner: AutoTuneNet, metric: str | None, *, has_metric: bool) -> None:
+def _forewarn(run: Run, tuner: AutoTuneNet, metric: str | None, *, eval_step: Any, state: Any) -> None:
     """Says before training what could be said when its harm is done."""
-    if not has_metric:
+    if eval_step is None:
         run.notices.tell(run.controller.step, of_slow(tuner.space, "Pass eval_step"))
+    elif not reads_its_state(eval_step, state):
+        run.notices.tell(run.controller.step, [Notice("metric of nothing", _METRIC_OF_NOTHING)])
     if metric is not None and (message := doubt(metric, tuner.mode)):
         run.notices.tell(run.controller.step, [Notice("direction", message)])
 

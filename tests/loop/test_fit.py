@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -381,3 +382,16 @@ def test_a_run_whose_last_metric_is_bad_ends_in_the_best_state():
     assert result.eval == pytest.approx(float(metric(result.state)))
     assert result.history.events[-1]["kind"] == "retreat"
     assert "ends in the best state" in result.history.events[-1]["message"]
+
+
+def test_a_metric_of_nothing_is_told_of():
+    """Of a variable from outside, which is what it was when the validation was compiled."""
+    first = problem.new_state()
+    for eval_step, count in ((lambda state: problem.eval_step(first), 1), (problem.eval_step, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = atn.fit(
+                problem.train_step, first, problem.batches, tuner=problem.tuner(), eval_step=eval_step, progress=False
+            )
+        said = [str(one.message) for one in caught if "reads nothing of the state" in str(one.message)]
+        assert len(said) == sum(event["kind"] == "metric of nothing" for event in result.history.events) == count
