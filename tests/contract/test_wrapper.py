@@ -62,6 +62,7 @@ def test_one_trace_with_rounds_and_donation(toy, memory):
         large = (before[0], opt_state.inner.inner_state, opt_state.snapshots)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(large))
         phases.add(int(carry[1].tuner.phase))
+        assert bool(atn.in_round(carry[1])) == (int(carry[1].tuner.phase) != 0)
         values.add(float(atn.hyperparams(carry[1])["learning_rate"]))
     assert len(traces) == 1
     assert phases == ({0, 2} if memory == "drift" else {0, 1, 2})
