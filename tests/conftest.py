@@ -17,7 +17,6 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.metadata.ve
 # Pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import contextlib
 import gc
 import signal
 
@@ -41,27 +40,14 @@ def _freeze():
     gc.freeze()
 
 
-@contextlib.contextmanager
-def _optimised():
+@pytest.fixture
+def optimised():
+    """Programs compiled as a user's are, for tests of their memory and for those that run longer than they compile."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()  # programs of tests before, which may be the same ones
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def optimised():
-    """Programs compiled as a user's are, for tests of their bits or of their memory."""
-    with _optimised():
-        yield
-
-
-@pytest.fixture(scope="module")
-def all_optimised():
-    """The same for all tests of a file, which share what is compiled."""
-    with _optimised():
-        yield
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import jax
 
 from tests.golden import runs
 
-jax.config.update("jax_disable_most_optimizations", False)
 found = {}
 for name, run in runs.RUNS.items():
     began = time.monotonic()

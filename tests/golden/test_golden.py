@@ -11,7 +11,6 @@ RECORDED = json.loads(pathlib.Path(__file__).with_name("recorded.json").read_tex
 
 
 @pytest.mark.skipif(RECORDED["machine"] != runs.machine(), reason="recorded with another processor or software")
-@pytest.mark.usefixtures("all_optimised")
 @pytest.mark.parametrize("name", runs.RUNS)
 def test_the_run_is_the_recorded_one(name):
     if name.startswith("torch"):

@@ -70,7 +70,6 @@ def assert_alike(ours, theirs, step):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.usefixtures("all_optimised")
 @pytest.mark.parametrize("seed", [0, 2, 4])
 def test_same_decisions_as_the_core(seed):
     core, update, hyperparams, observe_eval = TWIN
