@@ -6,8 +6,6 @@ import json
 import pathlib
 import time
 
-import jax
-
 from tests.golden import runs
 
 found = {}
