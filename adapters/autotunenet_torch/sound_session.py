@@ -94,13 +94,8 @@ class SoundSession(Session):
         return "saved" if is_saved else "kept"
 
     def _mend(self) -> None:
-        name, controller, recorder = self._newest(), self.controller, self.recorder
-        self.host.restore(getattr(self, name), rewinds=False)
-        self.mended += 1
-        recorder.flush()
-        recorder.go_back(controller.step, self._made[name], is_rollback=True)
-        message = f"The state was not finite; that of step {self._made[name]} was restored."
-        recorder.note(controller.step, "rollback", message)
+        name = self._newest()
+        self._put_back(self._made[name], getattr(self, name), why="The state was not finite")
 
     def observe(self, metric: float) -> None:
         """Takes in a validation metric of the present state.

@@ -14,11 +14,11 @@ from ..space.search_space import Choice, SearchSpace
 from ..user_warning import warn
 from .recorder import LOGGER, Recorder
 
-# From so many rollbacks on, something is wrong that going back does not mend.
-_MANY_ROLLBACKS = 5
+MANY_ROLLBACKS = 5
+"""From so many rollbacks on, something is wrong that going back does not mend."""
 
-# So many bad steps are told of where they are a hundredth of all, and ten times as many in any case.
-_BAD_STEPS, _BAD_SHARE = 10, 0.01
+_BAD_STEPS, BAD_SHARE = 10, 0.01
+"""So many bad steps are told of where they are such a share of all, and ten times as many in any case."""
 
 # So many metrics that are not finite are told of where they are such a share of all.
 _UNUSABLE, _UNUSABLE_SHARE = 2, 0.2
@@ -29,8 +29,8 @@ _WORSE = 8
 # A value this close to a bound, in decades (of which a linear range counts four), lies at it.
 _AT_BOUND_DECADES = 0.05
 
-# Share of the budget after which a metric that has not come yet is missed.
-_MISSED_SHARE = 0.3
+MISSED_SHARE = 0.3
+"""Share of the budget after which a metric that has not come yet is missed."""
 
 HOW = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
 """How a metric is reported."""
@@ -93,7 +93,7 @@ def notices(
     Cost: reads a dozen numbers of ``ts``, which waits for the steps under way.
     """
     total, step = tuner.total_steps, int(ts.step)
-    is_late = is_over or (total is not None and step >= _MISSED_SHARE * total)
+    is_late = is_over or (total is not None and step >= MISSED_SHARE * total)
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
     found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
@@ -116,8 +116,13 @@ def _moved(tuner: Tuned, name: str, value: Any) -> Notice:
     )
 
 
+def are_many(bad: int, step: int) -> bool:
+    """Whether so many bad steps of a run are to be told of."""
+    return bad >= _BAD_STEPS and (bad >= BAD_SHARE * step or bad >= 10 * _BAD_STEPS)
+
+
 def _bad_steps(bad: int, step: int) -> list[Notice]:
-    if bad < _BAD_STEPS or (bad < _BAD_SHARE * step and bad < 10 * _BAD_STEPS):
+    if not are_many(bad, step):
         return []
     message = (
         f"{bad} of {step} steps ({100 * bad / step:.3g} %) were skipped, since their loss, gradients or state were not "
@@ -128,7 +133,7 @@ def _bad_steps(bad: int, step: int) -> list[Notice]:
 
 
 def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
-    if rollbacks < _MANY_ROLLBACKS:
+    if rollbacks < MANY_ROLLBACKS:
         return []
     message = (
         f"Training went back to an earlier state {rollbacks} times in {step} steps, which costs what had been trained "
@@ -191,7 +196,7 @@ def _no_metric(
     return found
 
 
-def _side(space: SearchSpace, name: str, u: float) -> str | None:
+def bound_at(space: SearchSpace, name: str, u: float) -> str | None:
     """Which bound of its range a value lies at, if that can be moved; ``u`` is its place in the unit cube."""
     param, index = space[name], space.names.index(name)
     if isinstance(param, Choice):
@@ -214,7 +219,7 @@ def _won(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> dict[str, s
             continue
         places = np.asarray(space.encode(forks[row["best"]]))
         for name, u in zip(space.names, places, strict=True):
-            side = _side(space, name, float(u))
+            side = bound_at(space, name, float(u))
             if side and len({fork[name] for fork in forks}) > 1:
                 found[name] = side
     return found

@@ -284,7 +284,7 @@ class Session:
         broken = host.count_non_finite()
         whole = [(step, copy) for step, copy in self._copies() if broken and host.count_non_finite(copy) < broken]
         if whole:
-            self._go_back(*max(whole, key=lambda entry: entry[0]), why="The last state was not finite")
+            self._put_back(*max(whole, key=lambda entry: entry[0]), why="The last state was not finite")
         host.finish()
 
     def _copies(self) -> list[tuple[int, Any]]:
@@ -292,12 +292,14 @@ class Session:
         slots = self.controller.state.slots
         return [(int(slots.saved_step), self.saved), (int(slots.kept_step), self.kept)]
 
-    def _go_back(self, step: int, copy: Any, *, why: str) -> None:
+    def _put_back(self, step: int, copy: Any, *, why: str) -> None:
+        """Brings a copy of a budget step back, without the guard."""
+        now, step, recorder = self.controller.step, max(step, 0), self.recorder
         self.host.restore(copy, rewinds=False)
-        self.recorder.history.discard(max(step, 0), self.controller.step)
         self.mended += 1
-        message = f"{why}; that of step {max(step, 0)} was restored."
-        self.recorder.note(self.controller.step, "rollback", message)
+        recorder.flush()
+        recorder.go_back(now, step, is_rollback=True)
+        recorder.note(now, "rollback", f"{why}; that of step {step} was restored.")
 
     def leave_wreck(self, loss: float) -> None:
         """Goes back to a copy where no metric tells of the last state, and its loss is far above what was held.
@@ -309,7 +311,7 @@ class Session:
         older = [(step, copy) for step, copy in self._copies() if step < controller.step]
         if older and self.best_eval is None and bool(controller.tuner.core.is_wrecked(controller.state, loss)):
             why = "The loss of the last state was far above the best that was held"
-            self._go_back(*max(older, key=lambda entry: entry[0]), why=why)
+            self._put_back(*max(older, key=lambda entry: entry[0]), why=why)
 
     def end_at_best(self) -> bool:
         """Goes back to the best state where the last metric of a run is not the best; returns whether it did."""

@@ -10,19 +10,15 @@ from ..compiler import cpu_queue, packing
 from ..controller.decision import UNSEEN_DECADES
 from ..controller.roles import roles_of
 from ..controller.state import TRAIN
-from ..session.notices import of_slow
+from ..session.notices import BAD_SHARE, MANY_ROLLBACKS, MISSED_SHARE, are_many, bound_at, of_slow
 from ..user_warning import warn
 from .bookkeeping import MAX_ATTEMPTS
 from .state import AutotuneState
 
 # Updates without a single loss after which the user is told.
 _SILENT_STEPS = 20
-# How near the edge of the unit cube counts as a bound: the last half of a line search's step over four decades.
-_EDGE = 0.03
 # Updates on one way back to a snapshot that are more than a clipped one takes.
 _LONG_WAY = 16
-# Shares and numbers from which there is something to say.
-_BAD_SHARE, _BAD_STEPS, _MANY_ROLLBACKS, _SLOW_SHARE = 0.02, 10, 5, 0.45
 
 # Texts stay the same, so that Python shows each once.
 _SILENT = (
@@ -34,11 +30,11 @@ HOW = "Report one by autotunenet_jax.observe_eval(opt_state, metric) where wants
 """How a metric is reported."""
 
 _BAD = (
-    f"more than {_BAD_SHARE:.0%} of the steps were skipped, since loss or gradients were not finite. "
+    f"more than a hundred steps, or {BAD_SHARE:.0%} of them, were skipped, since loss or gradients were not finite. "
     "Look for bad batches in the data, or for a loss that divides by zero."
 )
 _ROLLBACKS = (
-    f"training went back to a snapshot more than {_MANY_ROLLBACKS} times. "
+    f"training went back to a snapshot {MANY_ROLLBACKS} times or more. "
     "Lower the upper bound of the learning rate, or look at what breaks it: opt_state.tuner.health tells."
 )
 
@@ -86,22 +82,22 @@ def _texts(state: AutotuneState) -> Iterator[str]:
     if number(places.home) and number(places.attempts) < MAX_ATTEMPTS - _LONG_WAY:
         yield _SHORTENED
     health, space = tuner.health, state.settings.core.space
-    bad = number(health.bad_steps)
-    if bad >= max(_BAD_STEPS, _BAD_SHARE * step):
+    if are_many(number(health.bad_steps), step):
         yield _BAD
-    if number(tuner.rollbacks) > _MANY_ROLLBACKS:
+    if number(tuner.rollbacks) >= MANY_ROLLBACKS:
         yield _ROLLBACKS
     total = number(tuner.plan.total)
     if total and step > total:
         yield _SPENT
-    if total and step >= _SLOW_SHARE * total and np.isnan(number(tuner.validation.level)):
+    if total and step >= MISSED_SHARE * total and np.isnan(number(tuner.validation.level)):
         yield from (notice.message for notice in of_slow(space, HOW))
     if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:
         return
     # Without a metric training goes on below what won.
     below = UNSEEN_DECADES if np.isnan(number(tuner.validation.level)) else 0.0
     for k, (name, role) in enumerate(zip(space.names, space.roles, strict=True)):
-        u = number(tuner.incumbent, k)
-        if role == "rate" and not _EDGE < u < 1.0 - _EDGE - below / roles_of(space).decades[k]:
-            bound = float(space[name].decode(jnp.round(u)))
-            yield _AT_BOUND.format(name=name, end="lower" if u < 0.5 else "upper", bound=bound)
+        won = min(number(tuner.incumbent, k) + below / roles_of(space).decades[k], 1.0)
+        side = bound_at(space, name, won) if role == "rate" else None
+        if side:
+            bound = float(space[name].decode(jnp.float32(side == "upper")))
+            yield _AT_BOUND.format(name=name, end=side, bound=bound)

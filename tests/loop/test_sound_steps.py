@@ -153,6 +153,14 @@ def wrecking_step(state, batch, hp):
     return {**state, "params": jax.tree.map(lambda leaf: leaf * size, state["params"])}, loss
 
 
+class Rewinds(atn.Callback):
+    def __init__(self):
+        self.told = []
+
+    def on_rewind(self, rewind):
+        self.told.append(rewind)
+
+
 @pytest.mark.parametrize("before_the_end", [0, 1, 2])
 def test_a_state_that_the_last_steps_wreck_is_not_returned_where_no_metric_tells(before_the_end):
     calls = iter(range(-1, 10**6))  # the first batch is asked for once more, before the run
@@ -161,7 +169,10 @@ def test_a_state_that_the_last_steps_wreck_is_not_returned_where_no_metric_tells
         x, y, number = problem.batch(position)
         return x, y, np.int32(WRECKS) if next(calls) == problem.TOTAL_STEPS - 1 - before_the_end else number
 
+    heard = Rewinds()
     tuner = problem.tuner(1e-3)
-    result = atn.fit(wrecking_step, problem.new_state(), batches, tuner=tuner, progress=False)
+    result = atn.fit(wrecking_step, problem.new_state(), batches, tuner=tuner, progress=False, callbacks=[heard])
     assert float(problem.eval_step(result.state)) < 0.1
     assert result.history.events[-1]["kind"] == "rollback"
+    assert heard.told[-1].is_rollback
+    assert not any(row["is_kept"] for row in result.history.records if row["step"] > heard.told[-1].back_to)

@@ -9,6 +9,7 @@ import pytest
 
 import autotunenet_jax as atn
 from autotunenet_jax.compiler import packing
+from autotunenet_jax.session.notices import notices
 
 SPACE = {"learning_rate": (1e-4, 1.0), "weight_decay": (1e-6, 1e-2)}
 
@@ -53,8 +54,9 @@ def test_nothing_is_said_of_a_run_that_goes_well(started):
             "learning_rate lies at the lower bound of its range, ",
         ),
         ({"validation__level": jnp.float32(jnp.nan)}, "weight_decay stays as it starts: only a validation metric"),
-        ({"health__bad_steps": jnp.int32(60)}, "more than 2% of the steps were skipped"),
-        ({"rollbacks": jnp.int32(8)}, "went back to a snapshot more than 5 times"),
+        ({"health__bad_steps": jnp.int32(60)}, "or 1% of them, were skipped"),
+        ({"health__bad_steps": jnp.int32(10)}, "or 1% of them, were skipped"),
+        ({"rollbacks": jnp.int32(5)}, "went back to a snapshot 5 times or more"),
         ({"step": jnp.int32(1001)}, "more updates than its total_steps"),
         ({"home": jnp.int32(1), "attempts": jnp.int32(30)}, "something after autotune in the chain changes them"),
     ],
@@ -63,6 +65,15 @@ def test_one_thing_is_said_in_one_text(started, changes, text):
     (said,) = heard(started, **changes)
     assert text in said
     assert heard(started, **changes) == [said]
+
+
+@pytest.mark.parametrize(("bad", "rollbacks"), [(9, 4), (12, 4), (9, 5), (50, 6)])
+def test_it_says_what_the_history_says(started, bad, rollbacks):
+    said = heard(started, step=jnp.int32(800), health__bad_steps=jnp.int32(bad), rollbacks=jnp.int32(rollbacks))
+    ts = started.tuner._replace(step=800, rollbacks=rollbacks, health=started.tuner.health._replace(bad_steps=bad))
+    ts = ts._replace(validation=ts.validation._replace(level=1.0))
+    told = {notice.kind for notice in notices(atn.AutoTuneNet(SPACE, 1000), ts, rounds=[])}
+    assert told == {kind for kind, word in (("bad steps", "skipped"), ("many rollbacks", "snapshot")) if word in str(said)}
 
 
 def test_values_at_a_bound_in_a_fork_are_no_choice(started):
