@@ -246,7 +246,7 @@ class Feed:
 
     def to_dict(self) -> dict[str, Any]:
         """What is not handed on yet, as plain data."""
-        forks = {str(fork): [held.steps, held.stride] for fork, held in self._forks.items()}
+        forks = {str(fork): [[list(step) for step in held.steps], held.stride] for fork, held in self._forks.items()}
         block = self._block
         counts = {"block": [block.step, block.sums, block.held], "rewinds": self._rewinds, "written": self._written}
         counts["discarded"] = self._discarded
@@ -254,7 +254,7 @@ class Feed:
         states = [[type(callback).__name__, callback.state_dict()] for callback in self._callbacks]
         # Before it has begun, a resumed run has its callbacks' states still to give back.
         return {
-            "queue": list(self._queue),
+            "queue": [[hook, list(told) if hook in _KINDS else told] for hook, told in self._queue],
             "forks": forks,
             "rows": rows,
             "states": states if self._has_begun else self._states,

@@ -280,6 +280,7 @@ class Session:
         else:
             host.restore(copy, rewinds=False)
         if controller.phase != TRAIN:
+            self.evaluated_at = -1  # what was measured at this step is a fork's
             recorder.abandon(controller.step, fork)
         broken = host.count_non_finite()
         whole = [(step, copy) for step, copy in self._copies() if broken and host.count_non_finite(copy) < broken]

@@ -227,6 +227,14 @@ def test_every_copy_is_bit_for_bit(monkeypatch):
 # Interruption.
 
 
+@pytest.mark.parametrize("number", range(26, 46))
+def test_wherever_a_round_is_cut_short_the_metric_is_of_what_is_returned(number):
+    """Also where a fork has just ended, which was measured, and another one is returned."""
+    result = fit(eval_step=problem.eval_step, steps=number)
+    assert result.eval == pytest.approx(loss_of(result), rel=1e-5)
+    assert result.best_eval == pytest.approx(float(problem.eval_step(result.best_state)), rel=1e-5)
+
+
 @pytest.mark.parametrize(("number", "phase"), [(3, "sweep"), (20, "fork"), (120, "train")])
 def test_ctrl_c_leaves_a_usable_result(number, phase):
     before = signal.getsignal(signal.SIGINT)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from ast import literal_eval
 
 import pytest
 
@@ -236,7 +237,9 @@ def test_another_process_goes_on_wherever_the_first_one_was(cut):
     first, second = Heard(), Heard()
     history, rows, feed = make(first, log_every=4)
     drive(feed, history, range(1, cut + 1))
-    kept = json.loads(json.dumps(feed.to_dict()))
+    kept = feed.to_dict()
+    assert kept == literal_eval(repr(kept))  # plain data: a pickle of it names no class
+    kept = json.loads(json.dumps(kept))
     _, later_rows, feed = make(second, log_every=4)
     feed._history = history
     feed.load(kept, step=cut)

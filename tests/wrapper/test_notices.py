@@ -73,7 +73,8 @@ def test_it_says_what_the_history_says(started, bad, rollbacks):
     ts = started.tuner._replace(step=800, rollbacks=rollbacks, health=started.tuner.health._replace(bad_steps=bad))
     ts = ts._replace(validation=ts.validation._replace(level=1.0))
     told = {notice.kind for notice in notices(atn.AutoTuneNet(SPACE, 1000), ts, rounds=[])}
-    assert told == {kind for kind, word in (("bad steps", "skipped"), ("many rollbacks", "snapshot")) if word in str(said)}
+    words = {"bad steps": "skipped", "many rollbacks": "snapshot"}
+    assert told == {kind for kind, word in words.items() if word in str(said)}
 
 
 def test_values_at_a_bound_in_a_fork_are_no_choice(started):
