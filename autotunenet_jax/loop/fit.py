@@ -48,7 +48,7 @@ class FitResult:
 
     Attributes:
       state: The training state at the end of the run; with ``eval_step`` a whole run ends in the state of its best
-        reading since the last round.
+        reading.
       history: What happened.
       hyperparams: Tuned values at the end, as Python objects, before the decay.
       tuner_state: The tuner's last state.

@@ -73,7 +73,7 @@ class Callback:
     Hooks hear of the training that is kept, never of a fork that lost. They come in the order of what they tell of and
     where nothing is half done: an exception raised in one ends the run as any error does, after a snapshot if there is
     a folder for them; `StopTraining` ends it cleanly. No step waits for the device, so that hooks come late: `on_step`
-    by up to ``log_every`` steps (or 32, if that is more), the steps of a fork that won when its round ends.
+    by up to ``log_every`` steps and 31 more, the steps of a fork that won when its round ends.
 
     Example:
         >>> class Report(Callback):
