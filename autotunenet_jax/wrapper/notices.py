@@ -30,7 +30,7 @@ HOW = "Report one by autotunenet_jax.observe_eval(opt_state, metric) where wants
 """How a metric is reported."""
 
 _BAD = (
-    f"more than a hundred steps, or {BAD_SHARE:.0%} of them, were skipped, since loss or gradients were not finite. "
+    f"a hundred steps, or {BAD_SHARE:.0%} of them, were skipped or more, since loss or gradients were not finite. "
     "Look for bad batches in the data, or for a loss that divides by zero."
 )
 _ROLLBACKS = (

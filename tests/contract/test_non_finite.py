@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import autotunenet_jax as atn
 
 # The user is told of it when the hyperparameters are looked at.
-pytestmark = pytest.mark.filterwarnings("ignore:more than a hundred steps", "ignore:learning_rate lies at")
+pytestmark = pytest.mark.filterwarnings("ignore:a hundred steps", "ignore:learning_rate lies at")
 
 STEPS = 60
 FINE, NAN_LOSS, INF_LOSS, NAN_GRADS, INF_GRADS, HUGE, ALL_NAN = range(7)
