@@ -73,8 +73,9 @@ def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any],
     """Goes on from what `state_dict` gave, on request with another budget; what it does not hold is there already."""
     _check(session, host, state, extend=extend)
     now = _apart(state.get("now"))
-    if now is not None:
-        host.state.check(now["training"])
+    for held in (now, state["saved"], state["kept"]):
+        if held is not None:
+            host.state.check(held["training"])
     session.controller.from_bytes(state["controller"].numpy(), extend=extend)
     session.load(state["books"])
     host.warm_up.load(state["warm_up_end"])

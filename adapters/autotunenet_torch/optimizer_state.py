@@ -127,6 +127,11 @@ class Whole:
             turn(part, trains=bool(mode))
 
 
+def kinds(saved: list[dict[str, Any]]) -> list[str] | None:
+    """The names of the classes that copies are of; None where they do not say, as older ones."""
+    return [values["kind"] for values in saved] if all("kind" in values for values in saved) else None
+
+
 def _copy_out(optimizer: torch.optim.Optimizer, device: Any, has_state: bool) -> dict[str, Any]:
     is_own_dict = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
     extra = optimizer.state_dict() if is_own_dict else {}
@@ -134,6 +139,7 @@ def _copy_out(optimizer: torch.optim.Optimizer, device: Any, has_state: bool) ->
     known = [(i, p) for i, p in enumerate(parameters(optimizer)) if has_state and p in optimizer.state]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {
+        "kind": type(optimizer).__name__,
         "state": {str(index): clone(dict(optimizer.state[parameter]), device) for index, parameter in known},
         "groups": clone(groups, device),
         "own": clone(_own(optimizer), device),

@@ -201,6 +201,9 @@ class Trainer:
                 self._resume(session, store, source, extend=resume == "extend")
             with engine.hosting.Stop() as stop:
                 self._run(session, total, source, store, shown, stop)
+        except BaseException:
+            tuner._release()
+            raise
         finally:
             tuner._stream, tuner._keeps_best = None, False
             shown.close()

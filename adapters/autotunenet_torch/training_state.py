@@ -145,7 +145,8 @@ class TrainingState:
             self._optimizers.copy_back(saved["optimizer"], self._device)
             for scheduler, state in zip(self.schedulers, saved["schedulers"], strict=True):
                 scheduler.load_state_dict(clone(state))
-            if self.scaler is not None:
+            # That of a training that had none is as it was made.
+            if self.scaler is not None and saved["scaler"]:
                 self.scaler.load_state_dict(clone(saved["scaler"]))
             for held, state in zip(self._aux, saved.get("aux", ()), strict=False):
                 held.load_state_dict(clone(state))
@@ -201,7 +202,11 @@ class TrainingState:
             )
 
     def check(self, saved: dict[str, Any]) -> None:
-        """Refuses a copy, perhaps of another process, of another model; the message names the differences."""
+        """Refuses a copy, perhaps of another process, of another model, optimizer or number of schedulers.
+
+        Raises:
+          SnapshotMismatchError: It is; the message names the differences.
+        """
         here = {path: _kind(tensor) for path, tensor in self.tensors().items()}
         there = {path: _kind(tensor) for path, tensor in saved["model"].items()}
         wrong = [f"{path} is {there.get(path, 'missing')}, not {kind}" for path, kind in here.items()
@@ -210,3 +215,15 @@ class TrainingState:
         if wrong:
             more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise engine.atn.SnapshotMismatchError(f"The snapshot is of another model: {'; '.join(wrong[:5])}{more}.")
+        there, here = optimizer_state.kinds(saved["optimizer"]), [type(part).__name__ for part in self.optimizers]
+        if there is not None and there != here:
+            raise engine.atn.SnapshotMismatchError(
+                f"The snapshot is of a training with the optimizer {' of '.join(there)}, and here it is "
+                f"{' of '.join(here)}. Go on with the optimizer that the run began with, or begin another elsewhere."
+            )
+        if len(saved["schedulers"]) != len(self.schedulers):
+            raise engine.atn.SnapshotMismatchError(
+                f"The snapshot is of a training with {len(saved['schedulers'])} learning-rate schedulers, and here "
+                f"there are {len(self.schedulers)}. Go on with those that the run began with, or begin another run "
+                "elsewhere."
+            )

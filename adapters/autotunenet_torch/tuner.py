@@ -102,6 +102,7 @@ class AutoTuneNet:
             "warmup_steps": warmup_steps,
             **options,
         }
+        engine.check_process()
         self.space = engine.atn.SearchSpace(param_space)
         self.mode: Literal["min", "max"] = mode
         self.total_steps = self._planned_steps = total_steps
@@ -199,6 +200,7 @@ class AutoTuneNet:
         Cost:
           Two copies of the training state. The controller is compiled on first use, once per search space.
         """
+        engine.check_process()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
         optimizer = arguments.bare_optimizer(optimizer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..compiler.one_turn import when
 from ..compiler.precision import in_float32
@@ -74,9 +74,11 @@ class Core:
 
 
 @functools.partial(seldom_run, static_argnums=0, donate_argnums=1)
-def decide_jit(core: Core, ts: TunerState) -> tuple[TunerState, Directive, Round]:
-    """`Core.decide`, compiled once per core and donated."""
-    return core.decide(ts)
+def decide_jit(core: Core, ts: TunerState) -> tuple[TunerState, Directive, Round, Bool[Array, ""]]:
+    """`Core.decide` and `kept_at_once`, compiled once per core and donated."""
+    ts, directive, held = core.decide(ts)
+    ts, keeps = validation_monitor.kept_at_once(ts)
+    return ts, directive, held, keeps
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -52,7 +52,7 @@ SLOW_PRICE = 0.01
 UNSEEN_DECADES = 0.25
 """How far below the first winner's rates training goes on where only the training loss judged; chosen on the bank."""
 
-# How far rates are lowered where every fork of a round failed.
+# How far rates are lowered where every fork of a round failed, or made its state worse.
 _FAILED_DECADES = 0.5
 
 
@@ -286,8 +286,10 @@ def _after_fork(
     affordable = (ts.discarded + length <= _budget(ts)) & (_remaining(ts) > length)
     again = is_allowed & is_worth_it & may_fork & affordable & ~is_void(ts)
     started, directive = _next_fork(ts, next_forks.x[chosen], length)
-    ended = _end_round(space, ts, wins)
+    is_spoilt = fork_round.is_spoilt(held)
+    ended = _end_round(space, ts, wins, is_spoilt)
     new, directive = select(again, (started, directive), ended)
+    held = held._replace(kept=jnp.where(again | ~is_spoilt, held.kept, -1))
     return new, directive._replace(keep=wins), held
 
 
@@ -315,39 +317,43 @@ def _next_fork(ts: TunerState, x: Float[Array, "d"], length: Array) -> tuple[Tun
     return ts, _said(ts, OUTCOME_FORK_STARTED)._replace(restore=jnp.ones((), bool))
 
 
-def _end_round(space: SearchSpace, ts: TunerState, is_current: Array) -> tuple[TunerState, Directive]:
-    """Training goes on from the best fork; where all failed, from where they started, at lower rates."""
+def _end_round(space: SearchSpace, ts: TunerState, is_current: Array, is_spoilt: Array) -> tuple[TunerState, Directive]:
+    """Training goes on from the best fork; where all failed or spoilt their state, from it, at lower rates."""
     roles, held = roles_of(space), ts.round
-    best, has_kept = jnp.maximum(held.kept, 0), held.kept >= 0
+    best, has_kept = jnp.maximum(held.kept, 0), (held.kept >= 0) & ~is_spoilt
     heights = jnp.where(fork_round.has_run(held)[:, None], held.x, 1.0)
-    safer = roles.shifted(jnp.where(roles.is_rate, jnp.min(heights, axis=0), ts.incumbent), -_FAILED_DECADES)
+    lowest = jnp.where(is_spoilt, held.x[best], jnp.min(heights, axis=0))
+    safer = roles.shifted(jnp.where(roles.is_rate, lowest, ts.incumbent), -_FAILED_DECADES)
     safer = jnp.where(ts.plan.kind[held.index] == FAST, safer, ts.incumbent)
     # Later readings of a metric take hot rates back; without one nothing does.
     is_unseen = (ts.plan.range_test[held.index] > 0) & ~held.has_eval
     won = roles.shifted(held.x[best], jnp.where(is_unseen, -UNSEEN_DECADES, 0.0))
     # A fork that met no good batch says nothing.
-    incumbent = space.snap(jnp.where(has_kept, won, jnp.where(is_void(ts), ts.incumbent, safer)))
+    is_nothing = is_void(ts) & ~is_spoilt
+    incumbent = space.snap(jnp.where(has_kept, won, jnp.where(is_nothing, ts.incumbent, safer)))
     moved = jnp.any(jnp.abs(incumbent - ts.incumbent) > 1e-6)
-    failed = jnp.where(is_void(ts), OUTCOME_ROUND_SKIPPED, OUTCOME_ROUND_FAILED)
+    failed = jnp.where(is_nothing, OUTCOME_ROUND_SKIPPED, OUTCOME_ROUND_FAILED)
     outcome = jnp.where(has_kept, jnp.where(moved, OUTCOME_ROUND_MOVED, OUTCOME_ROUND_STAYED), failed)
-    # The winner is the state of the best reading from here on; without one the copy that is kept still is what it was.
-    # A state that every fork spoiled is not shown the same data again.
+    # The winner is the state of the best reading from here on, or the one that all began from, which the next step
+    # keeps; where all failed the copy that is kept still is what it was. What spoilt a state is not shown to it again.
     is_read = has_kept & held.has_eval
-    stays_kept = ~has_kept & ts.validation.is_kept
+    stays_kept = ~has_kept & ~is_spoilt & ts.validation.is_kept
+    reading = jnp.where(is_spoilt, held.reference, held.score[best])
     seen = ts.validation._replace(
         level=jnp.where(is_read, held.score[best], ts.validation.level),
-        best=jnp.where(is_read, held.score[best], jnp.where(stays_kept, ts.validation.best, jnp.inf)),
+        best=jnp.where(is_read | is_spoilt, reading, jnp.where(stays_kept, ts.validation.best, jnp.inf)),
         hot=jnp.full_like(ts.validation.hot, jnp.inf),
         cools_from=jnp.full_like(ts.validation.cools_from, NEVER),
         read_at=ts.step,
         worse=jnp.zeros_like(ts.validation.worse),
         better=jnp.zeros_like(ts.validation.better),
-        keeps=jnp.zeros((), bool),
+        keeps=is_spoilt,
         returns=jnp.zeros((), bool),
         is_kept=is_read | stays_kept,
     )
     adopt = has_kept & ~is_current
     data_step = jnp.where(adopt, jnp.maximum(ts.slots.kept_data, ts.slots.saved_data), ts.data_step)
-    ts = _training(ts._replace(incumbent=incumbent, validation=seen, data_step=data_step))
+    discarded = ts.discarded + jnp.where(is_spoilt, held.steps[best], 0)
+    ts = _training(ts._replace(incumbent=incumbent, validation=seen, data_step=data_step, discarded=discarded))
     directive = nothing_to_do(ts)._replace(restore=~has_kept, adopt=adopt, outcome=outcome.astype(jnp.int32))
     return ts, directive

@@ -37,6 +37,17 @@ def finished(held: Round) -> Bool[Array, "forks"]:
     return (held.status == FORK_FINISHED) & jnp.isfinite(held.score)
 
 
+def is_spoilt(held: Round) -> Bool[Array, ""]:
+    """Whether a metric says that the state before the forks is better than what any of them has made of it.
+
+    They lie further above it than apart from each other: none of the rates that were tried is the answer.
+    """
+    ended = finished(held)
+    lowest = jnp.min(held.score, where=ended, initial=jnp.inf)
+    highest = jnp.max(held.score, where=ended, initial=-jnp.inf)
+    return held.has_eval & (ended.sum() > 1) & (lowest - held.reference > highest - lowest)
+
+
 def has_run(held: Round) -> Bool[Array, "forks"]:
     """Which forks of the round have run."""
     return (jnp.arange(MAX_FORKS) <= held.fork) & (held.steps > 0)

@@ -39,7 +39,7 @@ OUTCOMES = {
     OUTCOME_FORK_STARTED: "The next fork began from the saved state.",
     OUTCOME_ROUND_MOVED: "A round ended with other hyperparameters in force.",
     OUTCOME_ROUND_STAYED: "A round ended and the incumbent hyperparameters stay in force.",
-    OUTCOME_ROUND_FAILED: "Every fork of a round failed; the saved state was restored and safer hyperparameters tried.",
+    OUTCOME_ROUND_FAILED: "Every fork of a round failed or lost ground; the saved state was restored, at lower rates.",
     OUTCOME_ROUND_SKIPPED: "A round was skipped: there is nothing to compare forks by, or no budget for them.",
     OUTCOME_RATE_READ: "The run is too short for forks: the rates are what the range test says.",
     OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",

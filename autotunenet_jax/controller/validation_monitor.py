@@ -208,7 +208,7 @@ def _read(roles: Roles, ts: TunerState, metric: Array, in_train: Bool[Array, ""]
 
 
 def kept_at_once(ts: TunerState) -> tuple[TunerState, Bool[Array, ""]]:
-    """The state after a metric, if a host that has the measured state at hand copies it over the kept one now.
+    """The state after a metric or decision, if a host that has the best state at hand copies it over the kept one now.
 
     A step later it is another one.
 

@@ -183,6 +183,11 @@ def verdict(row: Mapping[str, Any]) -> str:
             "no validation metric came when it was asked for, and nothing else judges these; training went back to "
             f"where it began, with {settings(row['chosen'], names)}."
         )
+    if row["best"] < 0 and any(fork["scores"] for fork in row["forks"]):
+        return (
+            "by the metric every fork ended well behind the state that they began from; training went back to it, with "
+            f"{settings(row['chosen'], names)}."
+        )
     if row["best"] < 0:
         return f"every fork failed; training went back to where they began, with {settings(row['chosen'], names)}."
     best = row["forks"][row["best"]]

@@ -64,12 +64,12 @@ class DeviceController:
         jax.block_until_ready(self.state)
         with one_blas_thread():
             # A copy: the decision may have to be undone.
-            state, directive, report = decide_jit(core, copy_tree(self.state))
-            read: Any = (directive, report, state.incumbent, state.plan.kind, state.discarded)
-            directive, report, incumbent, kinds, discarded = jax.device_get(read)
+            state, directive, report, keeps = decide_jit(core, copy_tree(self.state))
+            read: Any = (directive, report, state.incumbent, state.plan.kind, state.discarded, keeps)
+            directive, report, incumbent, kinds, discarded, keeps = jax.device_get(read)
         chosen = core.space.decode(incumbent)
         self._change(state)
-        return Decision(directive, report, chosen, int(kinds[int(report.index)]), int(discarded))
+        return Decision(directive, report, chosen, int(kinds[int(report.index)]), int(discarded), bool(keeps))
 
     def observe_eval(self, metric: float) -> bool:
         """Takes a validation metric in, in the direction of the tuner's mode; whether to keep the measured state."""

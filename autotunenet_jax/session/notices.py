@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..controller.core import Core
+from ..controller.decision import UNSEEN_DECADES
 from ..controller.roles import roles_of
 from ..controller.state import TunerState
 from ..space.search_space import Choice, SearchSpace
@@ -30,7 +31,7 @@ _WORSE = 8
 _AT_BOUND_DECADES = 0.05
 
 MISSED_SHARE = 0.3
-"""Share of the budget after which a metric that has not come yet is missed."""
+"""Share of the budget after which a metric that has not come yet is missed, and a bound that rates lie at told of."""
 
 HOW = "Report a validation metric whenever the tuner asks for one (eval_step, validate or observe_eval)"
 """How a metric is reported."""
@@ -99,7 +100,8 @@ def notices(
     found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
     if is_late and step:
         found += _no_metric(tuner, ts, rounds, evals, how) + _backwards(tuner, evals)
-    return found + [_bound(tuner.space, name, side) for name, side in _won(tuner.space, rounds).items()]
+    # Early on, later rounds and metrics may lead away from there.
+    return found + (_bounds(tuner.space, ts, rounds) if is_late or total is None else [])
 
 
 @functools.lru_cache(maxsize=64)
@@ -164,7 +166,8 @@ def _backwards(tuner: Tuned, evals: Sequence[Mapping[str, Any]]) -> list[Notice]
     than, better, other = ("above", "larger", "max") if tuner.mode == "min" else ("below", "smaller", "min")
     message = (
         f"None of {len(later)} validation metrics was better than the first, {first:.4g}, and {worse} lay {than} it. "
-        f'If {better} ones are better, give mode="{other}": as it is, training is taken back from what it learns.'
+        f'If {better} ones are better, give mode="{other}": as it is, training is taken back from what it learns. If '
+        "not, the model had been trained before as far as this data takes it."
     )
     return [Notice("backwards", message)]
 
@@ -196,12 +199,21 @@ def _no_metric(
     return found
 
 
-def bound_at(space: SearchSpace, name: str, u: float) -> str | None:
-    """Which bound of its range a value lies at, if that can be moved; ``u`` is its place in the unit cube."""
+def bound_at(space: SearchSpace, name: str, u: float, *, is_seen: bool) -> str | None:
+    """Which bound of its range a value lies at, if that can be moved.
+
+    Args:
+      space: The search space.
+      name: Of the hyperparameter.
+      u: Place in the unit cube that training goes on at.
+      is_seen: Whether there is a metric; without one rates stand a little below what won.
+    """
     param, index = space[name], space.names.index(name)
     if isinstance(param, Choice):
         return None
     decades = float(roles_of(space).decades[index])
+    if space.roles[index] == "rate" and not is_seen:
+        u = min(u + UNSEEN_DECADES / decades, 1.0)
     if (1.0 - u) * decades <= _AT_BOUND_DECADES:
         return "upper"
     # Nothing lies below zero, or below one layer.
@@ -209,20 +221,21 @@ def bound_at(space: SearchSpace, name: str, u: float) -> str | None:
     return "lower" if u * decades <= _AT_BOUND_DECADES and not is_natural else None
 
 
-def _won(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Bounds that the winners of rounds lie at, of what their forks differed in."""
-    found: dict[str, str] = {}
+def _decided(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> set[str]:
+    """What forks differed in where one of them won and what was tried made a difference."""
+    found: set[str] = set()
     for row in rounds:
         forks = [fork["hyperparams"] for fork in row["forks"]]
-        if row["best"] < 0 or len({tuple(fork["scores"]) for fork in row["forks"]}) < 2:
-            # Nobody won, or nothing that was tried made a difference.
-            continue
-        places = np.asarray(space.encode(forks[row["best"]]))
-        for name, u in zip(space.names, places, strict=True):
-            side = bound_at(space, name, float(u))
-            if side and len({fork[name] for fork in forks}) > 1:
-                found[name] = side
+        if row["best"] >= 0 and len({tuple(fork["scores"]) for fork in row["forks"]}) > 1:
+            found |= {name for name in space.names if len({fork[name] for fork in forks}) > 1}
     return found
+
+
+def _bounds(space: SearchSpace, ts: TunerState, rounds: Sequence[Mapping[str, Any]]) -> list[Notice]:
+    decided, is_seen = _decided(space, rounds), math.isfinite(ts.validation.level)
+    places = zip(space.names, np.asarray(ts.incumbent), strict=True)
+    found = [(name, bound_at(space, name, float(u), is_seen=is_seen)) for name, u in places if name in decided]
+    return [_bound(space, name, side) for name, side in found if side]
 
 
 def _bound(space: SearchSpace, name: str, side: str) -> Notice:

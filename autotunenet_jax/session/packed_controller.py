@@ -116,8 +116,9 @@ class _Programs:
         def decide(packed: packing.Packed) -> Any:
             before = unpack(packed)
             ts, directive, held = core.decide(before)
+            ts, keeps = kept_at_once(ts)
             said = words.pack(_said(core, directive, False, ts, before.slots))
-            report = held, core.space.decode(ts.incumbent), ts.plan.kind[held.index], ts.discarded
+            report = held, core.space.decode(ts.incumbent), ts.plan.kind[held.index], ts.discarded, keeps
             return packing.pack(ts), said, report
 
         def observe(packed: packing.Packed, metric: Any) -> Any:
@@ -262,8 +263,8 @@ class PackedController:
         self._catch_up()
         with one_blas_thread():
             packed, said, report = self._programs.decide(self._packed)
-            held, chosen, kind, discarded = jax.device_get(report)
-        return Decision(self._replace(packed, said).directive, held, chosen, int(kind), int(discarded))
+            held, chosen, kind, discarded, keeps = jax.device_get(report)
+        return Decision(self._replace(packed, said).directive, held, chosen, int(kind), int(discarded), bool(keeps))
 
     def observe_eval(self, metric: float) -> bool:
         """Takes a validation metric in, in the direction of the tuner's mode; whether to keep the measured state."""

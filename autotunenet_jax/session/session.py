@@ -39,6 +39,7 @@ class Decision(NamedTuple):
       chosen: Hyperparameters in force from now on outside forks.
       kind: Kind of the round.
       discarded: Steps spent so far on range tests and on forks that were not kept.
+      keeps: Whether the state that the directive leads to is the best there is, and to be kept.
     """
 
     directive: Directive
@@ -46,6 +47,7 @@ class Decision(NamedTuple):
     chosen: dict[str, Any]
     kind: int
     discarded: int
+    keeps: bool
 
 
 class Report(NamedTuple):
@@ -162,6 +164,8 @@ class Session:
         directive, after = decision.directive, controller.phase
         with self._or_undone():
             self._obey(directive, rewinds=int(directive.data_step) != position)
+            if decision.keeps:
+                self._obey(directive._replace(save=0, keep=1, restore=0, adopt=0), rewinds=False)
         # A metric that was not reported by now is of no use to the next stretch.
         self.wants_eval, self.is_due = bool(directive.evaluate), False
         if before == TRAIN and after != TRAIN:

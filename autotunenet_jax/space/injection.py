@@ -53,6 +53,9 @@ def _is_stop(node: Any) -> bool:
 class Place(NamedTuple):
     """Where a hyperparameter is kept: which injected state of the tree, and by what name there.
 
+    An injected state inside another reads its own values alone. Where both have a hyperparameter of the same name, it
+    is one hyperparameter, kept in both.
+
     Attributes:
       node: Number of the injected state, outer ones first.
       name: Its name there.
@@ -60,6 +63,7 @@ class Place(NamedTuple):
       within: Numbers of the injected states around that one.
       is_scheduled: Whether an optax schedule overwrites it.
       is_held: Whether it may change only between accumulated batches: an integer beside ``optax.MultiSteps``.
+      inner: Where else it is kept, in the states inside that one, outer ones first.
     """
 
     node: int
@@ -68,6 +72,12 @@ class Place(NamedTuple):
     within: tuple[int, ...]
     is_scheduled: bool
     is_held: bool
+    inner: tuple["Place", ...] = ()
+
+    @property
+    def everywhere(self) -> tuple["Place", ...]:
+        """This place and those inside it; the last one is in force."""
+        return (self, *self.inner)
 
 
 def map_injected(opt_state: Any, function: Callable[[int, Any], Any]) -> Any:
@@ -154,8 +164,9 @@ def labels(found: list[Place]) -> dict[str, Place]:
         words = tuple(step for step in place.path if not step.isdecimal())
         for steps in ((), words, place.path):
             label = "/".join((*steps, place.name))
-            if len(match(label, found)) == 1:
-                out[label] = place
+            fitting = match(label, found)
+            if len(fitting) == 1:
+                out[label] = fitting[0]
                 break
         else:
             out.setdefault("/".join((*place.path, place.name)), place)
@@ -163,7 +174,7 @@ def labels(found: list[Place]) -> dict[str, Place]:
 
 
 def match(name: str, found: list[Place]) -> list[Place]:
-    """The places that a name or path fits; of one inside another only the outer one."""
+    """The places that a name or path fits; those inside another are part of the outer one."""
     *steps, leaf = name.split("/")
 
     def fits(place: Place) -> bool:
@@ -172,7 +183,11 @@ def match(name: str, found: list[Place]) -> list[Place]:
 
     fitting = [place for place in found if fits(place)]
     numbers = {place.node for place in fitting}
-    return [place for place in fitting if not numbers.intersection(place.within)]
+    return [
+        place._replace(inner=tuple(other for other in fitting if place.node in other.within))
+        for place in fitting
+        if not numbers.intersection(place.within)
+    ]
 
 
 def resolve(names: Iterable[str], opt_state: Any) -> dict[str, Place]:
@@ -205,7 +220,7 @@ def resolve(names: Iterable[str], opt_state: Any) -> dict[str, Place]:
                     "Use one of those."
                 )
             continue
-        if fitting[0].is_scheduled:
+        if any(place.is_scheduled for place in fitting[0].everywhere):
             raise ValueError(
                 f"{name!r} follows an optax schedule, which would overwrite the tuned value at every update. "
                 "Give inject_hyperparams a plain number for it; the tuner has a schedule of its own."
@@ -218,9 +233,10 @@ def resolve(names: Iterable[str], opt_state: Any) -> dict[str, Place]:
 
 
 def read(opt_state: Any, where: Mapping[str, Place]) -> dict[str, Array]:
-    """The values at some places, by the names given."""
+    """The values in force at some places, by the names given."""
     nodes = injected(opt_state)
-    return {name: unboxed(nodes[place.node].hyperparams[place.name]) for name, place in where.items()}
+    in_force = {name: place.everywhere[-1] for name, place in where.items()}
+    return {name: unboxed(nodes[place.node].hyperparams[place.name]) for name, place in in_force.items()}
 
 
 def write(opt_state: Any, values: Mapping[str, Any], where: Mapping[str, Place]) -> Any:
@@ -229,10 +245,11 @@ def write(opt_state: Any, values: Mapping[str, Any], where: Mapping[str, Place])
     Numbers of accumulated batches change only when none is half done: ``optax.MultiSteps`` would never finish one
     whose length fell below what it has already gathered.
     """
+    targets = [(name, place) for name, outer in where.items() for place in outer.everywhere]
 
     def change(number: int, node: Any) -> Any:
         new = dict(node.hyperparams)
-        for name, place in where.items():
+        for name, place in targets:
             if place.node != number:
                 continue
             old = unboxed(new[place.name])

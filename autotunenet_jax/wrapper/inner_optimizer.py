@@ -59,6 +59,11 @@ def build(factory: Any, tuner: AutoTuneNet, arguments: dict[str, Any]) -> optax.
 def starting_values(tuner: AutoTuneNet, inner: Any) -> dict[str, Array]:
     """Where the run starts: what the user said, else what the optimizer has, else the tuner's choice."""
     space = tuner.space
+    if any(injection.is_tuned(node) for node in jax.tree.leaves(inner, is_leaf=injection.is_tuned)):
+        raise ValueError(
+            "there is an autotune inside this autotune: each would discard what the other compares. Use one of them, "
+            "with every tuned hyperparameter in its search space."
+        )
     where = injection.resolve(space.names, inner)
     available = sorted(injection.labels(injection.places(inner)))
     if not where:

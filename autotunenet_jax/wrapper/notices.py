@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..compiler import cpu_queue, packing
-from ..controller.decision import UNSEEN_DECADES
-from ..controller.roles import roles_of
 from ..controller.state import TRAIN
 from ..session.notices import BAD_SHARE, MANY_ROLLBACKS, MISSED_SHARE, are_many, bound_at, of_slow
 from ..user_warning import warn
@@ -89,15 +87,13 @@ def _texts(state: AutotuneState) -> Iterator[str]:
     total = number(tuner.plan.total)
     if total and step > total:
         yield _SPENT
-    if total and step >= MISSED_SHARE * total and np.isnan(number(tuner.validation.level)):
+    is_seen, is_late = not np.isnan(number(tuner.validation.level)), step >= MISSED_SHARE * total
+    if total and is_late and not is_seen:
         yield from (notice.message for notice in of_slow(space, HOW))
-    if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1:
+    if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1 or not is_late:
         return
-    # Without a metric training goes on below what won.
-    below = UNSEEN_DECADES if np.isnan(number(tuner.validation.level)) else 0.0
     for k, (name, role) in enumerate(zip(space.names, space.roles, strict=True)):
-        won = min(number(tuner.incumbent, k) + below / roles_of(space).decades[k], 1.0)
-        side = bound_at(space, name, won) if role == "rate" else None
+        side = bound_at(space, name, number(tuner.incumbent, k), is_seen=is_seen) if role == "rate" else None
         if side:
             bound = float(space[name].decode(jnp.float32(side == "upper")))
             yield _AT_BOUND.format(name=name, end=side, bound=bound)

@@ -220,6 +220,30 @@ def test_where_all_forks_fail_training_goes_on_from_where_they_began_at_a_lower_
     assert int(end.directive.data_step) == end.before.steps[-1][1] + 1
 
 
+def test_where_all_forks_spoil_a_state_training_goes_on_from_it_at_a_lower_rate():
+    first = forks_of(tuned_run()[2])[1][0].saved.steps[-1][1] + 1
+
+    def metric(trained):
+        """What the second round is shown is poison to any rate, a little less to lower ones."""
+        poison = [rate for rate, batch in trained.steps if batch in range(first, first + 5)]
+        return trained.loss() + (3.0 + 0.01 * np.log10(max(poison)) if poison else 0.0)
+
+    ts, trained, events = lived(tuner("rate", 400), 400, metric_of=metric)
+    forks = forks_of(events)[1]
+    end = forks[-1]
+    assert len(forks) > 1 and end.directive.outcome == state.OUTCOME_ROUND_FAILED
+    assert end.directive.restore and end.after == end.saved
+    begun = len(end.saved.steps)
+    claimed = [max(rate for rate, _ in fork.before.steps[begun:]) for fork in forks]
+    best = claimed[int(np.argmin([metric(fork.before) for fork in forks]))]
+    assert -5.0 + 5.0 * end.incumbent[0] == pytest.approx(np.log10(best) - decision._FAILED_DECADES, abs=0.05)
+    # It is the best state from there on, is not shown the poison again, and all that went into the forks is lost.
+    (kept,) = [event for event in events if event.step == end.step + 1]
+    assert kept.directive.keep and kept.kept.steps[:begun] == end.saved.steps
+    assert metric(trained) < metric(end.saved)
+    assert len(trained.steps) == 400 - int(ts.discarded)
+
+
 def test_a_run_of_bad_batches_in_a_fork_begins_it_again_on_the_data_after_it():
     bad = []
 
@@ -274,6 +298,7 @@ def test_the_best_state_is_forgotten_only_when_a_fork_takes_its_place(has_winner
     held = ts.round._replace(
         kept=jnp.int32(0 if has_winner else -1), has_eval=jnp.bool_(has_winner), score=ts.round.score.at[0].set(0.5)
     )
-    ts, directive = decision._end_round(tuned.space, ts._replace(validation=seen, round=held), jnp.ones((), bool))
+    yes, ts = jnp.ones((), bool), ts._replace(validation=seen, round=held)
+    ts, directive = decision._end_round(tuned.space, ts, yes, ~yes)
     assert bool(ts.validation.is_kept) and bool(directive.restore) is not has_winner
     assert float(ts.validation.best) == (0.5 if has_winner else 0.25)

@@ -81,6 +81,9 @@ def test_words_say_that_all_failed():
     made = history()
     made.rounds = [row(fork(0.1, None, "failed", math.nan), fork(0.2, None, "failed", math.nan), best=-1)]
     assert "every fork failed; training went back" in made.explain()
+    made.rounds = [row(fork(0.1, 2.5), fork(0.2, 2.6), best=-1)]
+    assert "ended well behind the state that they began from; training went back to it" in made.explain()
+    made.rounds = [row(fork(0.1, None, "failed", math.nan), fork(0.2, None, "failed", math.nan), best=-1)]
     made.rounds[0] |= {"kind": "slow", "scored_by": "training loss"}
     text = made.explain()
     assert "not measured after" in text and "no validation metric came when it was asked for" in text

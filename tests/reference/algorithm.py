@@ -788,10 +788,25 @@ class Algorithm:
         spread = np.where(active, lower + (upper - lower) * points, centre).astype(F)
         return [*line, *((x, may_search) for x in spread)]
 
+    def _is_spoilt(self) -> bool:
+        """Whether a metric puts all forks further above the state they began from than they lie apart."""
+        scores = [f.score for f in self.forks if f.status == names.FORK_FINISHED]
+        return self.has_eval and len(scores) > 1 and min(scores) - self.reference > max(scores) - min(scores)
+
     def _end_round(self, is_current: bool, said: Said) -> None:
         before, is_fast = self.incumbent, self.plan.kind[self.row] == FAST
         past, self.readings = self.readings, Readings(read_at=self.step)
-        if self.winner is None:
+        is_spoilt = self._is_spoilt()
+        if is_spoilt:
+            # The best state is the one that all began from; the next step keeps it.
+            assert self.winner is not None
+            best = self.forks[self.winner]
+            self.readings.best, self.readings.keeps = self.reference, True
+            self.discarded += best.steps
+            said.restore, said.outcome = True, names.OUTCOME_ROUND_FAILED
+            if is_fast:
+                self.incumbent = self._shifted(np.where(self.is_rate, best.x, before), -decision._FAILED_DECADES)
+        elif self.winner is None:
             if past.is_kept:
                 # Nothing has taken the place of the best state.
                 self.readings.best, self.readings.is_kept = past.best, True

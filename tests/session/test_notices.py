@@ -14,16 +14,19 @@ from autotunenet_jax.session.progress import Progress
 from autotunenet_jax.session.recorder import Recorder
 from autotunenet_jax.user_warning import warn
 
+NAMES = ("learning_rate", "weight_decay", "dropout")
 SPACE = {"learning_rate": (1e-4, 1e-1), "weight_decay": (1e-5, 1e-1), "dropout": (0.0, 0.5)}
 
 
-def made(*, space=SPACE, mode="min", step=0, bad=0, rollbacks=0, level=None):
+def made(*, space=SPACE, mode="min", step=0, bad=0, rollbacks=0, level=None, at=None):
     tuner = atn.AutoTuneNet(space, 1000, mode=mode)
     ts = tuner.init(jax.random.key(0))
     health = ts.health._replace(bad_steps=jnp.int32(bad))
     ts = ts._replace(step=jnp.int32(step), health=health, rollbacks=jnp.int32(rollbacks))
     if level is not None:
         ts = ts._replace(validation=ts.validation._replace(level=jnp.float32(level)))
+    if at is not None:
+        ts = ts._replace(incumbent=tuner.space.encode(dict(zip(NAMES, at, strict=True))))
     return tuner, ts
 
 
@@ -32,10 +35,9 @@ def kinds(*state, **options):
 
 
 def a_round(best, *values, scores=None):
-    names = ("learning_rate", "weight_decay", "dropout")
     scores = [0.5 + 0.1 * (number != best) for number in range(len(values))] if scores is None else scores
     forks = [
-        {"hyperparams": dict(zip(names, row, strict=True)), "scores": [] if score is None else [score]}
+        {"hyperparams": dict(zip(NAMES, row, strict=True)), "scores": [] if score is None else [score]}
         for row, score in zip(values, scores, strict=True)
     ]
     return {"best": best, "forks": forks, "kind": "fast", "scored_by": "validation"}
@@ -112,18 +114,28 @@ def test_a_metric_that_never_came_is_missed_late():
 )
 def test_a_choice_at_a_bound(best, is_told):
     rounds = [a_round(1, (1e-3, 1e-2, 0.2), best)]
-    assert kinds(*made(step=200, level=1.0), rounds=rounds) == is_told
+    assert kinds(*made(step=400, level=1.0, at=best), rounds=rounds) == is_told
+    assert kinds(*made(step=200, level=1.0, at=best), rounds=rounds) == []  # later rounds may lead away
+
+
+@pytest.mark.parametrize(("rate", "level", "is_told"), [(6e-2, 1.0, False), (6e-2, None, True), (3e-2, None, False)])
+def test_what_counts_is_where_training_goes_on(rate, level, is_told):
+    """A metric may have led below what won; without one rates stand a quarter of a decade below it."""
+    rounds = [a_round(1, (1e-3, 1e-2, 0.2), (1e-1, 1e-3, 0.1))]
+    told = kinds(*made(step=400, level=level, at=(rate, 1e-3, 0.1)), rounds=rounds)
+    assert ("bound of learning_rate" in told) == is_told
 
 
 def test_what_was_never_varied_was_never_chosen():
-    assert kinds(*made(step=200, level=1.0), rounds=[a_round(0, (1e-2, 1e-5, 0.5), (3e-3, 1e-5, 0.5))]) == []
+    at = (1e-2, 1e-5, 0.5)
+    assert kinds(*made(step=400, level=1.0, at=at), rounds=[a_round(0, at, (3e-3, 1e-5, 0.5))]) == []
 
 
 @pytest.mark.parametrize(("scores", "is_told"), [((2.3, 2.3), []), ((None, 2.3), ["bound of learning_rate"])])
 def test_a_choice_at_a_bound_that_made_no_difference_is_none(scores, is_told):
     """As of a loss that never changes; a fork that failed has no score."""
     rounds = [a_round(1, (1e-2, 1e-3, 0.1), (1e-4, 1e-3, 0.1), scores=scores)]
-    assert kinds(*made(step=200, level=1.0), rounds=rounds) == is_told
+    assert kinds(*made(step=400, level=1.0, at=(1e-4, 1e-3, 0.1)), rounds=rounds) == is_told
 
 
 def test_a_value_outside_its_range_names_it():

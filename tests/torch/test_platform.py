@@ -47,6 +47,36 @@ print(*[name for name in ("jax", "jaxlib", "autotunenet_jax", "lightning", "tran
     assert min(float(run[1]) for run in runs) < 100
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_process_that_is_forked_after_jax_began_is_refused_at_once():
+    """It would wait for ever; one that is forked before trains."""
+    code = """
+import multiprocessing, warnings
+import torch, autotunenet_torch
+def child(queue):
+    try:
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        autotunenet_torch.AutoTuneNet({"learning_rate": (1e-3, 1.0)}).attach(model, optimizer, total_steps=100)
+        queue.put("attached")
+    except RuntimeError as error:
+        queue.put("spawn" if "get_context('spawn')" in str(error) else str(error))
+def forked():
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    process.join(60)
+    return queue.get() if process.exitcode == 0 else "hangs"
+warnings.simplefilter("ignore", DeprecationWarning)
+autotunenet_torch.AutoTuneNet({"learning_rate": (1e-3, 1.0)})
+print(forked())
+child(multiprocessing.get_context("fork").SimpleQueue())
+print(forked())
+"""
+    assert python(code) == ["attached", "spawn"]
+
+
 def test_a_space_is_checked_when_the_tuner_is_made():
     code = """
 import sys, autotunenet_torch

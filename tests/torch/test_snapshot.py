@@ -159,6 +159,22 @@ def test_durable_round_trip(tmp_path, make_tied, bits):
     other = torch.nn.Linear(4, 2)
     with pytest.raises(atn.SnapshotMismatchError, match="another model"):
         TrainingState(other, torch.optim.SGD(other.parameters(), lr=0.1)).check(back)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(atn.SnapshotMismatchError, match="the optimizer AdamW, and here it is SGD"):
+        TrainingState(model, sgd, schedulers=schedulers).check(back)
+    with pytest.raises(atn.SnapshotMismatchError, match=r"with 1 learning-rate schedulers, and here there are 0"):
+        TrainingState(model, optimizer).check(back)
+
+
+def test_a_scale_that_is_new_stays_as_it_was_made(make_tied):
+    model = make_tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    saved = TrainingState(model, optimizer).copy_out()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with_scale = TrainingState(model, optimizer, scaler=scaler)
+    with_scale.check(saved)
+    with_scale.copy_back(saved)
+    assert scaler.get_scale() == 8.0
 
 
 def test_durable_refuses_what_needs_pickle(tmp_path):

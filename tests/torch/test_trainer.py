@@ -428,6 +428,20 @@ def test_a_loader_that_raises_loses_nothing(tmp_path, rows, share, bits):
     assert run(tmp_path / "run") == expected
 
 
+def test_after_an_error_nothing_of_the_tuner_stays_on_the_optimizer(rows):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader(FailingRows(rows, 400), batch_size=16)
+    with pytest.raises(OSError, match="disk"):
+        Trainer(cross_entropy, optimizer, epochs=12, progress=False).fit(model, loader, tuner=AutoTuneNet(SPACE))
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_a_step_that_is_interrupted_in_the_forward_pass_is_taken_back(tmp_path, rows, bits):
     calls = []
 

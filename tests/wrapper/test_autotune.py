@@ -201,6 +201,37 @@ def test_paths():
         atn.set_hyperparams(sharpness_aware.init(PARAMS), {"learning_rate": 0.7})
 
 
+def test_one_name_in_states_inside_each_other_is_one_hyperparameter():
+    inject = optax.inject_hyperparams
+
+    def clipped(learning_rate):
+        return optax.chain(inject(optax.clip)(max_delta=1.0), inject(optax.sgd)(learning_rate))
+
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, 2.0), PARAMS)
+    nested = inject(clipped)(learning_rate=1e-4)
+    state = atn.set_hyperparams(nested.init(PARAMS), {"learning_rate": 0.1, "max_delta": 0.5})
+    updates, state = nested.update(grads, state, PARAMS)
+    np.testing.assert_allclose(updates["w"], -0.05, rtol=1e-6)  # clipped, then scaled
+    assert {name: float(value) for name, value in atn.hyperparams(state).items()} == {
+        "learning_rate": np.float32(0.1),
+        "max_delta": 0.5,
+    }
+
+    tuned = atn.autotune(nested, SPACE, 300)
+    state = tuned.init(PARAMS)
+    for _ in range(2):
+        before = atn.hyperparams(state)["learning_rate"]
+        updates, state = tuned.update(grads, state, PARAMS, value=jnp.float32(1.0))
+        np.testing.assert_allclose(updates["w"], -jnp.full(3, before), rtol=1e-6)
+        assert atn.hyperparams(state)["learning_rate"] != before
+
+
+def test_autotune_inside_autotune_is_refused():
+    twice = atn.autotune(atn.autotune(injected(), SPACE, 100), SPACE, 100)
+    with pytest.raises(ValueError, match="an autotune inside this autotune"):
+        twice.init(PARAMS)
+
+
 def test_a_boolean_among_the_parameters_stays():
     params = {"w": jnp.ones(3), "mask": jnp.array([True, False])}
     target = {"w": jnp.zeros(3), "mask": jnp.array([False, False])}
