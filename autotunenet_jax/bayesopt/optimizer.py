@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..compiler.precision import in_float32
@@ -295,8 +296,14 @@ class BayesianOptimizer:
         Args:
           state: What the optimiser knows.
           time: As for `suggest`.
+
+        Raises:
+          ValueError: No point has a score yet. Under jit, where that is not known, it is any point of the space.
         """
         obs = state.observations
+        usable = mask(obs) & ~obs.failed
+        if not isinstance(usable, Tracer) and not usable.any():
+            raise ValueError("no point has a score yet, so none is the best. Tell observe a finite one first.")
         score = obs.y
         if self.has_drift or self.has_groups:
             posterior = fit(self.config, obs, start=state.hyper, key=state.key, noise=state.noise / _unit(state))

@@ -30,7 +30,7 @@ from .fork_executor import ForkExecutor
 from .parallel_forks import check_parallel_forks
 from .processes import Processes
 from .run import Run
-from .train_step_contract import check_eval_step, check_train_step, reads_its_state
+from .train_step_contract import check_eval_step, check_state, check_train_step, reads_its_state
 
 _METRIC_OF_NOTHING = (
     "eval_step reads nothing of the state that it is given, so its metric is the same for all of them. Measure its "
@@ -237,8 +237,8 @@ def fit(
         `StopTraining`, in the best state.
 
     Raises:
-      TypeError: ``train_step`` returns no pair, ``batches``, a callback or a logger is of no known kind, or ``tuner``
-        is no `AutoTuneNet`.
+      TypeError: ``train_step`` returns no pair, ``state`` or a batch holds anything but arrays, ``batches``, a callback
+        or a logger is of no known kind, or ``tuner`` is no `AutoTuneNet`.
       ValueError: The loss or a metric is not a real scalar, ``monitor`` is no metric's name, the state changes shape, a
         hyperparameter is never used, there is no budget, or, with ``resume``, the snapshots are of a tuner made
         otherwise (see `AutoTuneNet.check`). All before the first step.
@@ -255,6 +255,7 @@ def fit(
     )
     key = jax.random.key(0) if key is None else key
     source = BatchSource(batches)
+    check_state(state)
     at_once = check_parallel_forks(parallel_forks)
     first_batch, read = _tried(train_step, state, source, hyperparams_jit(tuner.core, tuner.init(key)), has_aux)
     metric = None if eval_step is None else check_eval_step(eval_step, state, monitor=monitor, mode=tuner.mode)

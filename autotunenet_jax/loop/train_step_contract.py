@@ -111,14 +111,27 @@ def _is_odd(dtype: Any) -> bool:
     return not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
-def _check_batch(batch: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+def _check_holds_arrays(tree: Any, name: str, remedy: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(leaf, jax.typing.ArrayLike) and not hasattr(leaf, "__jax_array__"):
             kind = f"{type(leaf).__module__.partition('.')[0]}.{type(leaf).__name__}"
             raise TypeError(
-                f"a batch must hold arrays of NumPy or JAX; batch{jax.tree_util.keystr(path)} is a {kind}. Convert it "
-                "where batches are made; a torch DataLoader does so in collate_fn."
+                f"a {name} must hold arrays of NumPy or JAX; {name}{jax.tree_util.keystr(path)} is a {kind}. {remedy}"
             )
+
+
+def check_state(state: Any) -> None:
+    """Whether a state can be trained, copied and put back.
+
+    Raises:
+      TypeError: It holds anything but arrays.
+    """
+    _check_holds_arrays(
+        state,
+        "state",
+        "Keep functions and settings outside it: of an Equinox model it takes equinox.filter(model, equinox.is_array), "
+        "and train_step puts the rest back with equinox.combine.",
+    )
 
 
 def check_train_step(
@@ -139,7 +152,9 @@ def check_train_step(
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
     """
-    _check_batch(batch)
+    _check_holds_arrays(
+        batch, "batch", "Convert it where batches are made; a torch DataLoader does so in collate_fn."
+    )
     output: list[Any] = []
 
     def traced(state: Any, batch: Any, hyperparams: Any) -> Any:

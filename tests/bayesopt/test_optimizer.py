@@ -190,6 +190,7 @@ def test_beyond_capacity_the_best_is_kept():
         (lambda: BayesianOptimizer({"x": (0.0, 1.0)}, capacity=1), "capacity must be at least 2 observations; got 1"),
         (lambda: BayesianOptimizer({"x": (0.0, 1.0)}, initial=0), "initial must be at least 1 point; got 0"),
         (lambda: BayesianOptimizer({}), "empty"),
+        (lambda: SMOOTH.best(SMOOTH.init(jax.random.key(0))), "no point has a score yet"),
         (lambda: SMOOTH.suggest(SMOOTH.init(jax.random.key(0)), count=0), "count must be at least 1; got 0"),
     ],
 )

@@ -59,6 +59,18 @@ def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
     assert "hp holds what the search space names: 'learning_rate'." in caught.value.__notes__
 
 
+@pytest.mark.parametrize(("part", "kind"), [("tanh", "builtins.str"), (jax.nn.relu, "jax.custom_jvp")])
+def test_what_a_state_cannot_hold_is_named(part, kind):
+    with pytest.raises(TypeError, match=rf"state\['activation'\] is a {kind}.*outside it"):
+        atn.fit(
+            problem.train_step,
+            {**problem.new_state(), "activation": part},
+            problem.batches,
+            tuner=problem.tuner(),
+            progress=False,
+        )
+
+
 @pytest.mark.parametrize("owner", ["train_step", "eval_step"])
 def test_what_cannot_be_compiled_is_told_that_it_is(owner):
     def step(state, batch, hp):
