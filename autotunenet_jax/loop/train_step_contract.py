@@ -152,9 +152,7 @@ def check_train_step(
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
     """
-    _check_holds_arrays(
-        batch, "batch", "Convert it where batches are made; a torch DataLoader does so in collate_fn."
-    )
+    _check_holds_arrays(batch, "batch", "Convert it where batches are made; a torch DataLoader does so in collate_fn.")
     output: list[Any] = []
 
     def traced(state: Any, batch: Any, hyperparams: Any) -> Any:

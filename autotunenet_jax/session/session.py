@@ -327,7 +327,9 @@ class Session:
             # The best since the last round, whose winner may be worse than what was measured before; in 32 bits.
             standing = -float(seen.best) if mode == "max" else float(seen.best)
             best = None if best is None else float(np.float32(best))
-        if is_better(best, standing, mode) and self.host.restore_best(self.best):
+        # The kept copy of a state that a round went back to is of a step or more after it was measured.
+        is_later = returns and best == standing and self.best_at != int(controller.state.slots.kept_step)
+        if (is_better(best, standing, mode) or is_later) and self.host.restore_best(self.best):
             step, self.last_eval = self.best_at, self.best_eval
             self.recorder.note(controller.step, "retreat", f"The run ends in its best state, that of step {step}.")
         elif returns:
