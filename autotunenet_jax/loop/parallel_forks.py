@@ -18,7 +18,7 @@ from ..controller import AutoTuneNet
 from ..controller.core import Core
 from ..controller.fork_round import foreseen
 from ..controller.plan import FAST, MAX_FORKS
-from ..controller.state import TunerState
+from ..controller.state import TunerState, later
 from .device_forks import MOST_AT_ONCE, DeviceForks
 from .fork_executor import ForkExecutor, StepLog
 
@@ -56,18 +56,11 @@ def _foreseen_jit(core: Core, count: int, ts: TunerState) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _in_force_jit(core: Core, steps: int, ts: TunerState, x: Float[Array, "k d"], lag: Array) -> dict[str, Array]:
     """Values in force at the steps of forks at some points, ``lag`` steps of budget from here: steps, then points."""
+    since = ts.health._replace(since_rollback=ts.health.since_rollback + lag)
+    begun = ts._replace(step=ts.step + lag, health=since)
 
     def at(pos: Array, point: Array) -> dict[str, Array]:
-        health = ts.health._replace(since_rollback=ts.health.since_rollback + lag + pos)
-        return core.hyperparams(
-            ts._replace(
-                step=ts.step + lag + pos,
-                data_step=ts.data_step + pos,
-                segment_left=ts.segment_left - pos,
-                trial=point,
-                health=health,
-            )
-        )
+        return core.hyperparams(later(begun, pos)._replace(trial=point))
 
     return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(jnp.arange(steps), x)
 

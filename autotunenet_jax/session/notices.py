@@ -18,9 +18,6 @@ from .recorder import LOGGER, Recorder
 MANY_ROLLBACKS = 5
 """From so many rollbacks on, something is wrong that going back does not mend."""
 
-MANY_RETREATS = 4
-"""From so many ways back to the best state on, the metric is more likely to be noisy than to tell something."""
-
 _BAD_STEPS, BAD_SHARE = 10, 0.01
 """So many bad steps are told of where they are such a share of all, and ten times as many in any case."""
 
@@ -100,7 +97,7 @@ def notices(
     is_late = is_over or (total is not None and step >= MISSED_SHARE * total)
     found = [_moved(tuner, name, value) for name, value in (outside or {}).items()]
     found += _bad_steps(int(ts.health.bad_steps), step)
-    found += _rollbacks(int(ts.rollbacks), step) + _retreats(int(ts.validation.retreats), step) + _unusable(evals)
+    found += _rollbacks(int(ts.rollbacks), step) + _unusable(evals)
     if is_late and step:
         found += _no_metric(tuner, ts, rounds, evals, how) + _backwards(tuner, evals)
     # Early on, later rounds and metrics may lead away from there.
@@ -146,17 +143,6 @@ def _rollbacks(rollbacks: int, step: int) -> list[Notice]:
         "upper bound of the learning rate where it had been high."
     )
     return [Notice("many rollbacks", message)]
-
-
-def _retreats(retreats: int, step: int) -> list[Notice]:
-    if retreats < MANY_RETREATS:
-        return []
-    message = (
-        f"Training went back to its best state {retreats} times in {step} steps, since the validation metric did not "
-        "improve, which costs what had been trained since. Where the metric is measured on few rows, or on others each "
-        "time, its noise does that: measure it on more, and always on the same."
-    )
-    return [Notice("many retreats", message)]
 
 
 def _unusable(evals: Sequence[Mapping[str, Any]]) -> list[Notice]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..compiler import cpu_queue, packing
 from ..controller.state import TRAIN
-from ..session.notices import BAD_SHARE, MANY_RETREATS, MANY_ROLLBACKS, MISSED_SHARE, are_many, bound_at, of_slow
+from ..session.notices import BAD_SHARE, MANY_ROLLBACKS, MISSED_SHARE, are_many, bound_at, of_slow
 from ..user_warning import warn
 from .bookkeeping import MAX_ATTEMPTS
 from .state import AutotuneState
@@ -36,11 +36,6 @@ _ROLLBACKS = (
     "Lower the upper bound of the learning rate, or look at what breaks it: opt_state.tuner.health tells."
 )
 
-_RETREATS = (
-    f"the training went back to its best state {MANY_RETREATS} times or more, since the validation metric did not "
-    "improve. Where it is measured on few rows, or on others each time, its noise does that: measure it on more, and "
-    "always on the same."
-)
 _SHORTENED = (
     f"a way back to a snapshot takes more than {_LONG_WAY} updates, in which nothing is learned: something after "
     "autotune in the chain changes them, such as clipping or a decay of weights. Put it into the optimizer inside."
@@ -89,8 +84,6 @@ def _texts(state: AutotuneState) -> Iterator[str]:
         yield _BAD
     if number(tuner.rollbacks) >= MANY_ROLLBACKS:
         yield _ROLLBACKS
-    if number(tuner.validation.retreats) >= MANY_RETREATS:
-        yield _RETREATS
     total = number(tuner.plan.total)
     if total and step > total:
         yield _SPENT

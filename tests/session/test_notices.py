@@ -55,17 +55,6 @@ def test_a_share_of_bad_steps(step, bad, is_told):
     assert not is_told or f"{bad} of {step} steps" in found[0].message
 
 
-def test_many_retreats():
-    def told(retreats):
-        tuner, ts = made(step=600, level=1.0)
-        ts = ts._replace(validation=ts.validation._replace(retreats=jnp.int32(retreats)))
-        return [notice.message for notice in notices(tuner, ts, rounds=[])]
-
-    assert told(3) == []
-    (message,) = told(4)
-    assert "best state 4 times in 600 steps" in message and "its noise" in message
-
-
 def test_many_rollbacks():
     assert kinds(*made(step=300, rollbacks=4, level=1.0), rounds=[]) == []
     assert "6 times" in notices(*made(step=300, rollbacks=6, level=1.0), rounds=[])[0].message

@@ -56,7 +56,6 @@ def test_nothing_is_said_of_a_run_that_goes_well(started):
         ({"validation__level": jnp.float32(jnp.nan)}, "weight_decay stays as it starts: only a validation metric"),
         ({"health__bad_steps": jnp.int32(60)}, "or 1% of them, were skipped or more"),
         ({"health__bad_steps": jnp.int32(10)}, "or 1% of them, were skipped or more"),
-        ({"validation__retreats": jnp.int32(4)}, "went back to its best state 4 times or more"),
         ({"rollbacks": jnp.int32(5)}, "went back to a snapshot 5 times or more"),
         ({"step": jnp.int32(1001)}, "more updates than its total_steps"),
         ({"home": jnp.int32(1), "attempts": jnp.int32(30)}, "something after autotune in the chain changes them"),
