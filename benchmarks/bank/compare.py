@@ -26,8 +26,10 @@ from benchmarks.bank.tasks import Task, make
 
 RESULTS = Path(__file__).with_name("results")
 BASE = policy.Knobs()
+# The algorithm when a round always went on from its best fork.
+ALWAYS = dataclasses.replace(BASE, spoils=math.inf)
 # The algorithm when its first round did not go on to lower rates while no fork had gained.
-BEFORE = dataclasses.replace(BASE, seeks=False)
+BEFORE = dataclasses.replace(ALWAYS, seeks=False)
 # And when training went on a little below the winner of the first round and rates did not climb. What was tried, was
 # tried beside these.
 FORMER = dataclasses.replace(BEFORE, drift=0.25, climb=0.0, unseen=0.0, reach=math.inf, far=math.inf)
@@ -39,8 +41,13 @@ def _with(**changes: Any) -> policy.Knobs:
 
 # What the algorithm does, what was tried in its place, and what it would have done with one constant changed.
 POLICIES: dict[str, policy.Knobs] = {
-    "base": BASE,
-    "no validation": dataclasses.replace(BASE, validates=False),
+    "base": ALWAYS,
+    "goes back": BASE,
+    "always the best fork": ALWAYS,
+    "metric noise .1": dataclasses.replace(BASE, metric_noise=0.1),
+    "metric noise .3": dataclasses.replace(BASE, metric_noise=0.3),
+    "metric noise .3 best fork": dataclasses.replace(ALWAYS, metric_noise=0.3),
+    "no validation": dataclasses.replace(ALWAYS, validates=False),
     "seeks not": BEFORE,
     "no validation, seeks not": dataclasses.replace(BEFORE, validates=False),
     "new batches": dataclasses.replace(BEFORE, validates=False, rewinds=False),

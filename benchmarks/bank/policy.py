@@ -6,6 +6,7 @@ It knows nothing of the package. `Knobs` holds every number that is chosen on th
 
 import dataclasses
 import math
+import zlib
 
 import numpy as np
 
@@ -93,6 +94,8 @@ class Knobs:
     rewinds: bool = True
     falls: int = 1
     seeks: bool = True
+    spoils: float = 1.0
+    metric_noise: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +208,7 @@ class Run:
         self.spent = self.data = self.discarded = self.forks = self.rounds = self.went_back = 0
         self.observations: list[Observation] = []
         self.reference, self.tested = math.nan, -math.inf
+        self.noise = np.random.default_rng(zlib.crc32(lab.task.name.encode()))
 
     def factor(self, spent: np.ndarray) -> np.ndarray:
         return np.clip((1.0 - spent / self.steps) / (1.0 - self.knobs.hold), 0.0, 1.0)
@@ -215,7 +219,9 @@ class Run:
         return self.data if self.knobs.rewinds else self.spent
 
     def metric(self, state: States) -> float:
-        return float(self.lab.evaluate(state)[0, 0])
+        value = float(self.lab.evaluate(state)[0, 0])
+        noise = self.knobs.metric_noise
+        return value * math.exp(noise * self.noise.standard_normal()) if noise else value
 
     def range_test(self) -> float:
         n = max(round(self.knobs.test_share * self.steps), 16)
@@ -303,6 +309,10 @@ class Run:
         self.discarded += n * (len(ends) - (not failed.all()))
         if failed.all():
             return min(tried) - 0.5
+        ended = np.array([score for _, score in ends if np.isfinite(score)])
+        if knobs.validates and len(ended) > 1 and ended.min() - self.reference > knobs.spoils * np.ptp(ended):
+            self.discarded += n
+            return float(tried[best]) - knobs.back
         self.state = ends[best][0]
         self.data += n
         return float(tried[best])
@@ -386,5 +396,6 @@ def tune(lab: Lab, knobs: Knobs, *, rate: float | None = None, waste: float = 0.
                 run.discarded += max(round(knobs.confirm_share * run.steps), knobs.least_fork)
             run.state, x, hot, run.went_back = kept, x - knobs.back, best, run.went_back + 1
     end = lab.evaluate(run.state)[0]
-    losses = lab.evaluate(kept)[0] if kept is not None and best < end[0] else end
+    last = run.metric(run.state) if knobs.validates else math.inf
+    losses = lab.evaluate(kept)[0] if kept is not None and best < last else end
     return Result((float(losses[0]), float(losses[1])), x, run.discarded / run.steps, run.went_back, run.forks)
