@@ -72,7 +72,8 @@ def test_one_trace_with_rounds_and_donation(toy, memory):
     assert toy.quality(carry[0]) < 0.7 * toy.quality(toy.make_params())
 
 
-def test_a_scan_with_the_start_in_it_is_the_loop(toy):
+def test_scan_is_the_loop(toy):
+    """With the start inside the compiled program too."""
     optimizer = toy.wrapped()
 
     @jax.jit
