@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # So is one fifth of it by XLA's older emitters; a version that does not know the flag would abort.
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.metadata.version("jaxlib") == "0.10.2":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+# Models are small here: the threads of PyTorch would mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Pictures are drawn to files.
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -50,8 +50,8 @@ def test_initialises_no_backend(imported):
 
 
 def test_costs_little_beyond_jax_and_optax(imported):
-    # The quickest of three: a busy machine only ever adds.
-    assert min(imported["share"], probe()["share"], probe()["share"]) < ALLOWANCE
+    # Up to three times: a busy machine only ever adds.
+    assert imported["share"] < ALLOWANCE or any(probe()["share"] < ALLOWANCE for _ in range(2))
 
 
 def test_every_public_name_is_there_and_documented():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from autotunenet_jax.bayesopt.residuals import residuals_of
 from tests.reference import gaussian_process as twin
 
 CAPACITY, DIMS = 16, 2
+POINTS = 41**2 + 1
 # A unit in which the noise is large enough for float32 to know the posterior to three digits.
 CONFIG = kernels.SurrogateConfig(dims=DIMS, has_time=True, has_groups=True, standardise=False, noise_loc=-2.0)
 LOWER, UPPER = jnp.zeros(DIMS), jnp.ones(DIMS)
@@ -39,6 +42,12 @@ def improvement(post, x, reference, reference_mask):
 
 
 @jax.jit
+def at(post, x, reference, reference_mask):
+    """Value and gradient, of as many points in every test: compiled once."""
+    return acquisition.log_improvement(CONFIG, post, reference=reference, reference_mask=reference_mask)[0](x)
+
+
+@jax.jit
 def build(x, y):
     def step(obs, trial):
         return trials.add(obs, trial[0], trial[1]), None
@@ -65,15 +74,14 @@ def log_h(z):
 
 def test_the_gradient_of_log_h_is_right_and_finite_everywhere():
     z = np.concatenate([-np.geomspace(1e-3, 1e3, 500), np.geomspace(1e-3, 1e3, 200), [0.0]])
-    gradient = np.asarray(jax.jit(jax.vmap(jax.grad(log_h)))(jnp.asarray(z, jnp.float32)))
+    told = jnp.asarray(np.concatenate([z, [-1e18, -1e9, 1e9, 1e30]]), jnp.float32)
+    value, gradient = map(np.asarray, jax.jit(jax.vmap(jax.value_and_grad(log_h)))(told))
+    same, slope = map(np.asarray, jax.jit(acquisition.log_h_and_slope)(told))
+    assert all(np.all(np.isfinite(part)) for part in (value, gradient, same, slope))
     z = np.float32(z).astype(np.float64)
     expected = np.exp(special.log_ndtr(z) - twin.log_expected_positive_part(z))
-    np.testing.assert_allclose(gradient, expected, rtol=5e-5)
-    _, slope = jax.jit(acquisition.log_h_and_slope)(jnp.asarray(z, jnp.float32))
-    np.testing.assert_allclose(slope, expected, rtol=5e-5)
-    extreme = jax.vmap(jax.value_and_grad(log_h))(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
-    extreme += acquisition.log_h_and_slope(jnp.array([-1e18, -1e9, 1e9, 1e30], jnp.float32))
-    assert all(np.all(np.isfinite(part)) for part in extreme)
+    np.testing.assert_allclose(gradient[: len(z)], expected, rtol=5e-5)
+    np.testing.assert_allclose(slope[: len(z)], expected, rtol=5e-5)
 
 
 def test_the_distribution_and_the_excess_of_a_unit_normal():
@@ -94,9 +102,8 @@ def test_the_distribution_and_the_excess_of_a_unit_normal():
 def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
     obs = bowl_history()
     post = fit(obs)
-    of, *_ = acquisition.log_improvement(CONFIG, post, reference=obs.x, reference_mask=trials.mask(obs))
-    x = jnp.concatenate([obs.x, jnp.asarray(np.random.default_rng(2).uniform(size=(50, DIMS)), jnp.float32)])
-    value, gradient = jax.jit(of)(x)
+    others = np.random.default_rng(2).uniform(size=(POINTS - CAPACITY, DIMS)).astype(np.float32)
+    value, gradient = at(post, np.concatenate([obs.x, others]), obs.x, trials.mask(obs))
     assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient))
 
 
@@ -104,15 +111,18 @@ def test_the_gradient_of_the_improvement_is_finite_far_from_any_improvement():
 def test_the_gradient_of_the_improvement_is_that_of_its_value(confidence):
     obs = bowl_history()
     post = fit(obs)
-    mask = trials.mask(obs)
-    for reference_mask in (mask, jnp.zeros_like(mask)):
+    x = np.random.default_rng(2).uniform(size=(60, DIMS)).astype(np.float32)
+
+    @jax.jit
+    def both_ways(post, x, reference, reference_mask):
         of, *_ = acquisition.log_improvement(
-            CONFIG, post, reference=obs.x, reference_mask=reference_mask, time=0.5, confidence=confidence
+            CONFIG, post, reference=reference, reference_mask=reference_mask, time=0.5, confidence=confidence
         )
-        x = jnp.asarray(np.random.default_rng(2).uniform(size=(60, DIMS)), jnp.float32)
-        value, gradient = jax.jit(of)(x)
-        expected = jax.jit(jax.grad(lambda x, of=of: jnp.sum(of(x)[0])))(x)
-        likely = np.asarray(value) > -8.0
+        return *of(x), jax.grad(lambda x: jnp.sum(of(x)[0]))(x)
+
+    for reference_mask in (trials.mask(obs), np.zeros(CAPACITY, bool)):
+        value, gradient, expected = map(np.asarray, both_ways(post, x, obs.x, reference_mask))
+        likely = value > -8.0
         assert likely.sum() > 5
         np.testing.assert_allclose(gradient[likely], expected[likely], rtol=2e-3, atol=2e-3)
 
@@ -124,7 +134,9 @@ def test_log_improvement_agrees_with_the_twin():
     got, live, is_live = improvement(post, x, obs.x, trials.mask(obs))
     assert bool(jnp.all(is_live))
 
-    target = residuals_of(obs, group=obs.group, level=jnp.zeros(CAPACITY), standardise=False, is_centred_apart=True)
+    target = jax.jit(functools.partial(residuals_of, standardise=False, is_centred_apart=True))(
+        obs, group=obs.group, level=np.zeros(CAPACITY, np.float32)
+    )
     used = int(obs.count)
     model = {
         "x": np.asarray(obs.x, np.float64)[:used],
@@ -150,24 +162,29 @@ def test_log_improvement_agrees_with_the_twin():
             assert value < -9.0
 
 
+@jax.jit
+def upper_bound(post, x, place, reference, reference_mask):
+    """The bound where the last reference is a place that is being tried, and the posterior."""
+    of, *_ = acquisition.log_improvement(
+        CONFIG, post, reference=reference, reference_mask=reference_mask,
+        pending=jnp.arange(CAPACITY + 1) == CAPACITY, time=0.5, confidence=2.0,
+    )  # fmt: skip
+    return of(x)[0], *surrogate.predict(CONFIG, post, jnp.concatenate([x, place]), time=0.5)
+
+
 @pytest.mark.parametrize("is_pending", [False, True])
 def test_the_confidence_bound_is_that_of_the_posterior(is_pending):
     obs = bowl_history()
     post = fit(obs)
-    x = jnp.asarray(np.random.default_rng(5).uniform(size=(10, DIMS)), jnp.float32)
-    place = jnp.array([[0.3, 0.9]], jnp.float32)
-    reference = jnp.concatenate([obs.x, place])
-    used = jnp.concatenate([trials.mask(obs), jnp.array([is_pending])])
-    of, *_ = acquisition.log_improvement(
-        CONFIG, post, reference=reference, reference_mask=used, pending=jnp.arange(CAPACITY + 1) == CAPACITY,
-        time=0.5, confidence=2.0,
-    )  # fmt: skip
-    mean, covariance = surrogate.predict(CONFIG, post, jnp.concatenate([x, place]), time=0.5)
-    variance = jnp.diagonal(covariance)[:-1]
+    x = np.random.default_rng(5).uniform(size=(10, DIMS)).astype(np.float32)
+    place = np.float32([[0.3, 0.9]])
+    used = np.append(trials.mask(obs), is_pending)
+    bound, mean, covariance = map(np.asarray, upper_bound(post, x, place, np.concatenate([obs.x, place]), used))
+    variance = np.diagonal(covariance)[:-1]
     if is_pending:
-        variance -= jnp.square(covariance[-1, :-1]) / covariance[-1, -1]
-    expected = 2.0 * jnp.sqrt(variance) - (mean[:-1] - post.location)
-    np.testing.assert_allclose(jax.jit(of)(x)[0], expected / post.scale, rtol=1e-3, atol=1e-3)
+        variance = variance - np.square(covariance[-1, :-1]) / covariance[-1, -1]
+    expected = 2.0 * np.sqrt(variance) - (mean[:-1] - post.location)
+    np.testing.assert_allclose(bound, expected / post.scale, rtol=1e-3, atol=1e-3)
 
 
 def test_references_that_do_not_count_change_nothing():
@@ -193,10 +210,9 @@ def test_the_proposal_is_no_worse_than_a_dense_grid():
     post = fit(obs)
     mask = trials.mask(obs)
     best = propose(post, jax.random.key(1), LOWER, UPPER, obs.x, mask)
-    grid = jnp.stack(jnp.meshgrid(*[jnp.linspace(0, 1, 41)] * 2), axis=-1).reshape(-1, DIMS)
-    of = jax.jit(lambda post, x: acquisition.log_improvement(
-        CONFIG, post, reference=obs.x, reference_mask=mask)[0](x)[0])  # fmt: skip
-    assert float(of(post, best[None])[0]) > float(of(post, grid).max()) - 0.02
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 41)] * 2), axis=-1).reshape(-1, DIMS)
+    value, _ = at(post, np.float32([best, *grid]), obs.x, mask)
+    assert value[0] > np.max(value[1:]) - 0.02
 
 
 def test_without_any_knowledge_chance_decides():
@@ -236,5 +252,5 @@ def test_turned_tables_fill_the_cube_evenly():
     assert points.min() >= 0.0 and points.max() < 1.0
     counts, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins=4, range=[[0, 1], [0, 1]])
     assert counts.min() >= 12 and counts.max() <= 20
-    draws = np.concatenate([quasi_random.uniforms(jax.random.key(seed), 8) for seed in range(200)])
+    draws = np.asarray(jax.jit(jax.vmap(lambda seed: quasi_random.uniforms(jax.random.key(seed), 8)))(np.arange(200)))
     assert abs(draws.mean() - 0.5) < 0.03 and abs(draws.std() - 12**-0.5) < 0.02

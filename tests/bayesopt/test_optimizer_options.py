@@ -74,9 +74,10 @@ def test_where_every_trial_counts_the_middle_comes_first():
 
 def test_times_go_on_by_themselves():
     optimizer = BayesianOptimizer(LINE, 8, has_drift=True)
+    observe = jax.jit(optimizer.observe)
     state = told(optimizer, [0.1, 0.2], [1.0, 2.0])
-    state = optimizer.observe(state, {"x": 0.3}, 1.0, time=10.0)
-    state = optimizer.observe(state, {"x": 0.4}, 1.0)
+    state = observe(state, {"x": 0.3}, 1.0, time=10.0)
+    state = observe(state, {"x": 0.4}, 1.0)
     np.testing.assert_allclose(state.observations.time[:4], [0.0, 1.0, 10.0, 11.0])
 
 
@@ -118,7 +119,7 @@ def test_no_two_points_of_a_large_batch_are_the_same():
     optimizer = BayesianOptimizer({"x": (0.0, 1.0), "y": (0.0, 1.0)}, 24, initial=4)
     x = np.random.default_rng(0).uniform(size=(6, 2)).astype(np.float32)
     state = optimizer.init(jax.random.key(0))
-    state = optimizer.observe(state, {"x": x[:, 0], "y": x[:, 1]}, np.sin(9.0 * x[:, 0]) + x[:, 1])
+    state = jax.jit(optimizer.observe)(state, {"x": x[:, 0], "y": x[:, 1]}, np.sin(9.0 * x[:, 0]) + x[:, 1])
     points = jax.jit(lambda s: optimizer.suggest(s, count=32))(state)[0]
     pairs = np.stack([points["x"], points["y"]], axis=1)
     distance = np.linalg.norm(pairs[:, None] - pairs[None, :], axis=-1)[np.triu_indices(32, 1)]

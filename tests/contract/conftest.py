@@ -82,12 +82,19 @@ def make_step(optimizer, *, loss=loss_fn, poison=None):
 
 
 def start(optimizer, params=None):
+    """On a device by name, as restored arrays are: for others the compiled step would be a second program."""
     params = make_params() if params is None else params
-    return params, optimizer.init(params), jnp.int32(0)
+    return jax.device_put((params, optimizer.init(params), jnp.int32(0)), jax.devices()[0])
+
+
+@functools.cache
+def _all_draws(seed):
+    return np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), 520)))
 
 
 def draws(count=TOTAL, seed=5):
-    return jax.random.split(jax.random.key(seed), count)
+    """Keys as rows of plain numbers, of which one can be taken without a program for it."""
+    return _all_draws(seed)[:count]
 
 
 def run(optimizer, steps=TOTAL, *, params=None, seed=5, **options):
@@ -97,14 +104,28 @@ def run(optimizer, steps=TOTAL, *, params=None, seed=5, **options):
     return params, opt_state, losses
 
 
-@functools.cache
-def usual():
-    """The usual optimizer, its compiled step, whole runs and their end, which many tests hold others against."""
-    optimizer = wrapped()
-    step = make_step(optimizer)
-    scan = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
-    (params, opt_state, _), losses = scan(start(optimizer), draws())
-    return types.SimpleNamespace(optimizer=optimizer, step=jax.jit(step), scan=scan, end=(params, opt_state, losses))
+class Usual:
+    """The usual optimizer, its compiled step and how a run with it ends, which many tests hold others against."""
+
+    def __init__(self):
+        self.optimizer = wrapped()
+        self.step = jax.jit(make_step(self.optimizer))
+
+    def run(self, carry, keys):
+        """A loop: a scan would be a second program as large as the step."""
+        losses = []
+        for key in keys:
+            carry, loss = self.step(carry, key)
+            losses.append(loss)
+        return carry, np.asarray(losses)
+
+    @functools.cached_property
+    def end(self):
+        (params, opt_state, _), losses = self.run(start(self.optimizer), draws())
+        return params, opt_state, losses
+
+
+usual = functools.cache(Usual)
 
 
 def quality(params):

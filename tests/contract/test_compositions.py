@@ -21,14 +21,6 @@ def assert_finite(tree):
             assert bool(jnp.all(jnp.isfinite(leaf)))
 
 
-def test_chain_with_clipping_before(toy):
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), toy.wrapped())
-    params, opt_state, _ = toy.run(optimizer)
-    assert toy.rounds_begun(toy.find(opt_state).tuner) >= 1
-    assert toy.quality(params) < 0.5 * toy.quality(toy.make_params())
-    assert set(atn.hyperparams(opt_state)) == {"learning_rate"}
-
-
 @pytest.mark.soak
 def test_clipping_after_only_lengthens_the_way_back(toy):
     """Clipped updates cannot go back at once; nothing is learned until the run is where the tuner thinks it is."""
@@ -52,12 +44,27 @@ def test_clipping_after_only_lengthens_the_way_back(toy):
     assert_finite(carry[0])
 
 
-def test_accumulation_around_it(toy):
-    optimizer = optax.MultiSteps(toy.wrapped(), every_k_schedule=2)
-    params, opt_state, _ = toy.run(optimizer, 2 * toy.TOTAL)
+@pytest.mark.parametrize(
+    "around",
+    [
+        "clipping in accumulation",
+        pytest.param("clipping", marks=pytest.mark.soak),
+        pytest.param("accumulation", marks=pytest.mark.soak),
+    ],
+)
+def test_clipping_before_and_accumulation_around_it(toy, around):
+    """Together, since each way in is a program of its own; alone in their long form."""
+    optimizer, every = toy.wrapped(), 1
+    if "clipping" in around:
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+    if "accumulation" in around:
+        every = 2
+        optimizer = optax.MultiSteps(optimizer, every_k_schedule=every)
+    params, opt_state, _ = toy.run(optimizer, every * toy.TOTAL)
     assert int(toy.find(opt_state).tuner.step) == toy.TOTAL
     assert toy.rounds_begun(toy.find(opt_state).tuner) >= 1
     assert toy.quality(params) < 0.5 * toy.quality(toy.make_params())
+    assert set(atn.hyperparams(opt_state)) == {"learning_rate"}
 
 
 def test_batch_size_inside_it_changes_between_batches_only(toy):
@@ -149,17 +156,59 @@ def test_lookahead_inside_it(toy):
     assert toy.quality(params.slow) < 0.5 * toy.quality(toy.make_params())
 
 
-@pytest.mark.parametrize("is_given", [True, pytest.param(False, marks=pytest.mark.soak)])
-def test_complex_parameters(toy, is_given):
-    optimizer = toy.wrapped(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2) if is_given else optax.adam)
+def complex_loss(w, key):
+    x = jax.random.normal(key, (16, 4))
+    return jnp.mean(jnp.abs(x @ w - x @ jnp.array([1.0, 2j, -1.0, 1 + 1j])) ** 2)
 
-    def loss_fn(params, key):
-        x = jax.random.normal(key, (16, 4))
-        return jnp.mean(jnp.abs(x @ params["w"] - x @ jnp.array([1.0, 2j, -1.0, 1 + 1j])) ** 2)
+
+def test_parameters_of_every_kind_in_one_run(toy):
+    """Complex and short ones, beside a typed key in the optimizer's own state; each kind alone in the long forms."""
+
+    def noisy(learning_rate, b2):
+        noise = optax.add_noise(0.01, 0.5, jax.random.key(0))
+        return optax.chain(noise, optax.scale_by_adam(b2=b2), optax.scale_by_learning_rate(learning_rate))
+
+    optimizer = toy.wrapped(optax.inject_hyperparams(noisy)(learning_rate=1e-2, b2=0.999), key=jax.random.key(3))
+    raw = toy.wrapped(optax.inject_hyperparams(noisy)(learning_rate=1e-2, b2=0.999), key=jax.random.PRNGKey(3))
+    short = toy.make_params(jnp.bfloat16)
+    params = {**short, "w": jnp.zeros(4, jnp.complex64)}
+    opt_state = optimizer.init(params)
+    for a, b in zip(jax.tree.leaves(opt_state.packed), jax.tree.leaves(raw.init(params).packed), strict=True):
+        np.testing.assert_array_equal(a, b)
 
     def step(carry, key):
         params, opt_state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params, key)
+
+        def loss_fn(params):
+            complex_part = complex_loss(params["w"], key)
+            return toy.loss_fn(params, key) + complex_part, complex_part
+
+        (loss, complex_part), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(jax.tree.map(jnp.conj, grads), opt_state, params, value=loss)
+        rate = atn.hyperparams(opt_state)["learning_rate"]
+        return (optax.apply_updates(params, updates), opt_state), (complex_part, rate)
+
+    scan = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
+    (after, opt_state), (losses, rates) = scan((params, opt_state), toy.draws())
+    assert {name: leaf.dtype for name, leaf in after.items()} == {name: leaf.dtype for name, leaf in params.items()}
+    assert_finite(after)
+    assert toy.quality(after) < 0.5 * toy.quality(short)
+    assert float(losses[-1]) < 0.05 * float(losses[0])
+    injected = opt_state.inner.hyperparams
+    assert rates.dtype == injected["learning_rate"].dtype == injected["b2"].dtype == jnp.float32
+    assert float(injected["b2"]) == np.float32(0.999)
+    assert opt_state.tuner.key.dtype == jnp.uint32
+    assert toy.rounds_begun(opt_state.tuner) >= 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("is_given", [True, False])
+def test_complex_parameters(toy, is_given):
+    optimizer = toy.wrapped(optax.inject_hyperparams(optax.adam)(learning_rate=1e-2) if is_given else optax.adam)
+
+    def step(carry, key):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(lambda params: complex_loss(params["w"], key))(params)
         updates, opt_state = optimizer.update(jax.tree.map(jnp.conj, grads), opt_state, params, value=loss)
         rate = atn.hyperparams(opt_state)["learning_rate"]
         return (optax.apply_updates(params, updates), opt_state), (loss, rate)
@@ -184,7 +233,8 @@ def test_apply_if_finite_around_it(toy):
     assert toy.rounds_begun(toy.find(opt_state).tuner) >= 1
 
 
-@pytest.mark.parametrize("is_injected", [True, pytest.param(False, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("is_injected", [True, False])
 def test_reduced_precision(toy, is_injected):
     params = toy.make_params(jnp.bfloat16)
     adamw = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3) if is_injected else optax.adamw
@@ -219,6 +269,7 @@ def test_frozen_and_empty_subtrees(toy):
     assert toy.quality(after["model"]) < 0.5 * toy.quality(toy.make_params())
 
 
+@pytest.mark.soak
 def test_keys_of_both_kinds(toy):
     # The optimizer's own state holds a typed key as well.
     noisy = optax.inject_hyperparams(
@@ -278,12 +329,16 @@ def test_nnx_optimizer(toy):
         optimizer.update(model, grads, value=loss)
         return loss, rate
 
-    rates = [float(step(model, optimizer, key)[1]) for key in toy.draws()]
+    *keys, last = toy.draws()
+    rates = [float(step(model, optimizer, key)[1]) for key in keys]
+    told = float(atn.hyperparams(optimizer)["learning_rate"])
+    assert told == pytest.approx(float(step(model, optimizer, last)[1]), rel=1e-5)
+    # What is told between two steps is what the second one's update is made with.
+    assert told == pytest.approx(float(toy.find(optimizer.opt_state).inner.hyperparams["learning_rate"]), rel=1e-5)
     assert len(traces) == 1
     assert len(set(rates)) > 20
     after = {"hidden": model.hidden[...], "out": model.out[...]}
     assert toy.quality(after) < 0.5 * toy.quality(toy.make_params())
-    assert float(atn.hyperparams(optimizer)["learning_rate"]) >= 0.0
     seen = toy.find(optimizer.opt_state).tuner.step
     atn.observe(optimizer, jnp.float32(0.5))
     assert int(toy.find(optimizer.opt_state).tuner.step) == int(seen) + 1

@@ -1,5 +1,6 @@
 """On meshes a tuned run decides as on one device, is compiled as often, and nowhere keeps more than its share."""
 
+import functools
 import pathlib
 
 import pytest
@@ -9,7 +10,7 @@ from tests import devices
 pytestmark = pytest.mark.timeout(300)
 
 RUN = """
-import json
+import json, sys
 import conftest as toy
 import jax, jax.numpy as jnp, numpy as np, optax
 import autotunenet_jax as atn
@@ -73,16 +74,25 @@ def run(name):
         "moments": [part(getattr(copy.inner.inner_state[0], name)) for copy in copies for name in ("mu", "nu")],
     }
 
-print(json.dumps({name: run(name) for name in ["one", *MESHES]}))
+print(json.dumps({name: run(name) for name in sys.argv[1:]}))
 """
 
 
-@pytest.fixture(scope="module")
-def outcome():
-    return devices.run(RUN, count=8, folders=[pathlib.Path(__file__).parent], timeout=280)
+# Each is a program; "both" spreads over an axis of the model as well.
+TENSOR = pytest.param("tensor", marks=pytest.mark.soak)
 
 
-@pytest.mark.parametrize("mesh", ["sharded", "tensor", "both"])
+@functools.cache
+def outcomes(*names):
+    return devices.run(RUN, *names, count=8, folders=[pathlib.Path(__file__).parent], timeout=280)
+
+
+@pytest.fixture
+def outcome(mesh):
+    return outcomes("one", "tensor") if mesh == "tensor" else outcomes("one", "sharded", "both")
+
+
+@pytest.mark.parametrize("mesh", ["sharded", TENSOR, "both"])
 def test_decisions_are_those_of_one_device(outcome, mesh):
     one, run = outcome["one"], outcome[mesh]
     assert one["chosen"] and run["chosen"] == pytest.approx(one["chosen"], rel=1e-3)
@@ -90,13 +100,19 @@ def test_decisions_are_those_of_one_device(outcome, mesh):
     assert run["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
 
-@pytest.mark.parametrize("mesh", ["one", "sharded", "tensor", "both"])
+@pytest.mark.parametrize("mesh", ["one", "sharded", TENSOR, "both"])
 def test_it_is_compiled_once_and_stays_where_it_began(outcome, mesh):
     assert (outcome[mesh]["compiled"], outcome[mesh]["moved"]) == (1, False)
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("sharded", [[2, 32], [4]]), ("tensor", [[16, 16], [16]]),
-                                             ("both", [[8, 16], [16]])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mesh", "parts"),
+    [
+        ("sharded", [[2, 32], [4]]),
+        pytest.param("tensor", [[16, 16], [16]], marks=pytest.mark.soak),
+        ("both", [[8, 16], [16]]),
+    ],
+)
 def test_no_device_holds_more_of_a_copy_than_of_the_parameters(outcome, mesh, parts):
     run = outcome[mesh]
     assert run["own"] == parts

@@ -113,25 +113,21 @@ def test_a_metric_in_place_of_none_says_nothing(toy):
     """A program without a conditional reports NaN where no metric was asked for."""
     optimizer = toy.wrapped(optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2))
 
-    def run(report):
-        def step(carry, key):
-            params, opt_state = carry
-            loss, grads = jax.value_and_grad(toy.loss_fn)(params, key)
-            updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
-            params = optax.apply_updates(params, updates)
-            return (params, report(opt_state, jnp.sum(params["out"] ** 2))), None
+    def step(carry, key):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(toy.loss_fn)(params, key)
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+        metric, wants = jnp.sum(params["out"] ** 2), atn.wants_eval(opt_state)
+        told = atn.observe_eval(opt_state, jnp.where(wants, metric, jnp.nan))
+        asked = optax.tree.where(wants, atn.observe_eval(opt_state, metric), opt_state)
+        return (params, told), (wants, jax.tree.leaves(told), jax.tree.leaves(asked))
 
-        params = toy.make_params()
-        return jax.jit(lambda draws: jax.lax.scan(step, (params, optimizer.init(params)), draws)[0])(toy.draws(STEPS))
-
-    def told(opt_state, metric):
-        return atn.observe_eval(opt_state, jnp.where(atn.wants_eval(opt_state), metric, jnp.nan))
-
-    def asked(opt_state, metric):
-        new = atn.observe_eval(opt_state, metric)
-        return optax.tree.where(atn.wants_eval(opt_state), new, opt_state)
-
-    for one, other in zip(jax.tree.leaves(run(told)), jax.tree.leaves(run(asked)), strict=True):
+    params = toy.make_params()
+    scan = jax.jit(lambda carry, draws: jax.lax.scan(step, carry, draws)[1])
+    wants, told, asked = scan((params, optimizer.init(params)), toy.draws(STEPS))
+    assert 0 < np.sum(wants) < STEPS
+    for one, other in zip(told, asked, strict=True):
         is_key = jnp.issubdtype(one.dtype, jax.dtypes.prng_key)
         one, other = map(jax.random.key_data, (one, other)) if is_key else (one, other)
         np.testing.assert_array_equal(one, other)

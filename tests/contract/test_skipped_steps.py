@@ -1,5 +1,7 @@
 """A step that cannot be used did not happen: not for parameters, moments, accumulations, nor what is handed over."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import autotunenet_jax as atn
+from autotunenet_jax.wrapper import aux_state
 
 MEMORIES = ("keep-winner", pytest.param("drift", marks=pytest.mark.soak))
 
@@ -23,7 +26,10 @@ def accumulating(learning_rate):
 @pytest.fixture(scope="module", params=MEMORIES)
 def stepped(request, toy):
     """One compiled step, in which the loss is replaced and the gradients multiplied."""
-    opt = toy.wrapped(optax.inject_hyperparams(accumulating)(learning_rate=1e-2), memory=request.param)
+    handed = {"mean": jnp.zeros(8), "count": jnp.int32(0)}
+    inner = optax.inject_hyperparams(accumulating)(learning_rate=1e-2)
+    # Said at the start, since a state that makes room for it later is another program.
+    opt = toy.wrapped(inner, memory=request.param, aux=handed)
 
     @jax.jit
     def step(params, state, aux, key, loss, factor):
@@ -34,7 +40,7 @@ def stepped(request, toy):
         return optax.apply_updates(params, updates), state, atn.rewound(state, aux)
 
     params = toy.make_params()
-    carry = (params, opt.init(params), {"mean": jnp.zeros(8), "count": jnp.int32(0)})
+    carry = (params, opt.init(params), handed)
     for key in toy.draws(5):
         carry = step(*carry, key, 0.0, 1.0)
     return step, carry
@@ -130,7 +136,9 @@ def started(toy):
     return {"average": toy.make_params(), "count": jnp.int32(0)}
 
 
-@pytest.mark.parametrize("around", ["nothing", pytest.param("chain", marks=pytest.mark.soak), "MultiSteps"])
+@pytest.mark.parametrize(
+    "around", [*(pytest.param(name, marks=pytest.mark.soak) for name in ("nothing", "chain")), "MultiSteps"]
+)
 def test_what_is_handed_over_goes_back_with_losing_forks(toy, around):
     tuned = toy.wrapped(aux=started(toy))
     opt, steps = {
@@ -147,6 +155,24 @@ def test_what_is_handed_over_goes_back_with_losing_forks(toy, around):
     assert 0.5 * share * int(ts.discarded) <= lost <= 2.0 * share * int(ts.discarded) + 8
     # The average of the weights that survived is near them: none of a lost fork is in it.
     assert toy.quality(aux["average"]) < 1.5 * toy.quality(params) + 1e-3
+
+
+def test_room_is_made_at_the_first_update_where_none_was_made_before(toy):
+    """For what is given then, in both snapshots, and a step goes from there as from a state that had it all along."""
+    aux, params = started(toy), toy.make_params()
+    late, early = toy.wrapped(), toy.wrapped(aux=aux)
+
+    def step(opt, state, aux):
+        _, state = opt.update(params, state, params, value=jnp.float32(1.0), aux=aux)
+        return state, atn.rewound(state, aux)
+
+    state = late.init(params)
+    with_room, given = aux_state.with_room(state, aux)
+    for held in (given, with_room.aux, with_room.saved.aux, with_room.kept.aux):
+        jax.tree.map(np.testing.assert_array_equal, list(held), jax.tree.leaves(aux))
+    shapes, other = (jax.eval_shape(functools.partial(step, opt), opt.init(params), aux) for opt in (late, early))
+    assert jax.tree.structure(shapes) == jax.tree.structure(other)
+    assert jax.tree.leaves(shapes) == jax.tree.leaves(other)
 
 
 def test_another_tree_is_refused(toy):

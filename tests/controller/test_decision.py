@@ -211,11 +211,11 @@ def test_where_all_forks_fail_training_goes_on_from_where_they_began_at_a_lower_
     assert len(failed) > 1 and end.directive.outcome == state.OUTCOME_ROUND_FAILED
     assert end.directive.restore and end.after == end.saved
     assert not any(fork.directive.keep for fork in failed)
-    # Lower and lower rates were tried, and what is in force is lower still.
+    # Lower and lower rates were tried, and what is in force is half a decade lower still.
     claimed = [max(rate for rate, _ in fork.before.steps) for fork in failed]
     assert claimed == sorted(claimed, reverse=True)
     lowest = np.log10(claimed[-1])
-    assert -5.0 + 5.0 * end.incumbent[0] == pytest.approx(max(lowest - decision._FAILED_DECADES, -5.0), abs=0.02)
+    assert -5.0 + 5.0 * end.incumbent[0] == pytest.approx(max(lowest - 0.5, -5.0), abs=0.02)
     # What every fork failed on is not shown again.
     assert int(end.directive.data_step) == end.before.steps[-1][1] + 1
 
@@ -236,7 +236,7 @@ def test_where_all_forks_spoil_a_state_training_goes_on_from_it_at_a_lower_rate(
     begun = len(end.saved.steps)
     claimed = [max(rate for rate, _ in fork.before.steps[begun:]) for fork in forks]
     best = claimed[int(np.argmin([metric(fork.before) for fork in forks]))]
-    assert -5.0 + 5.0 * end.incumbent[0] == pytest.approx(np.log10(best) - decision._FAILED_DECADES, abs=0.05)
+    assert -5.0 + 5.0 * end.incumbent[0] == pytest.approx(np.log10(best) - 0.5, abs=0.05)
     # It is the best state from there on, is not shown the poison again, and all that went into the forks is lost.
     (kept,) = [event for event in events if event.step == end.step + 1]
     assert kept.directive.keep and kept.kept.steps[:begun] == end.saved.steps

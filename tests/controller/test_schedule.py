@@ -54,7 +54,7 @@ def test_an_open_ended_run_holds_its_rates():
 def test_rates_rise_at_the_beginning_and_after_a_rollback():
     np.testing.assert_allclose(rates(tuner(warmup_steps=10))[:12], np.minimum((AT[:12] + 1) / 10, 1), rtol=1e-4)
     health = tuner().init(jax.random.key(0)).health._replace(since_rollback=jnp.int32(4))
-    np.testing.assert_allclose(rates(tuner(), health=health)[:100], 5 / schedule.REWARM_STEPS, rtol=1e-4)
+    np.testing.assert_allclose(rates(tuner(), health=health)[:100], 5 / 20, rtol=1e-4)
 
 
 def test_a_schedule_keeps_its_shape_and_its_peak_is_what_is_tuned():

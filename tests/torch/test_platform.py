@@ -18,9 +18,23 @@ def python(code, **env):
     return done.stdout.split()
 
 
-def test_jax_stays_on_the_cpu_unless_told_otherwise():
-    code = "import autotunenet_torch, os, jax; print(os.environ['JAX_PLATFORMS'], jax.default_backend())"
-    assert python(code) == ["cpu", "cpu"]
+def test_a_space_is_checked_without_a_device_and_jax_stays_on_the_cpu():
+    code = """
+import os, sys, autotunenet_torch
+try:
+    autotunenet_torch.AutoTuneNet({"learning_rate": (1.0, 1e-3)})
+except ValueError as error:
+    print("reversed" in str(error))
+autotunenet_torch.AutoTuneNet({"learning_rate": (1e-3, 1.0)}, total_steps=100)
+print(*[name for name in ("lightning", "transformers", "orbax") if name in sys.modules])
+import jax
+from jax._src import xla_bridge
+print(xla_bridge.backends_are_initialized(), os.environ["JAX_PLATFORMS"], jax.default_backend())
+"""
+    assert python(code) == ["True", "False", "cpu", "cpu"]
+
+
+def test_another_choice_of_platform_is_left_alone():
     said = python("import autotunenet_torch, os; print(os.environ['JAX_PLATFORMS'])", JAX_PLATFORMS="cuda,cpu")
     assert said == ["cuda,cpu"]
     # Whoever imported JAX before has chosen.
@@ -41,10 +55,13 @@ from autotunenet_torch import AutoTuneNet, Trainer, TrainingState, replay
 print(time.process_time() - start, has_proc and resident() - held)
 print(*[name for name in ("jax", "jaxlib", "autotunenet_jax", "lightning", "transformers") if name in sys.modules])
 """
-    runs = [python(code) for _ in range(2)]
-    assert all(len(run) == 2 for run in runs), "something heavy was imported"
-    assert min(float(run[0]) for run in runs) < 0.5
-    assert min(float(run[1]) for run in runs) < 100
+
+    def is_light():
+        run = python(code)
+        assert len(run) == 2, "something heavy was imported"
+        return float(run[0]) < 0.5 and float(run[1]) < 100
+
+    assert is_light() or is_light()  # a busy machine only ever adds
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
@@ -75,18 +92,3 @@ child(multiprocessing.get_context("fork").SimpleQueue())
 print(forked())
 """
     assert python(code) == ["attached", "spawn"]
-
-
-def test_a_space_is_checked_when_the_tuner_is_made():
-    code = """
-import sys, autotunenet_torch
-try:
-    autotunenet_torch.AutoTuneNet({"learning_rate": (1.0, 1e-3)})
-except ValueError as error:
-    print("reversed" in str(error))
-autotunenet_torch.AutoTuneNet({"learning_rate": (1e-3, 1.0)}, total_steps=100)
-print(*[name for name in ("lightning", "transformers", "orbax") if name in sys.modules])
-from jax._src import xla_bridge
-print(xla_bridge.backends_are_initialized())
-"""
-    assert python(code) == ["True", "False"]

@@ -70,14 +70,20 @@ def test_ended_inside_a_fork_the_history_says_which_steps_are_left():
 
 def test_a_last_step_that_breaks_the_model_is_undone():
     model, optimizer, tuner = make()
+    weights, rates = [], []
     for _ in range(STEPS - 1):
         train_one(model, optimizer, tuner)
+        weights.append(model[0].weight.detach().clone())
+        rates.append(optimizer.param_groups[0]["lr"])
     spoil(model)
     tuner.step(0.5)  # the loss of the step that broke it was measured before
-    assert all(torch.isfinite(p).all() for p in model.parameters())
     last = tuner.history.events[-1]
     assert last["kind"] == "rollback" and "state was not finite" in last["message"]
-    assert optimizer.param_groups[0]["lr"] >= 0.0
+    # It is in the state that it is said to be in, and at the rate that the schedule ends at, not at that state's.
+    back = int(last["message"].split("step ")[1].split()[0])
+    assert torch.equal(model[0].weight, weights[back - 1]) and rates[back - 1] > 0.0
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert optimizer.param_groups[0]["lr"] == tuner.hyperparams["learning_rate"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_goes_back_to_the_best_state_when_validation_rises(bits):

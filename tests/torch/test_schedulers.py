@@ -191,7 +191,7 @@ def tuned_beside(warm_up, total=400):
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     scheduler = lrs.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(warm_up, 1)))
-    tuner = AutoTuneNet({"learning_rate": (1e-5, 1.0)}, total_steps=total)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, total_steps=total)
     tuner.attach(model, optimizer, scheduler)
     fed, claimed, shaped = [], [], []
     optimizer.register_step_pre_hook(lambda *_: fed.append(optimizer.param_groups[0]["lr"]))

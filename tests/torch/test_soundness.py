@@ -44,7 +44,7 @@ def run(*, faults, validates=False, total=STEPS, **options):
     torch.manual_seed(1)
     model = Net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    tuner = AutoTuneNet({"learning_rate": (1e-4, 0.3)}, **options)
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, **options)
     rng = torch.Generator().manual_seed(4)
 
     def validate():
@@ -138,7 +138,7 @@ def test_a_run_that_is_ended_early_is_in_the_best_state_that_was_measured(stop_a
     model = Net()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     rng = torch.Generator().manual_seed(4)
-    tuner = AutoTuneNet({"learning_rate": (1e-4, 0.3)}, decay="none")
+    tuner = AutoTuneNet({"learning_rate": (1e-4, 1.0)}, decay="none")
     tuner.attach(model, optimizer, total_steps=STEPS, validate=(lambda: held_out(model)) if measures else None)
     moments = {}
     for step in range(1, stop_at + 1):

@@ -12,7 +12,10 @@ from autotunenet_torch import AutoTuneNet, Trainer  # noqa: E402
 from autotunenet_torch.data import ReplayBuffer  # noqa: E402
 
 cross_entropy = torch.nn.functional.cross_entropy
+# What these tests tune, in few ways: each search space is three programs to compile.
 SPACE = {"learning_rate": (1e-4, 1.0)}
+BOTH = {**SPACE, "dropout": (0.0, 0.5)}
+SMOOTHED = {**SPACE, "label_smoothing": (0.0, 0.3)}
 
 
 def net(dropout=0.1):
@@ -27,7 +30,7 @@ def trainer(**kwargs):
 
 
 def test_the_example(rows, loader):
-    tuner = AutoTuneNet(param_space={"learning_rate": (1e-4, 1.0), "dropout": (0.0, 0.5)})
+    tuner = AutoTuneNet(param_space=BOTH)
     run = trainer()
     model = net()
     history = run.fit(model, loader, loader, tuner=tuner)
@@ -170,7 +173,7 @@ def test_a_resumed_run_ends_bit_for_bit_alike(tmp_path, rows, crash_at, bits):
             return cross_entropy(outputs, targets)
 
         loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
-        tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}, seed=1)
+        tuner = AutoTuneNet(BOTH, seed=1)
         fitter = Trainer(
             loss_fn, epochs=10, progress=False, scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)
         )
@@ -230,16 +233,16 @@ def test_tunes_batch_size_label_smoothing_and_clipping(loader):
                 sizes.append(len(x))
             return super().forward(x)
 
-    space = {
-        "learning_rate": (1e-4, 1.0), "batch_size": [8, 16, 24],
-        "clip_norm": (0.1, 10.0), "label_smoothing": (0.0, 0.2),
-    }  # fmt: skip
+    # Without a rate, beside which the others would be left as they are in so short a run.
+    space = {"batch_size": [8, 16, 24], "clip_norm": (0.1, 10.0), "label_smoothing": (0.0, 0.2)}
     tuner = AutoTuneNet(space, initial={"label_smoothing": 0.05})
     run = trainer(epochs=25)
-    run.fit(Spy(6, 3), loader, loader, tuner=tuner)
-    assert set(sizes) <= {8, 16, 24} and sizes[0] == 16
+    records = run.fit(Spy(6, 3), loader, loader, tuner=tuner).records
+    assert sizes == [row["batch_size"] for row in records] and sizes[0] == 16
+    assert {8, 16, 24} >= set(sizes) and len(set(sizes)) > 1
     assert run._loss_options["label_smoothing"] == tuner.hyperparams["label_smoothing"]
-    assert 0.1 <= run.clip_norm <= 10.0
+    assert run.clip_norm == tuner.hyperparams["clip_norm"] and 0.1 <= run.clip_norm <= 10.0
+    assert all(len({row[name] for row in records}) > 1 for name in ("clip_norm", "label_smoothing"))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ def test_tunes_batch_size_label_smoothing_and_clipping(loader):
 )
 def test_tuned_label_smoothing_starts_where_the_loss_has_it(loss_fn, start, loader):
     run = Trainer(loss_fn, steps=120, progress=False)
-    tuner = AutoTuneNet({**SPACE, "label_smoothing": (0.0, 0.3)})
+    tuner = AutoTuneNet(SMOOTHED)
     run.fit(net(), loader, loader, tuner=tuner)
     assert tuner.history.records[0]["label_smoothing"] == pytest.approx(start)
 
@@ -260,12 +263,13 @@ def test_tuned_label_smoothing_starts_where_the_loss_has_it(loss_fn, start, load
 def test_tuned_label_smoothing_is_left_out_of_validation(is_module, loader):
     loss_fn = torch.nn.CrossEntropyLoss() if is_module else cross_entropy
     run = Trainer(loss_fn, epochs=6, progress=False)
-    space, initial = {**SPACE, "label_smoothing": (0.2, 0.3)}, {"label_smoothing": 0.25}
-    run.fit(net(), loader, loader, tuner=AutoTuneNet(space, initial=initial))
+    tuner = AutoTuneNet(SMOOTHED, initial={"label_smoothing": 0.25})
+    run.fit(net(), loader, loader, tuner=tuner)
     with torch.no_grad():
         expected = [cross_entropy(run.model.eval()(x), y) for x, y in list(loader)]
     assert run.validate()["loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
-    assert 0.2 <= (loss_fn.label_smoothing if is_module else run._loss_options["label_smoothing"]) <= 0.3
+    trained_with = loss_fn.label_smoothing if is_module else run._loss_options["label_smoothing"]
+    assert trained_with == tuner.hyperparams["label_smoothing"] > 0.1
 
 
 def test_metric_of_ones_own(loader):
@@ -287,7 +291,7 @@ def test_compiled_model_is_not_compiled_again_for_new_values(loader):
     dynamo.utils.counters.clear()
     graphs = []
     model = torch.compile(net(), backend="eager")
-    tuner = AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)})
+    tuner = AutoTuneNet(BOTH)
     forward = lambda model, batch: (  # noqa: E731
         graphs.append(dynamo.utils.counters["stats"]["unique_graphs"]) or (model(batch[0]), batch[1])
     )
@@ -321,7 +325,7 @@ def test_the_first_signal_ends_after_the_step(loader, number):
 
 def test_slow_hyperparameters_need_validation_data(loader):
     with pytest.warns(UserWarning, match="dropout stays as it starts.*val_loader"):
-        trainer(epochs=6).fit(net(0.3), loader, tuner=AutoTuneNet({**SPACE, "dropout": (0.0, 0.5)}))
+        trainer(epochs=6).fit(net(0.3), loader, tuner=AutoTuneNet(BOTH))
     with pytest.raises(ValueError, match="validation data only"):
         trainer(epochs=6).fit(net(), loader, tuner=AutoTuneNet({"dropout": (0.0, 0.5)}))
 
@@ -387,7 +391,7 @@ def test_a_loss_per_row_is_refused_in_validation_too(loader, rows):
     """The first thing that `fit` does is to validate."""
     trainer = Trainer(torch.nn.CrossEntropyLoss(reduction="none"), epochs=10, progress=False)
     with pytest.raises(TypeError, match=r"scalar tensor; got a tensor of shape \(16,\).*reduction='mean'"):
-        trainer.fit(torch.nn.Linear(6, 3), loader, loader, tuner=AutoTuneNet({"learning_rate": (1e-4, 1.0)}))
+        trainer.fit(torch.nn.Linear(6, 3), loader, loader, tuner=AutoTuneNet(SPACE))
 
 
 class FailingRows(torch.utils.data.Dataset):
@@ -488,7 +492,7 @@ def test_a_scheduler_that_waits_for_the_metric_is_stepped_with_it(loader):
         made.append(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0))
         return made[0]
 
-    trainer(epochs=8, scheduler=plateau).fit(net(), loader, loader, tuner=AutoTuneNet(SPACE))
+    trainer(epochs=8, scheduler=plateau).fit(net(), loader, loader, tuner=AutoTuneNet(BOTH))
     assert made[0].last_epoch > 3 and made[0].best < 1.1
 
 
@@ -511,7 +515,7 @@ def test_a_round_that_begins_with_bad_batches_begins_after_them_for_all_its_fork
     seen = x.clone()
     seen[:160] = float("nan")
     train = [(seen[k : k + 16], y[k : k + 16]) for k in range(0, 640, 16)]
-    tuner = AutoTuneNet({"learning_rate": (1e-4, 0.3)})
+    tuner = AutoTuneNet(SPACE)
     run = Trainer(torch.nn.functional.cross_entropy, epochs=6, progress=False)
     first = run.fit(net(), train, [(x, y)], tuner=tuner).rounds[0]
     assert {fork["status"] for fork in first["forks"]} == {"kept", "lost"}
@@ -542,13 +546,13 @@ def test_an_optimizer_with_modes_is_in_that_of_the_model(loader):
     model.register_forward_hook(
         lambda module, *_: seen.add((module.training, run.optimizer.param_groups[0]["train_mode"]))
     )
-    run.fit(model, loader, loader, tuner=AutoTuneNet({"learning_rate": (1e-3, 1.0)}))
+    run.fit(model, loader, loader, tuner=AutoTuneNet(SPACE))
     assert seen == {(True, True), (False, False)}
     assert not run.optimizer.param_groups[0]["train_mode"]
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is(loader):
-    tuner = AutoTuneNet({"learning_rate": (1e-3, 1.0)})
+    tuner = AutoTuneNet(SPACE)
     with pytest.raises(ValueError, match=r"LBFGS.*closure.*loop of your own"):
         Trainer(cross_entropy, torch.optim.LBFGS, epochs=10, progress=False).fit(net(), loader, tuner=tuner)
     empty = torch.utils.data.DataLoader(loader.dataset, 10_000, drop_last=True)
