@@ -85,7 +85,7 @@ def history(opt_state: Any) -> History:
             "this is the state of several runs, as jax.vmap makes them; a history is that of one. "
             "Take one: jax.tree.map(lambda leaf: leaf[0], opt_state)."
         )
-    return _Reading(state, made).finished()
+    return _HistoryBuilder(state, made).finished()
 
 
 class _Tuned(NamedTuple):
@@ -96,7 +96,7 @@ class _Tuned(NamedTuple):
     total_steps: int | None
 
 
-class _Reading:
+class _HistoryBuilder:
     """Tells a recorder of a run, entry by entry."""
 
     def __init__(self, state: AutotuneState, made: History):
