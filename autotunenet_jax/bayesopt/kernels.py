@@ -9,8 +9,8 @@ Gradients are written in closed form, not derived by JAX, so a change of kernel 
   (`marginal_likelihood.evidence_of`) and of the posterior (`surrogate.covariance`) are made of the slopes.
 - One with a hyperparameter more: besides, `Hyper`, `flatten`, `unflatten`, the prior in `SurrogateConfig` and
   `hyperprior`; the exponents that give its natural parameters and its slope in `marginal_likelihood.evidence_of`, the
-  padding in `marginal_likelihood.prepare`, the same exponents in `surrogate.fit_among`, and
-  `surrogate.covariance`. `controller.fork_surrogate.config_of` sets the priors of fork rounds.
+  padding in `marginal_likelihood.prepare`, the same exponents in `surrogate.fit_among`, `surrogate.covariance`, and the
+  place of the noise in `surrogate._seeds`. `controller.fork_surrogate.config_of` sets the priors of fork rounds.
 - One whose variance is not `variance` at every point: besides, `surrogate.prior_variance`.
 - One that is no function of the scaled distance and of time: `shape_kernel` cannot express it.
 

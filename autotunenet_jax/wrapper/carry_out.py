@@ -81,7 +81,9 @@ def carry_out(given: Given, on: Carried) -> tuple[Carried]:
     ticked, away = given.ticked, jnp.zeros((), bool)
     if on.snapshots is not None:
         away, on = when(given.opened.is_left, functools.partial(_resumed, given), away, on)
-        ticked = None if ticked is None else ticked_or_away(given.settings, given.before, ticked, given.opened.lag, away)
+        ticked = (
+            None if ticked is None else ticked_or_away(given.settings, given.before, ticked, given.opened.lag, away)
+        )
     packed, directive, record = given.before, None, on.record
     if ticked is not None and given.loss is not None and on.record is not None:
         packed, directive, record = note(given.settings, given.before, ticked, on.record, given.loss, given.opened.lag)

@@ -170,7 +170,7 @@ def tick(
 
 @single_kernel(static_argnums=(0,))
 def ticked_or_away(settings: Settings, packed: packing.Packed, ticked: Ticked, lag: Array, is_away: Array) -> Ticked:
-    """What was ticked, or of a loss that tells nothing, with the parameters on their way to a snapshot: time passes."""
+    """The tick, or one without a loss where the parameters are on their way to a snapshot: only time passes."""
     course: Course = packing.unpack(packed, settings.layout)
     ts, no = advanced(course.tuner, lag), jnp.zeros((), bool)
     later = ts._replace(step=ts.step + 1, data_step=ts.data_step + 1)
