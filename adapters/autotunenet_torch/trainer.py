@@ -75,7 +75,7 @@ class Trainer:
       log_every: Steps between two rows of the loggers.
 
     Attributes:
-      is_interrupted: Whether the last run was ended early by Ctrl-C.
+      is_interrupted: Whether the last run was ended early by Ctrl-C or SIGTERM.
       stop_reason: Why the last run ended before its budget did; None where it did not.
 
     Raises:

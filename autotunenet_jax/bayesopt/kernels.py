@@ -1,6 +1,20 @@
 """What the surrogate models: its configuration, its hyperparameters and the kernel of its shape.
 
 Squared distances come per dimension with the pairs last: compilers vectorise over pairs and not over dimensions.
+
+Gradients are written in closed form, not derived by JAX, so a change of kernel changes these together:
+
+- Another kernel of the same hyperparameters: `shape_kernel`, its slope `shape_slope` (over hyperparameters) or
+  `time_slope` (over time), and the twin in ``tests/reference/gaussian_process.py``. The gradients of the evidence
+  (`marginal_likelihood.evidence_of`) and of the posterior (`surrogate.covariance`) are made of the slopes.
+- One with a hyperparameter more: besides, `Hyper`, `flatten`, `unflatten`, the prior in `SurrogateConfig` and
+  `hyperprior`; the exponents that give its natural parameters and its slope in `marginal_likelihood.evidence_of`, the
+  padding in `marginal_likelihood.prepare`, the same exponents in `surrogate.fit_among`, `surrogate.covariance`, and the
+  place of the noise in `surrogate._seeds`. `controller.fork_surrogate.config_of` sets the priors of fork rounds.
+- One whose variance is not `variance` at every point: besides, `surrogate.prior_variance`.
+- One that is no function of the scaled distance and of time: `shape_kernel` cannot express it.
+
+``tests/bayesopt/test_surrogate.py`` compares values and gradients with the twin.
 """
 
 import dataclasses

@@ -140,7 +140,7 @@ class SnapshotFolder:
         self.next_id += 1
         return self.next_id - 1
 
-    def sweep(self) -> None:
+    def clean_up(self) -> None:
         """Deletes what kills left of snapshots that were being written, or being deleted."""
         for path in self.root.iterdir():
             if _LITTER_NAME.fullmatch(path.name):

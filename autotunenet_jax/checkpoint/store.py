@@ -222,7 +222,7 @@ class Snapshots:
         folder = self._folder
         try:
             folder.make_ready()
-            folder.sweep()
+            folder.clean_up()
             free = shutil.disk_usage(folder.root).free
             need = record.size_bytes + _SPARE_BYTES
             if free < need:

@@ -59,7 +59,7 @@ class Plan(NamedTuple):
       total: Steps of the whole run; 0 when it is not known.
       share: Share of the budget that may be discarded.
       fast_share: Share that may have been by the end of a fast round; less where slow rounds are to come.
-      save_every: Steps between the snapshots taken outside rounds.
+      save_every: Steps between the snapshots taken outside rounds: a fiftieth of the run, but 20 to 500.
       check_every: Steps between two readings of the validation metric that count.
     """
 

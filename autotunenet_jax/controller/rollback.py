@@ -159,7 +159,7 @@ def step(guard: Guard, roles: Roles, ts: TunerState, heard: Heard) -> tuple[Tune
     Returns:
       The state, what the loop must do, and whether the next round is due.
     """
-    ts = validation_monitor.hear(roles, ts, heard)
+    ts = validation_monitor.observe_loss(roles, ts, heard)
     is_last = (ts.plan.total > 0) & (ts.step >= ts.plan.total)
     # No later loss will tell whether it stays so high, and without a metric nothing else does.
     is_wreck = is_last & heard.is_far & ~heard.unhealthy & jnp.isnan(ts.validation.level)

@@ -17,7 +17,7 @@ KEY_IMPL = "threefry2x32"
 
 TRAIN, SWEEP, FORK = range(3)
 PHASES = ("train", "sweep", "fork")
-"""Names of the phases: ordinary training, the range test, a fork of a round."""
+"""Names of the phases: ordinary training, the range test (a sweep of the rates), a fork of a round."""
 
 (
     OUTCOME_NONE,
@@ -43,7 +43,7 @@ OUTCOMES = {
     OUTCOME_ROUND_SKIPPED: "A round was skipped: there is nothing to compare forks by, or no budget for them.",
     OUTCOME_RATE_READ: "The run is too short for forks: the rates are what the range test says.",
     OUTCOME_ROLLBACK: "Training became unhealthy; a healthy snapshot was restored.",
-    OUTCOME_RETRIED: "Loss or state was not finite out of the blue; the sweep or fork began again on later data.",
+    OUTCOME_RETRIED: "Loss or state was not finite out of the blue; the range test or fork began again on later data.",
     OUTCOME_ACCEPTED: "The loss is as high on healthy snapshots: the data changed. Training goes on.",
 }
 
@@ -242,7 +242,7 @@ class TunerState(NamedTuple):
       data_step: Index of the next batch.
       phase: ``TRAIN``, ``SWEEP`` or ``FORK``.
       segment_left: Steps until the next decision.
-      segment_length: Steps of the whole segment.
+      segment_length: Steps of the whole segment: the stretch of training between two decisions.
       incumbent: Hyperparameters in force outside forks, in the unit cube as every point of this package; its values are
         those of ``space.decode``, and rates move along it in decades (`roles.Roles.shifted`).
       trial: Hyperparameters of the running fork.
@@ -351,7 +351,7 @@ def empty_round(dims: int, index: Array | int) -> Round:
         x=jnp.zeros((MAX_FORKS, dims), jnp.float32),
         score=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
         steps=jnp.zeros((MAX_FORKS,), jnp.int32),
-        status=jnp.zeros((MAX_FORKS,), jnp.int32),
+        status=jnp.full((MAX_FORKS,), FORK_UNUSED, jnp.int32),
         p_better=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
         lead=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),
         deviation=jnp.full((MAX_FORKS,), jnp.nan, jnp.float32),

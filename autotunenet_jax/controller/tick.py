@@ -80,13 +80,13 @@ def _advanced(ts: TunerState, heard: loss_monitor.Heard) -> TunerState:
     is_first = ((good_steps < FIRST_LOSSES) | is_unknown) & heard.is_finite
     mean = health.initial_loss + (heard.value - health.initial_loss) / (good_steps + 1.0)
     mean = jnp.where(is_unknown, heard.value, mean)
-    is_settled = heard.is_finite & (heard.after.count >= FIRST_LOSSES)
-    is_usual = is_settled & (ts.phase == TRAIN) & (heard.verdict == loss_monitor.HEALTHY)
+    has_level = heard.is_finite & (heard.after.count >= FIRST_LOSSES)
+    is_usual = has_level & (ts.phase == TRAIN) & (heard.verdict == loss_monitor.HEALTHY)
     is_held = is_usual & (heard.after.short < health.held_level)
     health = health._replace(
         monitor=heard.after,
         initial_loss=jnp.where(is_first, mean, health.initial_loss),
-        best_level=jnp.where(is_settled, jnp.minimum(health.best_level, heard.after.short), health.best_level),
+        best_level=jnp.where(has_level, jnp.minimum(health.best_level, heard.after.short), health.best_level),
         held_level=jnp.where(is_held, heard.after.short, health.held_level),
         held_spread=jnp.where(is_held, heard.after.spread, health.held_spread),
         bad_run=heard.bad_run,

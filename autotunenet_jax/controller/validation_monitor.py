@@ -86,7 +86,7 @@ def observe(roles: Roles, ts: TunerState, metric: Float[Array, ""]) -> TunerStat
     return _read(roles, ts._replace(window=window, validation=seen), metric, ts.phase == TRAIN)
 
 
-def hear(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
+def observe_loss(roles: Roles, ts: TunerState, heard: Heard) -> TunerState:
     """Takes a training loss in: where there is no metric, the mean between two readings is one."""
     seen, plan, sums = ts.validation, ts.plan, window.with_loss(ts.window, heard.value, heard.is_finite)
     is_over = ts.step % plan.check_every == 0

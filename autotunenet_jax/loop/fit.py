@@ -390,7 +390,7 @@ def _result(run: Run, *, is_interrupted: bool, reason: str | None) -> FitResult:
 def _train(
     run: Run, total: int, interval: int, stop: Stop, bar: Progress, store: Durable, processes: Processes
 ) -> None:
-    """Stretch after stretch, until the budget is spent or somebody asks to stop."""
+    """Some steps after others, until the budget is spent or somebody asks to stop."""
     shown_at = 0.0
 
     def show() -> None:
@@ -421,8 +421,8 @@ def _train(
             shown_at = 0.0
             return show()
         until_eval = interval - controller.step % interval if controller.phase == TRAIN else total
-        steps = min(until_eval, total - controller.step, processes.stretch_steps)
-        run.train_stretch(steps, is_stopped, on_step=show)
+        steps = min(until_eval, total - controller.step, processes.steps_apart)
+        run.train_some(steps, is_stopped, on_step=show)
 
 
 class _Reads(dict[str, Any]):

@@ -38,13 +38,13 @@ class Processes:
     Attributes:
       is_several: Whether there are more than one.
       is_first: Whether this is the one that writes to disk and to the terminal.
-      stretch_steps: Training steps until they next agree.
+      steps_apart: Training steps until they next agree.
       has_stopped: Whether they have agreed to end the run.
     """
 
     def __init__(self, count: int = 1, index: int = 0):
         self.is_several, self.is_first = count > 1, index == 0
-        self.stretch_steps = 1 if self.is_several else _MOST_STEPS
+        self.steps_apart = 1 if self.is_several else _MOST_STEPS
         self.has_stopped = False
         self._before: tuple[float, int] | None = None
 
@@ -95,5 +95,5 @@ class Processes:
         said = self.gather(is_due, is_asked, took)
         self.has_stopped = bool(said[:, 1].any())
         slowest = max(float(said[:, 2].max()), _SECONDS_APART / _MOST_STEPS)
-        self.stretch_steps = max(int(_SECONDS_APART / slowest), 1)
+        self.steps_apart = max(int(_SECONDS_APART / slowest), 1)
         return Agreement(bool(said[0, 0]), self.has_stopped)

@@ -335,7 +335,7 @@ class Run:
                 self.parallel_forks.release()
         return is_decided
 
-    def train_stretch(self, steps: int, is_stopped: Callable[[], bool], *, on_step: Callable[[], None]) -> None:
+    def train_some(self, steps: int, is_stopped: Callable[[], bool], *, on_step: Callable[[], None]) -> None:
         """Trains until ``steps`` steps are done, a decision has been taken, or somebody asks to stop."""
         for _ in range(steps):
             self.advance()

@@ -101,7 +101,7 @@ class Recorder:
         self._has_fallen, self._has_written = False, True
         self._round_start = 0
         self._fork_start = 0
-        self._sweep: tuple[int, int] | None = None
+        self._range_test: tuple[int, int] | None = None
         self._forks: list[tuple[int, int]] = []
 
     # Steps.
@@ -263,13 +263,13 @@ class Recorder:
     def begin_round(self, step: int, phase: int) -> None:
         """A round begins, with a range test or with its first fork."""
         self._round_start = self._fork_start = step
-        self._sweep, self._forks = None, []
+        self._range_test, self._forks = None, []
         if phase == SWEEP:
-            self._sweep = (step, step)
+            self._range_test = (step, step)
 
-    def end_sweep(self, step: int) -> None:
+    def end_range_test(self, step: int) -> None:
         """The range test ended; none of its steps are kept."""
-        self._sweep = (self._round_start, step)
+        self._range_test = (self._round_start, step)
         self._fork_start = step
         self._lose(self._round_start, step)
 
@@ -305,7 +305,7 @@ class Recorder:
         elif before == TRAIN and after != TRAIN:
             self.begin_round(step, after)
         elif before == SWEEP:
-            self.end_sweep(step)
+            self.end_range_test(step)
             if outcome == OUTCOME_RATE_READ:
                 self.note(step, "rate", OUTCOMES[outcome])
         elif before == FORK and after == FORK and bool(directive.restore):
@@ -343,7 +343,7 @@ class Recorder:
             "kind": KINDS[kind],
             "scored_by": "validation" if bool(report.has_eval) else "training loss",
             "reference": float(report.reference) if np.isfinite(report.reference) else None,
-            "sweep": None if self._sweep is None else list(self._sweep),
+            "sweep": None if self._range_test is None else list(self._range_test),
             "forks": forks,
             "best": best,
             "outcome": OUTCOMES[int(directive.outcome)],
@@ -375,7 +375,7 @@ class Recorder:
         open_round = {
             "round_start": self._round_start,
             "fork_start": self._fork_start,
-            "sweep": self._sweep,
+            "sweep": self._range_test,
             "forks": self._forks,
         }
         counts = {"steps_seen": self._steps_seen, "rollbacks": self.rollbacks}
@@ -390,7 +390,7 @@ class Recorder:
         self._has_fallen = any(event["kind"] == "fall" for event in self.history.events)
         held = data["open_round"]
         self._round_start, self._fork_start = held["round_start"], held["fork_start"]
-        self._sweep = None if held["sweep"] is None else tuple(held["sweep"])
+        self._range_test = None if held["sweep"] is None else tuple(held["sweep"])
         self._forks = [(start, end) for start, end in held["forks"]]
         self._pending = []
 

@@ -103,8 +103,8 @@ def autotune(
         outside its range, or one that follows an optax schedule. From ``update``: no ``params``, or no scalar loss.
 
     Cost:
-      Outside rounds one pass over the gradients, and a copy of the state at about every fiftieth of the budget. In
-      rounds a copy and a decision of a few milliseconds for each fork.
+      Outside rounds one pass over the gradients, and a copy of the state every fiftieth of the budget (at least 20
+      steps, at most 500). In rounds a copy and a decision of a few milliseconds for each fork.
     """
     if memory not in MEMORIES:
         raise ValueError(f"memory must be one of {', '.join(MEMORIES)}; got {memory!r}.")

@@ -20,7 +20,7 @@ from ..compiler.one_turn import when
 from . import inner_state, trees
 from .bookkeeping import Opened, closed, sent_home
 from .held_snapshots import HeldSnapshots, Snapshot
-from .loss import Heard, note, unheard
+from .loss import Ticked, note, ticked_or_away
 from .state import Order, Settings, write_in_force
 
 
@@ -38,7 +38,7 @@ class Given(NamedTuple):
       square: The gradients' squared norm.
       is_finite: Whether gradients and loss are.
       is_fit: Whether the gradients are also in line.
-      heard: What the loss comes to, if the parameters are not away; None without a loss.
+      ticked: What the loss comes to, if the parameters are not away; None without a loss.
     """
 
     settings: Settings
@@ -51,7 +51,7 @@ class Given(NamedTuple):
     square: Array
     is_finite: Array
     is_fit: Array
-    heard: Heard | None
+    ticked: Ticked | None
 
 
 class Carried(NamedTuple):
@@ -78,13 +78,15 @@ class Carried(NamedTuple):
 
 def carry_out(given: Given, on: Carried) -> tuple[Carried]:
     """The rest of an update in which there is something to do."""
-    heard, away = given.heard, jnp.zeros((), bool)
+    ticked, away = given.ticked, jnp.zeros((), bool)
     if on.snapshots is not None:
         away, on = when(given.opened.is_left, functools.partial(_resumed, given), away, on)
-        heard = None if heard is None else unheard(given.settings, given.before, heard, given.opened.lag, away)
+        ticked = (
+            None if ticked is None else ticked_or_away(given.settings, given.before, ticked, given.opened.lag, away)
+        )
     packed, directive, record = given.before, None, on.record
-    if heard is not None and given.loss is not None and on.record is not None:
-        packed, directive, record = note(given.settings, given.before, heard, on.record, given.loss, given.opened.lag)
+    if ticked is not None and given.loss is not None and on.record is not None:
+        packed, directive, record = note(given.settings, given.before, ticked, on.record, given.loss, given.opened.lag)
     after = closed(given.settings, given.before, packed, directive, given.opened, given.square, on.is_taken, away)
     on = on._replace(packed=after.packed, record=record)
     if on.snapshots is None:

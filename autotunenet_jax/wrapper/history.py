@@ -43,9 +43,9 @@ _DROPPED = "The record begins here: {count} older decisions are not in the state
 def history(opt_state: Any) -> History:
     """What happened in the run of a tuned optimizer: the `History` that `fit` returns. Host only.
 
-    The state remembers its last 64 decisions, rollbacks and the like, and of validation metrics as many; a default plan
-    has fewer. From them follows what was in force at each step, exactly. ``loss`` is known only where it was noted, at
-    decisions and about every fiftieth of the budget, and NaN elsewhere. Batches were not rewound for forks: the
+    The state remembers its last 64 decisions, rollbacks and the like, and of validation metrics as many; a plan for a
+    known ``total_steps`` has fewer. From them follows what was in force at each step, exactly. ``loss`` is known only
+    where it was noted, at decisions and every fiftieth of the budget (at least 20 steps, at most 500), and NaN elsewhere. Batches were not rewound for forks: the
     ``data_step`` of a record is its step.
 
     Example:
@@ -85,7 +85,7 @@ def history(opt_state: Any) -> History:
             "this is the state of several runs, as jax.vmap makes them; a history is that of one. "
             "Take one: jax.tree.map(lambda leaf: leaf[0], opt_state)."
         )
-    return _Reading(state, made).finished()
+    return _HistoryBuilder(state, made).finished()
 
 
 class _Tuned(NamedTuple):
@@ -96,7 +96,7 @@ class _Tuned(NamedTuple):
     total_steps: int | None
 
 
-class _Reading:
+class _HistoryBuilder:
     """Tells a recorder of a run, entry by entry."""
 
     def __init__(self, state: AutotuneState, made: History):

@@ -15,7 +15,7 @@ from . import memory_drift, ring
 from .state import Course, Memory, Order, Settings, advanced, no_order
 
 
-class Heard(NamedTuple):
+class Ticked(NamedTuple):
     """What a loss comes to, before anything is decided.
 
     Attributes:
@@ -47,27 +47,27 @@ def take_loss(
     is_usable: Array,
     is_made: Array,
 ) -> tuple[packing.Packed, Directive, Array]:
-    """Tells the tuner one loss, see `hear`, and lets it decide where that is due; see `note`."""
+    """Tells the tuner one loss, see `tick`, and lets it decide where that is due; see `note`."""
     loss = jnp.asarray(loss, jnp.float32)
-    heard = hear(settings, packed, loss, lag, is_usable, is_made)
+    ticked = tick(settings, packed, loss, lag, is_usable, is_made)
 
     def noted(after: packing.Packed, directive: Directive, record: Array) -> tuple[packing.Packed, Directive, Array]:
-        return note(settings, packed, heard._replace(packed=after, directive=directive), record, loss, lag)
+        return note(settings, packed, ticked._replace(packed=after, directive=directive), record, loss, lag)
 
-    return when(heard.is_noted, noted, heard.packed, heard.directive, record)
+    return when(ticked.is_noted, noted, ticked.packed, ticked.directive, record)
 
 
 def note(
-    settings: Settings, before: packing.Packed, heard: Heard, record: Array, loss: Array, lag: Array
+    settings: Settings, before: packing.Packed, ticked: Ticked, record: Array, loss: Array, lag: Array
 ) -> tuple[packing.Packed, Directive, Array]:
     """The decision where one is due, and what the ring is told of the loss; nothing where there is nothing to note.
 
     Args:
       settings: Of the wrapper.
       before: The course of the run before the loss.
-      heard: What that came to.
+      ticked: What that came to.
       record: The ring of what happened.
-      loss: As for `hear`.
+      loss: As for `tick`.
       lag: Likewise.
 
     Returns:
@@ -79,13 +79,13 @@ def note(
         ts, second, held = settings.core.decide(course.tuner)
         return packing.pack(course._replace(tuner=ts)), second._replace(verdict=first.verdict), held
 
-    held = _unpack(settings, heard.packed).tuner.round
-    after, directive, held = when(heard.is_due, decided, heard.packed, heard.directive, held)
-    words, step, level = _told(settings, before, after, directive, held, loss, lag, heard.is_due)
+    held = _unpack(settings, ticked.packed).tuner.round
+    after, directive, held = when(ticked.is_due, decided, ticked.packed, ticked.directive, held)
+    words, step, level = _told(settings, before, after, directive, held, loss, lag, ticked.is_due)
     dims = settings.core.space.dims
-    record = ring.add_entry(record, words, dims, flag=heard.is_due | heard.is_event)
-    record = ring.add_span(record, dims, step=step, bits=heard.bits)
-    return after, directive, ring.add_level(record, dims, step=step, level=level, flag=heard.is_reading)
+    record = ring.add_entry(record, words, dims, flag=ticked.is_due | ticked.is_event)
+    record = ring.add_span(record, dims, step=step, bits=ticked.bits)
+    return after, directive, ring.add_level(record, dims, step=step, level=level, flag=ticked.is_reading)
 
 
 def _unpack(settings: Settings, packed: packing.Packed) -> Course:
@@ -141,9 +141,9 @@ def _told(
 
 
 @single_kernel(static_argnums=(0,))
-def hear(
+def tick(
     settings: Settings, packed: packing.Packed, loss: Array, lag: Array, is_usable: Array, is_made: Array
-) -> Heard:
+) -> Ticked:
     """The cheap half: the tuner's tick.
 
     Args:
@@ -165,22 +165,22 @@ def hear(
     acts = (directive.outcome != OUTCOME_NONE) | directive.restore | directive.adopt | is_high
     is_event = ((ts.phase == TRAIN) & acts) | jnp.any(after.incumbent != ts.incumbent)
     waits = (ts.phase != TRAIN) & (after.segment_left == ts.segment_left)
-    return _heard(course._replace(drift=drift), after, directive, is_due, is_event, ~is_made, waits)
+    return _ticked(course._replace(drift=drift), after, directive, is_due, is_event, ~is_made, waits)
 
 
 @single_kernel(static_argnums=(0,))
-def unheard(settings: Settings, packed: packing.Packed, heard: Heard, lag: Array, is_away: Array) -> Heard:
-    """What was heard, or of a loss that tells nothing, with the parameters on their way to a snapshot: time passes."""
+def ticked_or_away(settings: Settings, packed: packing.Packed, ticked: Ticked, lag: Array, is_away: Array) -> Ticked:
+    """The tick, or one without a loss where the parameters are on their way to a snapshot: only time passes."""
     course: Course = packing.unpack(packed, settings.layout)
     ts, no = advanced(course.tuner, lag), jnp.zeros((), bool)
     later = ts._replace(step=ts.step + 1, data_step=ts.data_step + 1)
     copies = dict.fromkeys(("save", "restore", "keep", "adopt"), no)
-    directive = heard.directive._replace(**copies)
-    away = _heard(course, later, directive, no, no, ~no, ts.phase != TRAIN)
-    return select(is_away, away, heard)
+    directive = ticked.directive._replace(**copies)
+    away = _ticked(course, later, directive, no, no, ~no, ts.phase != TRAIN)
+    return select(is_away, away, ticked)
 
 
-def _heard(
+def _ticked(
     course: Course,
     after: TunerState,
     directive: Directive,
@@ -188,10 +188,10 @@ def _heard(
     is_event: Array,
     is_skipped: Array,
     waits: Array,
-) -> Heard:
+) -> Ticked:
     bits = jnp.where(is_skipped, ring.SKIPPED, 0) + jnp.where(waits, ring.HELD, 0)
     is_reading = after.step % after.plan.save_every == 0
-    return Heard(
+    return Ticked(
         packed=packing.pack(course._replace(tuner=after)),
         directive=directive,
         is_due=is_due,

@@ -14,7 +14,7 @@ from ..arguments import scalar
 from ..compiler.one_turn import usually, when
 from . import aux_state, bookkeeping, budget, notices, trees
 from .carry_out import Carried, Given, carry_out
-from .loss import Heard, hear
+from .loss import Ticked, tick
 from .state import AutotuneState, write_in_force
 
 
@@ -69,11 +69,11 @@ def update(
         square=square,
         is_finite=is_finite,
         is_fit=is_finite & bookkeeping.is_in_line(opened, square),
-        heard=None,
+        ticked=None,
     )
     is_taken, new, inner = _usual(given, room, state)
-    heard, closed = _close(given, state, is_taken)
-    given = given._replace(heard=heard)
+    ticked, closed = _close(given, state, is_taken)
+    given = given._replace(ticked=ticked)
     on = Carried(
         is_taken=is_taken,
         new=new,
@@ -116,23 +116,23 @@ def _usual(given: Given, room: Any, state: AutotuneState) -> tuple[Array, Any, A
     return is_made & jnp.isfinite(trees.squared_norm(new)), new, inner
 
 
-def _close(given: Given, state: AutotuneState, is_taken: Array) -> tuple[Heard | None, bookkeeping.Closed]:
+def _close(given: Given, state: AutotuneState, is_taken: Array) -> tuple[Ticked | None, bookkeeping.Closed]:
     """What the loss comes to, and the course of the run after this update."""
-    opened, heard, directive, packed = given.opened, None, None, state.packed
+    opened, ticked, directive, packed = given.opened, None, None, state.packed
     if given.loss is not None:
         # What was left to this update comes before the optimizer's, of which then only the gradients are known yet.
         is_made = is_taken if state.held is None else is_taken | (given.is_fit & opened.is_left)
         is_usable = given.is_finite & (is_made | ~given.is_fit)
-        heard = hear(given.settings, state.packed, given.loss, opened.lag, is_usable, is_made)
-        packed, directive = heard.packed, heard.directive
+        ticked = tick(given.settings, state.packed, given.loss, opened.lag, is_usable, is_made)
+        packed, directive = ticked.packed, ticked.directive
     no = jnp.zeros((), bool)
     closed = bookkeeping.closed(given.settings, state.packed, packed, directive, opened, given.square, is_taken, no)
-    return heard, closed
+    return ticked, closed
 
 
 def _rest(given: Given, closed: bookkeeping.Closed, on: Carried) -> Carried:
     """Whatever else there is to do in this update, which mostly is nothing."""
-    flags = [] if given.heard is None else [given.heard.is_noted]
+    flags = [] if given.ticked is None else [given.ticked.is_noted]
     flags += [] if on.snapshots is None else [given.opened.is_left, closed.is_asked]
     if flags:
         (on,) = when(functools.reduce(jnp.logical_or, flags), functools.partial(carry_out, given), on)
