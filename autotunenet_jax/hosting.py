@@ -6,6 +6,7 @@ from .checkpoint.parcel import pack as pack
 from .checkpoint.parcel import unpack as unpack
 from .controller.plan import MAX_FORKS as MAX_FORKS
 from .controller.state import FORK as FORK
+from .controller.state import SWEEP as SWEEP
 from .controller.state import TRAIN as TRAIN
 from .loop.fork_executor import ForkExecutor as ForkExecutor
 from .loop.fork_executor import TrainedFork as TrainedFork

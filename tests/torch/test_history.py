@@ -127,6 +127,7 @@ def test_from_disk_it_gives_equal_pictures(run, tmp_path):
     assert again.explain() == run.explain()
 
 
+@pytest.mark.filterwarnings("ignore:The best learning_rate lies at")
 def test_the_trainer_gives_it_too(loader):
     model = torch.nn.Linear(6, 3)
     trainer = Trainer(torch.nn.functional.cross_entropy, torch.optim.AdamW, epochs=15, progress=False)
