@@ -45,8 +45,8 @@ def history(opt_state: Any) -> History:
 
     The state remembers its last 64 decisions, rollbacks and the like, and of validation metrics as many; a plan for a
     known ``total_steps`` has fewer. From them follows what was in force at each step, exactly. ``loss`` is known only
-    where it was noted, at decisions and every fiftieth of the budget (at least 20 steps, at most 500), and NaN elsewhere. Batches were not rewound for forks: the
-    ``data_step`` of a record is its step.
+    where it was noted, at decisions and every fiftieth of the budget (at least 20 steps, at most 500), and NaN
+    elsewhere. Batches were not rewound for forks: the ``data_step`` of a record is its step.
 
     Example:
         >>> import optax
