@@ -72,7 +72,7 @@ class Recorder:
 
     Attributes:
       history: Of the run.
-      discarded: Steps spent so far on range tests and on forks that were not kept.
+      discarded_steps: Steps spent so far on range tests and on forks that were not kept.
       rollbacks: How often training went back because it was unhealthy.
 
     Raises:
@@ -92,7 +92,7 @@ class Recorder:
         log: logging.Logger | None = LOGGER,
         undoes: bool = True,
     ):
-        self.history, self.discarded, self.rollbacks, self._undoes = history, 0, 0, undoes
+        self.history, self.discarded_steps, self.rollbacks, self._undoes = history, 0, 0, undoes
         history.describe(space)
         self._space, self._progress, self._log = space, progress, log
         self._feed = Feed(history, callbacks, loggers, log_every=log_every)
@@ -255,7 +255,7 @@ class Recorder:
 
     def show_at(self, step: int, *, phase: str, loss: float, hyperparams: dict[str, Any]) -> None:
         """Refreshes the progress line with what a loop knows of its newest step."""
-        totals = {"discarded": self.discarded, "rounds": len(self.history.rounds), "rollbacks": self.rollbacks}
+        totals = {"discarded": self.discarded_steps, "rounds": len(self.history.rounds), "rollbacks": self.rollbacks}
         self._progress.show(step=step, phase=phase, loss=loss, hyperparams=hyperparams, **totals)
 
     # Rounds.
@@ -351,14 +351,14 @@ class Recorder:
         }
         row["verdict"] = verdict(row)
         self.history.rounds.append(row)
-        self._feed.end_round(best, row, discarded=self.discarded)
+        self._feed.end_round(best, row, discarded=self.discarded_steps)
         values = settings(row["chosen"], list(row["chosen"]))
         self._say(step, f"round {len(self.history.rounds)}, {len(forks)} forks -> {values}")
 
     def abandon(self, step: int, kept: int) -> None:
         """The run ended inside a round; ``kept`` is the fork whose state is returned, -1 where all started from."""
         if kept != len(self._forks):
-            self.discarded += step - self._fork_start
+            self.discarded_steps += step - self._fork_start
         for number, (start, end) in enumerate([*self._forks, (self._fork_start, step)]):
             if number != kept:
                 self._lose(start, end)
@@ -429,9 +429,9 @@ class Recorder:
         self.history.summary = {
             "steps": step,
             "total_steps": total or None,
-            "discarded_steps": self.discarded,
-            "share_discarded": self.discarded / max(step, 1),
-            "undone_steps": max(self.history.lost_steps - self.discarded, 0),
+            "discarded_steps": self.discarded_steps,
+            "share_discarded": self.discarded_steps / max(step, 1),
+            "undone_steps": max(self.history.lost_steps - self.discarded_steps, 0),
             "rollbacks": rollbacks,
             "rounds": len(self.history.rounds),
             "evals": len(self.history.evals),

@@ -38,7 +38,7 @@ class Decision(NamedTuple):
       round: The round as it was decided on.
       chosen: Hyperparameters in force from now on outside forks.
       kind: Kind of the round.
-      discarded: Steps spent so far on range tests and on forks that were not kept.
+      discarded_steps: Steps spent so far on range tests and on forks that were not kept.
       keeps: Whether the state that the directive leads to is the best there is, and to be kept.
     """
 
@@ -46,7 +46,7 @@ class Decision(NamedTuple):
     round: Round
     chosen: dict[str, Any]
     kind: int
-    discarded: int
+    discarded_steps: int
     keeps: bool
 
 
@@ -172,7 +172,7 @@ class Session:
             self.host.begin_round(controller.data_step)
         elif before != TRAIN and after == TRAIN:
             self.host.end_round(controller.data_step)
-        self.recorder.discarded = decision.discarded
+        self.recorder.discarded_steps = decision.discarded_steps
         self.recorder.decided(controller.step, before, after, directive, decision.round, decision.kind, decision.chosen)
         return decision
 
@@ -353,7 +353,7 @@ class Session:
         """Goes on from what `books` gave; the controller has its state back already."""
         controller = self.controller
         self.recorder.load(books["recorder"], step=controller.step)
-        self.recorder.discarded = int(controller.state.discarded)
+        self.recorder.discarded_steps = int(controller.state.discarded)
         self.evaluated_at, self.last_eval, self.best_eval, self.wants_eval = books["evals"]
         self.is_due = books["is_due"]
         self.settled_at, self.best_at = books["settled_at"], books["best_at"]

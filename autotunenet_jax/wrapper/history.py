@@ -135,7 +135,7 @@ class _HistoryBuilder:
             self.recorder.abandon(last, len(self.forks))
         for step, metric, is_settled in self.held.metrics:
             self.recorder.add_eval(step, metric, is_settled=is_settled)
-        self.recorder.discarded = int(ts.discarded)
+        self.recorder.discarded_steps = int(ts.discarded)
         self._note_what_is_told(last)
         self.recorder.finish(last, int(ts.rollbacks), total=int(ts.plan.total), dropped=self.held.dropped)
         return self.history
