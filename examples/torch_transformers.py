@@ -37,7 +37,7 @@ def main():
         vocab_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=16,
     )  # fmt: skip
-    tuner = AutoTuneNet({"learning_rate": (1e-6, 1e-1)})
+    tuner = AutoTuneNet({"learning_rate": (1e-6, 1e-2)})
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
