@@ -20,7 +20,7 @@ from .budget import digests_of, planned
 from .held_snapshots import Snapshot, snapshots_of
 from .inner_optimizer import build, starting_values
 from .state import MEMORIES, AutotuneState, Course, Memory, Settings, no_order
-from .update import update
+from .update import made, update
 
 
 def autotune(
@@ -104,7 +104,8 @@ def autotune(
 
     Cost:
       Outside rounds one pass over the gradients, and a copy of the state every fiftieth of the budget (at least 20
-      steps, at most 500). In rounds a copy and a decision of a few milliseconds for each fork.
+      steps, at most 500). In rounds a copy and a decision of a few milliseconds for each fork. An update outside of a
+      compiled step is compiled by itself, with all copies made at each: compile the step, and donate its state.
     """
     if memory not in MEMORIES:
         raise ValueError(f"memory must be one of {', '.join(MEMORIES)}; got {memory!r}.")
@@ -137,7 +138,8 @@ def autotune(
     # The protocols of optax name their arguments; a partial hides them from the type checker.
     seen = trees.as_seen if is_given else _as_is
     init: Any = functools.partial(_init, inner, tuner, options, key, seen, aux_state.leaves_of(aux))
-    bound: Any = functools.partial(update, inner, seen, axis_name, digests)
+    make = functools.partial(made, inner, seen, axis_name)
+    bound: Any = functools.partial(update, make, jax.jit(make), axis_name, digests)
     return optax.GradientTransformationExtraArgs(init, bound)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array
 
 from ..arguments import scalar
@@ -19,8 +20,8 @@ from .state import AutotuneState, write_in_force
 
 
 def update(
-    optimizer: Any,
-    seen: Callable[[Any], Any],
+    make: Callable[..., tuple[Any, AutotuneState]],
+    make_at_once: Callable[..., tuple[Any, AutotuneState]],
     axis_name: Any,
     digests: tuple[int, ...],
     updates: Any,
@@ -31,7 +32,9 @@ def update(
     aux: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, AutotuneState]:
-    """The update of `autotune`, which binds the inner optimizer, how that sees parameters, the axis, and its digests.
+    """The update of `autotune`, which binds the rest of it, `made`, plain and compiled, the axis, and its digests.
+
+    Outside of a step that is compiled it is compiled by itself: every loop in it would be, anew at every call.
 
     Raises:
       TypeError: A loss that is no real number, or goes by another name than ``value``.
@@ -46,8 +49,31 @@ def update(
     notices.tell_of_queue(updates)
     if value is None:
         notices.tell(state)
+    told = extra_args if value is None else {**extra_args, "value": value}
+    arguments = updates, state, params, value, aux, told
+    return (make_at_once if _are_known(arguments) else make)(*arguments)
+
+
+def _are_known(arguments: Any) -> bool:
+    """Whether all are arrays and numbers, of no step that is being compiled."""
+    leaves = jax.tree.leaves(arguments)
+    return all(isinstance(leaf, jax.typing.ArrayLike) and not isinstance(leaf, Tracer) for leaf in leaves)
+
+
+def made(
+    optimizer: Any,
+    seen: Callable[[Any], Any],
+    axis_name: Any,
+    updates: Any,
+    state: AutotuneState,
+    params: Any,
+    value: Any,
+    aux: Any,
+    told: dict[str, Any],
+) -> tuple[Any, AutotuneState]:
+    """The update, once there is nothing to be said about its arguments; ``told`` is what the inner optimizer is."""
     settings = state.settings
-    step = functools.partial(_step, optimizer, seen, extra_args if value is None else {**extra_args, "value": value})
+    step = functools.partial(_step, optimizer, seen, told)
     if not settings.is_on:
         new, inner = step(updates, params, updates, state.inner)
         return new, state._replace(inner=inner, packed=bookkeeping.passed(settings, state.packed))

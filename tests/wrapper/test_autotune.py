@@ -234,6 +234,17 @@ def test_one_name_in_states_inside_each_other_is_one_hyperparameter(light_surrog
         assert atn.hyperparams(state)["learning_rate"] != before
 
 
+def test_a_loop_that_is_not_compiled_compiles_the_update_once(light_surrogate):
+    tuned, heard = atn.autotune(injected(), SPACE, 300), []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: heard.append(event))
+    state, counts = tuned.init(PARAMS), []
+    for value in np.float32([1.0, 0.9, 0.8, 0.7]):
+        _, state = tuned.update(PARAMS, state, PARAMS, value=value)
+        counts.append(sum("compile" in event for event in heard))
+    assert counts[0] > 0 and counts[1:] == counts[:1] * 3
+    assert int(state.tuner.step) == 4
+
+
 def test_autotune_inside_autotune_is_refused():
     twice = atn.autotune(atn.autotune(injected(), SPACE, 100), SPACE, 100)
     with pytest.raises(ValueError, match="an autotune inside this autotune"):
