@@ -91,6 +91,7 @@ def test_a_step_that_writes_into_the_state_it_is_given_does_not_happen_either(tr
     assert problem.same(undone.state, state) and np.isnan(undone.told)
 
 
+@pytest.mark.filterwarnings("ignore:The best learning_rate lies at")
 def test_a_run_under_dynamic_loss_scaling_finds_its_scale():
     """The scaled loss overflows above 2**9; the step then halves the scale and leaves the rest as it was."""
 
