@@ -73,7 +73,10 @@ def as_data(name, model, residual):
     """The same as padded arrays for the surrogate itself."""
     config, pad = CONFIGS[name], CAPACITY - residual.size
     x = np.concatenate([model["x"], np.full((pad, DIMS), 0.5)]).astype(np.float32)
-    fill = lambda values: np.concatenate([values, np.zeros(pad)]).astype(np.float32)  # noqa: E731
+
+    def fill(values):
+        return np.concatenate([values, np.zeros(pad)]).astype(np.float32)
+
     time = fill(np.zeros(residual.size) if model["time"] is None else model["time"])
     group = fill(model["group"])
     return marginal_likelihood.prepare(
