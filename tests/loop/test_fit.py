@@ -235,6 +235,30 @@ def test_the_metric_of_a_run_that_ends_in_a_round_is_of_what_is_returned(number)
     assert result.best_eval == pytest.approx(float(problem.eval_step(result.best_state)), rel=1e-5)
 
 
+def test_what_every_fork_ruins_is_gone_back_to():
+    """By the metric alone: the losses of poisoned batches are as low as others."""
+
+    def poisoned(step, hp):
+        x, y, _ = problem.batch(step)
+        return x, y, np.int32(step < 5)
+
+    def metric(state):
+        return problem.eval_step(state) + 30.0 * (state["seen"] > 0)
+
+    result = atn.fit(
+        problem.train_step,
+        problem.new_state(),
+        poisoned,
+        tuner=problem.tuner(),
+        eval_step=metric,
+        progress=False,
+    )
+    (first, *_), start = result.history.rounds, result.history.evals[0]["value"]
+    assert first["best"] == -1 and all(fork["scores"][0] > 30.0 > start for fork in first["forks"])
+    assert int(result.state["seen"]) == 0 and result.eval < 0.5 * start
+    assert result.history.summary["discarded_steps"] == first["end"] - first["start"]
+
+
 @pytest.mark.parametrize(("number", "phase"), [(3, "sweep"), (20, "fork"), (120, "train")])
 def test_ctrl_c_leaves_a_usable_result(number, phase):
     before = signal.getsignal(signal.SIGINT)

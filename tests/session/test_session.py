@@ -153,9 +153,11 @@ def test_a_run_ends_in_its_best_state(mode, good, bad):
 
 def test_a_best_state_before_the_last_round_is_not_forgotten():
     session, host = begun(400)
-    best = None
+    best, after_round = None, []
     while session.controller.step < 400:
         trained(session, host, 1)
+        if len(session.recorder.history.rounds) == 2:
+            after_round.append((session.saved, session.kept, host.state))
         is_between = session.controller.phase == TRAIN and int(session.controller.state.round.index) == 1
         if best is None and is_between:
             session.observe(0.1)
@@ -163,7 +165,10 @@ def test_a_best_state_before_the_last_round_is_not_forgotten():
         elif session.wants_eval:
             session.observe(1.0 + 1e-3 * session.controller.step)
     session.observe(2.0)
-    assert len(session.recorder.history.rounds) == 2 and session.end_at_best()
+    # The second round made it worse whatever was tried: what it began from is kept as it was, not a step later.
+    assert [row["best"] >= 0 for row in session.recorder.history.rounds] == [True, False]
+    assert len(set(after_round[0])) == 1
+    assert session.end_at_best()
     assert (host.state, session.last_eval) == (best, 0.1)
 
 
