@@ -65,6 +65,7 @@ def state_dict(session: Session, host: TorchHost, *, is_whole: bool = False) -> 
         "saved": _apart(session.saved) if is_whole or in_round else None,
         "kept": _apart(session.kept) if is_whole or in_round or has_best else None,
         "behind": list(host.behind),
+        "standings": host.standings(),
     }
     return {**state, "now": _apart(host.copy()), "best": session.best} if is_whole else state
 
@@ -72,6 +73,7 @@ def state_dict(session: Session, host: TorchHost, *, is_whole: bool = False) -> 
 def load_state_dict(session: Session, host: TorchHost, state: Mapping[str, Any], *, extend: bool) -> None:
     """Goes on from what `state_dict` gave, on request with another budget; what it does not hold is there already."""
     _check(session, host, state, extend=extend)
+    host.loaded(state.get("standings", {}))
     now = _apart(state.get("now"))
     for held in (now, state["saved"], state["kept"]):
         if held is not None:

@@ -143,6 +143,7 @@ class ReplayBuffer:
         if batch is None:
             self._begin_pass()
             with random_state.untouched(seed=hash((self._seed, self._epoch)) % 2**62):
+                _draw_for_workers(self._loader)
                 self._iterator = iter(self._loader)
                 batch = next(self._iterator, None)
             if batch is None:
@@ -201,6 +202,12 @@ class ReplayBuffer:
         self._window.restart(first)
         if self._held_from is not None:
             self._window.hold(first)
+
+
+def _draw_for_workers(loader: Any) -> None:
+    """Draws what a loader would for new workers where it keeps its own: each pass finds its generator alike."""
+    if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is not None:
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

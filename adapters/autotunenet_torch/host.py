@@ -127,6 +127,20 @@ class TorchHost(Host):
                 target.applied = copy["values"][name]
         self.values = {}
 
+    def standings(self) -> dict[str, tuple[float, float]]:
+        """Of each rate under schedulers, for `loaded`."""
+        return {name: target.standing() for name, target in self.targets.items() if isinstance(target, RateTarget)}
+
+    def loaded(self, standings: Mapping[str, tuple[float, float]]) -> None:
+        """Finds the height of rates again, in an optimizer and schedulers loaded before or after the tuner's attach.
+
+        Raises:
+          ValueError: Only some of them were loaded after it.
+        """
+        for name, target in self.targets.items():
+            if isinstance(target, RateTarget):
+                target.loaded(standings.get(name))
+
     def evaluate(self) -> float | None:
         """The metric of the function given, the same on all processes."""
         if self._validate is None:

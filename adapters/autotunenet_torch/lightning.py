@@ -169,9 +169,10 @@ class AutoTuneCallback(pl.Callback):
         if trainer.global_step == self._steps:
             return
         if not self._losses and not pl_module.automatic_optimization:
+            given = type(outputs).__name__ if outputs else "nothing"
             raise ValueError(
                 "training_step optimises by hand and returns no loss, which is all that the tuner learns from. Return "
-                f"the loss, or a dictionary with it under 'loss'; got {type(outputs).__name__}."
+                f"the loss, or a dictionary with it under 'loss'; got {given}."
             )
         self._steps = trainer.global_step
         # A training_step that returns None says that its batch is to be skipped.

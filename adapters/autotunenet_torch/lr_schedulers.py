@@ -110,6 +110,17 @@ def peak_rates(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]]) -> l
     return rates
 
 
+def proportions(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]]) -> list[float]:
+    """What schedulers hold each group's rate to be, over what the optimizer does; `scale` leaves it as it is."""
+    held = [getattr(item, "base_lrs", ()) for item in everything(schedulers)]
+    return [
+        float(base) / float(group["initial_lr"])
+        for bases in held
+        for base, group in zip(bases, groups, strict=False)
+        if group.get("initial_lr")
+    ]
+
+
 def scale(schedulers: Sequence[Any], groups: Sequence[dict[str, Any]], factors: Sequence[float]) -> None:
     """Multiplies the rates of each group, those in force and those to come, by the group's factor.
 

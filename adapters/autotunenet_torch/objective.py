@@ -20,18 +20,29 @@ def scalar(loss: Any) -> torch.Tensor:
     )
 
 
-def accuracy(outputs: Any, targets: Any) -> torch.Tensor:
-    """Share of rows whose highest output is the target's class."""
-    return (outputs.argmax(dim=1) == targets).float().mean()
+def _class_axis(outputs: Any, targets: Any) -> int | None:
+    """The axis of the classes, the second or the last one; None where targets are no classes, or both could be it."""
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+        return None
+    if targets.is_floating_point() or outputs.ndim != targets.ndim + 1 or outputs.ndim < 2:
+        return None
+    shape, last = outputs.shape, outputs.ndim - 1
+    fitting = [axis for axis in sorted({1, last}) if shape[:axis] + shape[axis + 1 :] == targets.shape]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Share of targets, but for those that cross-entropy ignores (-100), whose class has the highest output."""
+    axis, counted = _class_axis(outputs, targets), targets != -100
+    right = (outputs.argmax(dim=1 if axis is None else axis) == targets) & counted
+    return right.sum() / counted.sum().clamp(min=1)
 
 
 def metrics_for(given: Mapping[str, Any] | None, outputs: Any, targets: Any) -> Mapping[str, Callable[[Any, Any], Any]]:
     """The metrics given, or by default the accuracy where the targets are classes."""
     if given is not None:
         return given
-    is_tensor = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)
-    is_classes = is_tensor and not targets.is_floating_point() and outputs.ndim == targets.ndim + 1
-    return {"accuracy": accuracy} if is_classes else {}
+    return {} if _class_axis(outputs, targets) is None else {"accuracy": accuracy}
 
 
 @contextlib.contextmanager

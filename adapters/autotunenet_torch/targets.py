@@ -139,9 +139,39 @@ class RateTarget:
     ):
         self._optimizer, self.indices, self._schedulers = optimizer, frozenset(indices), schedulers
         self._known = len(optimizer.param_groups) if grows else None
-        peaks = lr_schedulers.peak_rates(schedulers, optimizer.param_groups)
-        self.applied = max(peaks[index] for index in indices)
+        self.applied = self._peak()
         self._start = self.applied
+        self._proportions = lr_schedulers.proportions(schedulers, optimizer.param_groups)
+
+    def _peak(self) -> float:
+        """What `applied` is where the schedulers tell; one that only reduces the rate does not."""
+        peaks = lr_schedulers.peak_rates(self._schedulers, self._optimizer.param_groups)
+        return max(peaks[index] for index in self.indices)
+
+    def standing(self) -> tuple[float, float]:
+        """What rates stand in proportion to, for `loaded`."""
+        return self.applied, self._peak()
+
+    def loaded(self, standing: tuple[float, float] | None) -> None:
+        """Finds what rates stand in proportion to after optimizer and schedulers were loaded, before attach or since.
+
+        Args:
+          standing: What `standing` gave when they were saved.
+
+        Raises:
+          ValueError: One of them was, and the other was not.
+        """
+        now = lr_schedulers.proportions(self._schedulers, self._optimizer.param_groups)
+        if not all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(now, self._proportions, strict=False)):
+            raise ValueError(
+                "optimizer and scheduler hold the rates of different moments: one of them was loaded after attach, and "
+                "the other before it or not at all. Load the model, the optimizer and the scheduler, then attach, then "
+                "load the tuner's state."
+            )
+        self.applied = self._peak()
+        if standing is not None:
+            applied, peak = standing
+            self.applied = applied * (self.applied / peak)
 
     def places(self) -> list[Any]:
         """What it sets, each hashable."""

@@ -59,8 +59,8 @@ class Trainer:
       precision: ``"fp32"``, or mixed ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
       clip_norm: Largest norm of the gradient; None for no clipping.
       accumulate: Batches per optimizer step.
-      metrics: Functions ``(outputs, targets) -> scalar`` by name, shown and recorded at validation. By default the
-        accuracy, where the targets are classes.
+      metrics: Functions ``(outputs, targets) -> scalar`` by name, shown and recorded at validation; ``{}`` for the loss
+        alone. By default the accuracy where the targets are classes, on the second or the last axis of the outputs.
       monitor: Metric that is reported to the tuner; by default ``"loss"`` when it minimises, else the first metric.
       forward: ``(model, batch) -> (outputs, targets)``; by default the last entry of a batch is the targets and the
         others are the model's arguments.

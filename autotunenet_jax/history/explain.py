@@ -13,8 +13,11 @@ _MOST_LINES = 38
 # Most messages of events told, and of each the steps it was given at.
 _MOST_MESSAGES, _MOST_STEPS = 7, 4
 
-# Kinds of events that moved the training, which are told first.
+# Kinds of events that moved the training: where there is no room for all, these are told.
 _UNDOING = ("rollback", "retreat", "rate")
+
+# Those that may move the rates.
+_MOVING = (*_UNDOING, "climb")
 
 # Most characters of a round's candidates on one line.
 _MOST_CHARACTERS = 100
@@ -95,12 +98,14 @@ def _values(history: "History") -> list[str]:
     """Where the run began and what its rounds chose."""
     if not history.rounds or not history.records:
         return []
-    first, last = history.records[0], history.rounds[-1]["chosen"]
+    first, last, ended = history.records[0], history.rounds[-1]["chosen"], history.rounds[-1]["end"]
+    has_moved = any(event["kind"] in _MOVING and event["step"] > ended for event in history.events)
+    moved = " and what is told below" if has_moved else ""
     lines = []
     for name in list(history.names)[:6]:
         # A test's or a fork's first step is no starting value.
         start = f"began at {shown(first[name])} and " if first["phase"] == "train" else ""
-        lines.append(f"{name}: {start}stands at {shown(last[name])} after the last round, before the schedule.")
+        lines.append(f"{name}: {start}stood at {shown(last[name])} after the last round, before the schedule{moved}.")
     return lines
 
 
@@ -223,15 +228,13 @@ def _events(history: "History") -> list[str]:
     said: dict[tuple[str, str], list[int]] = {}
     for event in history.events:
         said.setdefault((event["kind"], event["message"]), []).append(event["step"])
-    # What was undone comes first, and a further message of a kind only where there is room.
+    # What was undone is told at any rate, and a further message of a kind only where there is room.
     kinds = [kind for kind, _ in said]
     ranks = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
     order = sorted(zip(ranks, kinds, said, strict=True), key=lambda entry: (entry[0], entry[1] not in _UNDOING))
     chosen = {key for _, _, key in order[:_MOST_MESSAGES]}
-    firsts = sorted(dict.fromkeys(kinds), key=lambda kind: kind not in _UNDOING)
     lines = [
-        _event(kind, message, said[kind, message])
-        for kind, message in sorted(chosen, key=lambda key: (firsts.index(key[0]), said[key][0]))
+        _event(kind, message, said[kind, message]) for kind, message in sorted(chosen, key=lambda key: said[key][0])
     ]
     left = sum(len(steps) for key, steps in said.items() if key not in chosen)
     return [*lines, *([f"... {_count(left, 'event')} more ..."] if left else [])]

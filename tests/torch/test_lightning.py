@@ -176,10 +176,10 @@ def test_two_optimizers_are_refused(tmp_path, loader):
         make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False).fit(Module(optimizers=2), loader)
 
 
-@pytest.mark.parametrize("result", [lambda loss: None, lambda loss: {"my_loss": loss}])
-def test_manual_optimisation_has_to_return_its_loss(tmp_path, loader, result):
+@pytest.mark.parametrize("result, given", [(lambda loss: None, "nothing"), (lambda loss: {"my_loss": loss}, "dict")])
+def test_manual_optimisation_has_to_return_its_loss(tmp_path, loader, result, given):
     trainer = make(tmp_path, AutoTuneNet(SPACE), enable_checkpointing=False)
-    with pytest.raises(ValueError, match=r"returns no loss.*under 'loss'"):
+    with pytest.raises(ValueError, match=rf"returns no loss.*under 'loss'; got {given}"):
         trainer.fit(Module(manual=result), loader, loader)
 
 

@@ -121,6 +121,53 @@ def test_restore_then_apply(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("name", MAKE)
+def test_rates_are_in_force_again_whether_loaded_before_attach_or_after(name, is_late):
+    optimizer = make_optimizer()
+    scheduler = MAKE[name](optimizer)
+    target = targets.RateTarget(optimizer, [0, 1], [scheduler])
+    for value in (0.1, 0.02, 0.02, 0.3, 0.3):
+        target.write(value)
+        advance(optimizer, scheduler)
+    fresh = make_optimizer()
+    again = MAKE[name](fresh)
+    late = targets.RateTarget(fresh, [0, 1], [again])
+    fresh.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(scheduler.state_dict())
+    other = late if is_late else targets.RateTarget(fresh, [0, 1], [again])
+    if not is_late:
+        other.write(0.7)  # where a run that is attached begins
+    other.loaded(target.standing())
+    for value in (0.3, 0.05, 0.05):
+        for each, made, made_scheduler in ((target, optimizer, scheduler), (other, fresh, again)):
+            each.write(value)
+            advance(made, made_scheduler)
+        assert [group["lr"] for group in fresh.param_groups] == pytest.approx(
+            [group["lr"] for group in optimizer.param_groups], rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("is_optimizer", [False, True])
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "ReduceLROnPlateau"])
+def test_loading_one_of_optimizer_and_scheduler_after_attach_is_refused(name, is_optimizer):
+    optimizer = make_optimizer()
+    scheduler = MAKE[name](optimizer)
+    target = targets.RateTarget(optimizer, [0, 1], [scheduler])
+    target.write(0.02)
+    advance(optimizer, scheduler)
+    fresh = make_optimizer()
+    again = MAKE[name](fresh)
+    first, then = (again, fresh) if is_optimizer else (fresh, again)
+    saved = {id(fresh): optimizer.state_dict(), id(again): scheduler.state_dict()}
+    first.load_state_dict(saved[id(first)])
+    late = targets.RateTarget(fresh, [0, 1], [again])
+    late.write(0.1)
+    then.load_state_dict(saved[id(then)])
+    with pytest.raises(ValueError, match="loaded after attach"):
+        late.loaded(target.standing())
+
+
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "ReduceLROnPlateau"])
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_ends_with_the_budget(name, side):
