@@ -35,10 +35,15 @@ _MODULES = {
 _is_forked = False
 
 
+def _has_begun() -> bool:
+    """Whether JAX has begun to work in this process, or had in the one that this was forked from."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bool(getattr(bridge, "_backends", None))
+
+
 def _after_fork() -> None:
     global _is_forked
-    bridge = sys.modules.get("jax._src.xla_bridge")
-    _is_forked = bool(getattr(bridge, "_backends", None))
+    _is_forked = _has_begun()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -60,8 +65,8 @@ def check_process() -> None:
 
 
 def _prepare() -> None:
-    """To be called before JAX is imported here: processes that are forked later never call it, and are not warned."""
-    if "jax" in sys.modules:
+    """To be called before JAX is used here: processes that are forked later never call it, and are not warned."""
+    if _has_begun():
         return
     warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
     # A user's own filters would show the warning again.

@@ -6,8 +6,8 @@ python -m benchmarks.bank.compare groups open fit "known 15% lost"
 python -m benchmarks.bank.compare constants open              # each one half and double, paired with base
 
 Tasks are ``open``, ``locked``, ``again`` (the open ones from another start on other batches, held against the oracles
-of the first; differences of two policies do not see that) and ``small`` (`benchmarks.bank.small`); ``open+small`` is
-both.
+of the first; differences of two policies do not see that), ``small`` (`benchmarks.bank.small`) and ``curves``
+(`benchmarks.bank.curves`); ``open+small`` is both.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.bank import oracle, policy, small, split
+from benchmarks.bank import curves, oracle, policy, small, split
 from benchmarks.bank.lab import Lab
 from benchmarks.bank.tasks import Task, make
 
@@ -122,7 +122,9 @@ class Entry(NamedTuple):
 
     @property
     def task(self) -> Task:
-        return small.make(self.key.split(".")[0]) if self.key in small.load() else make(int(self.key.split("-")[0]))
+        if self.key in small.load():
+            return small.make(self.key.split(".")[0])
+        return curves.make(self.key) if self.key in curves.load() else make(int(self.key.split("-")[0]))
 
     @property
     def file(self) -> Path:
@@ -141,6 +143,8 @@ def entries(kinds: str) -> list[Entry]:
     for kind in kinds.split("+"):
         if kind == "small":
             found += [Entry(key, int(key.split(".")[1]), small.load()[key]) for key in small.KEYS]
+        elif kind == "curves":
+            found += [Entry(key, 0, record) for key, record in curves.load().items() if record["usable"]]
         else:
             seed, suffix = (1, "-1") if kind == "again" else (0, "")
             tasks = split.locked_tasks() if kind == "locked" else split.open_tasks()

@@ -65,6 +65,26 @@ print(*[name for name in ("jax", "jaxlib", "autotunenet_jax", "lightning", "tran
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.parametrize("used, is_warned", [("", False), ("import jax; jax.numpy.ones(2).sum()", True)])
+def test_loader_workers_warn_of_jax_only_where_the_user_works_with_it(used, is_warned):
+    code = f"""
+import os, warnings
+import torch
+import autotunenet_jax as atn
+{used}
+import autotunenet_torch
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+autotunenet_torch.AutoTuneNet({{"learning_rate": (1e-3, 1.0)}}).attach(model, optimizer, total_steps=100)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    list(torch.utils.data.DataLoader(list(range(4)), num_workers=1))
+print(any("multithreaded" in str(warning.message) for warning in caught))
+"""
+    assert python(code)[-1] == str(is_warned)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_a_process_that_is_forked_after_jax_began_is_refused_at_once():
     """It would wait for ever; one that is forked before trains."""
     code = """
