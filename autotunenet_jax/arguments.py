@@ -1,6 +1,8 @@
 """Checks that many arguments take."""
 
+import inspect
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,3 +42,25 @@ def scalar(name: str, value: Any) -> Array:
     if array.shape != ():
         raise ValueError(f"the {name} must be a scalar; got shape {array.shape}. Average it over the batch first.")
     return array
+
+
+def check_takes(function: Callable[..., Any], what: str, usage: str) -> None:
+    """Whether a function can be called as it will be; those whose arguments cannot be known pass.
+
+    Args:
+      function: Of the user's.
+      what: What it is called with, in words.
+      usage: How it is to be written, such as ``"batches(step, hp)"``: so many arguments it is called with.
+
+    Raises:
+      TypeError: It takes fewer, or asks for more.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*range(usage.count(",") + 1))
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(f"{what}, which {name}{signature} does not take. Write it as {usage}.") from error

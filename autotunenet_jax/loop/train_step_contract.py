@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 
+from ..arguments import check_takes
 from ..space.injection import places
 
 # Names that a record has for something else.
@@ -147,11 +148,12 @@ def check_train_step(
 
     Raises:
       KeyError: It reads what is not there; the message says which hyperparameters are.
-      TypeError: It returns no ``(state, loss)``, in this order, or with ``has_aux`` no dict of metrics beside them, or
-        the batch holds anything but arrays.
+      TypeError: It does not take these three, or returns no ``(state, loss)``, in this order, or with ``has_aux`` no
+        dict of metrics beside them, or the batch holds anything but arrays.
       ValueError: The loss or a metric is not a real scalar, the state changes structure, shape or dtype, or a tuned
         hyperparameter is never used.
     """
+    check_takes(train_step, "train_step is called with the state, a batch and hp", "train_step(state, batch, hp)")
     _check_holds_arrays(batch, "batch", "Convert it where batches are made; a torch DataLoader does so in collate_fn.")
     output: list[Any] = []
 
@@ -163,7 +165,8 @@ def check_train_step(
     try:
         jaxpr = jax.make_jaxpr(traced)(state, batch, hyperparams).jaxpr
     except KeyError as error:
-        error.add_note(f"hp holds what the search space names: {', '.join(map(repr, sorted(hyperparams)))}.")
+        named = ", ".join(map(repr, sorted(hyperparams)))
+        error.add_note(f"train_step is called as train_step(state, batch, hp); hp holds what is tuned: {named}.")
         raise
     except _HOST_CODE as error:
         error.add_note(_COMPILED.format(owner="train_step"))
@@ -225,9 +228,10 @@ def check_eval_step(eval_step: Callable[..., Any], state: Any, *, monitor: str |
       The entry of its dict that is the metric; None where it returns a scalar.
 
     Raises:
-      TypeError: It returns a dict with names that are no text.
+      TypeError: It does not take the state alone, or returns a dict with names that are no text.
       ValueError: It returns neither a real scalar nor a dict of them, or ``monitor`` is not in that.
     """
+    check_takes(eval_step, "eval_step is called with the state alone", "eval_step(state)")
     try:
         metric = jax.eval_shape(eval_step, state)
     except _HOST_CODE as error:

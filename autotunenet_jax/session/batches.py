@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..arguments import check_takes
+
 
 class EndOfDataError(Exception):
     """An iterable that cannot be started again has no more batches."""
@@ -68,21 +70,6 @@ def _copied(batch: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, batch)
 
 
-def _check_takes_two(function: Callable[..., Any]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(0, {})
-    except TypeError as error:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise TypeError(
-            f"batches, a function, is called with the position in the data and the hyperparameters; {name}{signature} "
-            "does not take these two. Write it as batches(step, hp)."
-        ) from error
-
-
 def _is_one_batch(batch: tuple[Any, ...]) -> bool:
     is_of_arrays = all(hasattr(part, "shape") and hasattr(part, "dtype") for part in batch)
     return is_of_arrays and len({_kind(part) for part in batch}) > 1
@@ -113,7 +100,8 @@ class BatchSource:
             raise TypeError(f"batches must not be a function that yields them; give what it returns, batches={name}().")
         self._function = batches if callable(batches) else None
         if self._function is not None:
-            _check_takes_two(self._function)
+            what = "batches, a function, is called with the position in the data and the hyperparameters"
+            check_takes(self._function, what, "batches(step, hp)")
             return
         if isinstance(batches, tuple) and _is_one_batch(batches):
             raise TypeError(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..arguments import whole_number
+from ..arguments import check_takes, whole_number
 from ..history.history import History
 
 
@@ -151,6 +151,7 @@ def _as_callback(given: Any) -> Callback:
     if any(hasattr(given, name) for name in HOOKS):
         return _Partial(given)
     if callable(given):
+        check_takes(given, "a function among the callbacks is called with each decision", "callback(decision)")
         return _OnDecision(given)
     raise TypeError(
         f"a callback must be a Callback, have one of {', '.join(HOOKS)}, or be a function of a decision; got {given!r}."

@@ -11,9 +11,9 @@ from autotunenet_jax.loop import train_step_contract
 from tests import problem
 
 
-def fit(*, train_step=problem.train_step, eval_step=problem.eval_step, tuner=None):
-    tuner = problem.tuner() if tuner is None else tuner
-    return atn.fit(train_step, problem.new_state(), problem.batches, tuner=tuner, eval_step=eval_step, progress=False)
+def fit(*, train_step=problem.train_step, eval_step=problem.eval_step, tuner=None, **options):
+    given = {"tuner": problem.tuner() if tuner is None else tuner, "eval_step": eval_step, "progress": False}
+    return atn.fit(train_step, problem.new_state(), problem.batches, **given, **options)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,26 @@ def test_a_state_and_a_loss_in_the_wrong_order_are_told_so():
 def test_a_name_that_the_space_does_not_have_is_told_with_those_it_has():
     with pytest.raises(KeyError) as caught:
         fit(train_step=lambda state, batch, hp: (state, hp["learning_rat"]))
-    assert "hp holds what the search space names: 'learning_rate'." in caught.value.__notes__
+    assert any("hp holds what is tuned: 'learning_rate'." in note for note in caught.value.__notes__)
+
+
+def test_arguments_in_another_order_are_told():
+    with pytest.raises(KeyError) as caught:
+        fit(train_step=lambda state, hp, batch: (batch[0], hp["learning_rate"]))
+    assert any("train_step(state, batch, hp)" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        ({"train_step": lambda state, batch: (state, 0.0)}, r"train_step\(state, batch, hp\)"),
+        ({"eval_step": lambda state, batch: 0.0}, r"eval_step\(state\)"),
+        ({"callbacks": [lambda: None]}, r"callback\(decision\)"),
+    ],
+)
+def test_functions_that_cannot_be_called_are_refused_before_the_first_step(arguments, usage):
+    with pytest.raises(TypeError, match=f"does not take. Write it as {usage}"):
+        fit(**arguments)
 
 
 @pytest.mark.parametrize(("part", "kind"), [("tanh", "builtins.str"), (jax.nn.relu, "jax.custom_jvp")])
