@@ -50,7 +50,8 @@ class FitResult:
       state: The training state at the end of the run; with ``eval_step`` a whole run ends in the state of its best
         reading.
       history: What happened.
-      hyperparams: Tuned values at the end, as Python objects, before the decay.
+      hyperparams: Tuned values that training would go on with, as Python objects, before the decay; each way back has
+        lowered the rates. What ``state`` was trained with is in ``history.schedule()``.
       tuner_state: The tuner's last state.
       eval: Validation metric of ``state``, or None without ``eval_step``.
       best_state: The training state with the best validation metric seen outside rounds, in host memory until asked

@@ -47,6 +47,7 @@ POLICIES: dict[str, policy.Knobs] = {
     "metric noise .1": dataclasses.replace(BASE, metric_noise=0.1),
     "metric noise .3": dataclasses.replace(BASE, metric_noise=0.3),
     "metric noise .3 best fork": dataclasses.replace(ALWAYS, metric_noise=0.3),
+    "forks from 12": dataclasses.replace(BASE, least_fork=12),
     "no validation": dataclasses.replace(ALWAYS, validates=False),
     "seeks not": BEFORE,
     "no validation, seeks not": dataclasses.replace(BEFORE, validates=False),
