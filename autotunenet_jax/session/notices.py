@@ -199,7 +199,7 @@ def _no_metric(
     return found
 
 
-def bound_at(space: SearchSpace, name: str, u: float, *, is_seen: bool) -> str | None:
+def bound_at(space: SearchSpace, name: str, u: float, *, is_seen: bool, has_gone_back: bool) -> str | None:
     """Which bound of its range a value lies at, if that can be moved.
 
     Args:
@@ -207,18 +207,21 @@ def bound_at(space: SearchSpace, name: str, u: float, *, is_seen: bool) -> str |
       name: Of the hyperparameter.
       u: Place in the unit cube that training goes on at.
       is_seen: Whether there is a metric; without one rates stand a little below what won.
+      has_gone_back: Whether training has: that lowers rates, and no fork has asked for it.
     """
     param, index = space[name], space.names.index(name)
     if isinstance(param, Choice):
         return None
     decades = float(roles_of(space).decades[index])
-    if space.roles[index] == "rate" and not is_seen:
+    is_rate = space.roles[index] == "rate"
+    if is_rate and not is_seen:
         u = min(u + UNSEEN_DECADES / decades, 1.0)
     if (1.0 - u) * decades <= _AT_BOUND_DECADES:
         return "upper"
     # Nothing lies below zero, or below one layer.
     is_natural = param.lo == 0 or (isinstance(param.lo, int) and param.lo <= 1)
-    return "lower" if u * decades <= _AT_BOUND_DECADES and not is_natural else None
+    is_led_there = is_rate and has_gone_back
+    return "lower" if u * decades <= _AT_BOUND_DECADES and not is_natural and not is_led_there else None
 
 
 def _decided(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -234,7 +237,12 @@ def _decided(space: SearchSpace, rounds: Sequence[Mapping[str, Any]]) -> set[str
 def _bounds(space: SearchSpace, ts: TunerState, rounds: Sequence[Mapping[str, Any]]) -> list[Notice]:
     decided, is_seen = _decided(space, rounds), math.isfinite(ts.validation.level)
     places = zip(space.names, np.asarray(ts.incumbent), strict=True)
-    found = [(name, bound_at(space, name, float(u), is_seen=is_seen)) for name, u in places if name in decided]
+    has_gone_back = int(ts.rollbacks) > 0 or int(ts.validation.retreats) > 0
+    found = [
+        (name, bound_at(space, name, float(u), is_seen=is_seen, has_gone_back=has_gone_back))
+        for name, u in places
+        if name in decided
+    ]
     return [_bound(space, name, side) for name, side in found if side]
 
 

@@ -92,8 +92,10 @@ def _texts(state: AutotuneState) -> Iterator[str]:
         yield from (notice.message for notice in of_slow(space, HOW))
     if number(tuner.phase) != TRAIN or number(tuner.round.index) < 1 or not is_late:
         return
+    has_gone_back = number(tuner.rollbacks) > 0 or number(tuner.validation.retreats) > 0
     for k, (name, role) in enumerate(zip(space.names, space.roles, strict=True)):
-        side = bound_at(space, name, number(tuner.incumbent, k), is_seen=is_seen) if role == "rate" else None
+        u = number(tuner.incumbent, k)
+        side = bound_at(space, name, u, is_seen=is_seen, has_gone_back=has_gone_back) if role == "rate" else None
         if side:
             bound = float(space[name].decode(jnp.float32(side == "upper")))
             yield _AT_BOUND.format(name=name, end=side, bound=bound)

@@ -118,6 +118,14 @@ def test_a_choice_at_a_bound(best, is_told):
     assert kinds(*made(step=200, level=1.0, at=best), rounds=rounds) == []  # later rounds may lead away
 
 
+@pytest.mark.parametrize(("rate", "is_told"), [(1e-4, False), (1e-1, True)])
+def test_a_lower_bound_that_going_back_has_led_to_is_none(rate, is_told):
+    at = (rate, 1e-3, 0.1)
+    tuner, state = made(step=400, level=1.0, at=at)
+    state = state._replace(validation=state.validation._replace(retreats=jnp.int32(3)))
+    assert ("bound of learning_rate" in kinds(tuner, state, rounds=[a_round(1, (1e-3, 1e-2, 0.2), at)])) == is_told
+
+
 @pytest.mark.parametrize(("rate", "level", "is_told"), [(6e-2, 1.0, False), (6e-2, None, True), (3e-2, None, False)])
 def test_what_counts_is_where_training_goes_on(rate, level, is_told):
     """A metric may have led below what won; without one rates stand a quarter of a decade below it."""
