@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float
 
 # Two snapped options of an unordered choice differ by far more than float32 rounding.
@@ -151,6 +150,8 @@ def square(config: SurrogateConfig, x: Float[Array, "m d"], z: Float[Array, "n d
 @functools.cache
 def _profile(name: str) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
     """A kernel of unit variance and lengthscale as a function of the distance; its own code is traced only once."""
+    from jax.extend.core import jaxpr_as_fun
+
     kernel = getattr(_gpjax_kernels(), name)
     # Made outside a trace, its parameters would be computed one operation, and one compilation, at a time.
     program = jax.make_jaxpr(lambda r: kernel(n_dims=1)(r[None], jnp.zeros_like(r[None])))(

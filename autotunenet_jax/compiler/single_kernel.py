@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array
 
-from . import pieces, words
+from . import words
 from .precision import in_float32
 from .switches import is_on
 
@@ -113,6 +112,7 @@ def _is_supported() -> bool:
 @functools.lru_cache(maxsize=256)
 def _kernel(function: Callable[..., Any], signature: _Signature) -> Callable[..., Any]:
     """The function of its leaves, as one kernel where that can be."""
+    from . import pieces  # its jax.extend loads Pallas, which no import of ours should
 
     def plain(*leaves: Any) -> Any:
         args = jax.tree.unflatten(signature.structure, leaves)
@@ -193,6 +193,8 @@ def _stored(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def _needs_library(jaxpr: Any) -> bool:
     """Whether a part of a program is none that XLA puts into a kernel of its own making."""
+    from jax.extend.core import jaxprs_in_params
+
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         shapes = [getattr(operand.aval, "shape", ()) for operand in equation.invars]

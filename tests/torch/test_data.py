@@ -88,7 +88,13 @@ def test_workers_that_stay_give_the_same_batches_after_a_resume(rows, has_genera
     def make():
         generator = torch.Generator().manual_seed(3) if has_generator else None
         loader = torch.utils.data.DataLoader(
-            rows, 16, shuffle=True, num_workers=1, persistent_workers=True, generator=generator
+            rows,
+            16,
+            shuffle=True,
+            num_workers=1,
+            persistent_workers=True,
+            generator=generator,
+            multiprocessing_context="spawn",  # JAX has begun here
         )
         return ReplayBuffer(loader, seed=5)
 
