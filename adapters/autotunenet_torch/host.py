@@ -124,7 +124,7 @@ class TorchHost(Host):
         self.state.copy_back(copy["training"])
         for name, target in self.targets.items():
             if isinstance(target, RateTarget):
-                target.applied = copy["values"][name]
+                target.stand_at(copy["values"][name])
         self.values = {}
 
     def standings(self) -> dict[str, tuple[float, float]]:

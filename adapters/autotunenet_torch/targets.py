@@ -142,11 +142,30 @@ class RateTarget:
         self.applied = self._peak()
         self._start = self.applied
         self._proportions = lr_schedulers.proportions(schedulers, optimizer.param_groups)
+        self._left = self._first_rate()
 
     def _peak(self) -> float:
         """What `applied` is where the schedulers tell; one that only reduces the rate does not."""
         peaks = lr_schedulers.peak_rates(self._schedulers, self._optimizer.param_groups)
         return max(peaks[index] for index in self.indices)
+
+    def _first_rate(self) -> Any:
+        """What schedulers start the first group from; None where there is none."""
+        return self._optimizer.param_groups[min(self.indices)].get("initial_lr")
+
+    def stand_at(self, applied: float) -> None:
+        """Takes in a copy of optimizer and schedulers that was put back: what its rates stand in proportion to."""
+        self.applied, self._left = applied, self._first_rate()
+
+    def _is_loaded(self) -> bool:
+        """Whether somebody has put other rates there since the last were written; tensors are not looked at."""
+        rate = self._first_rate()
+        return isinstance(rate, float) and isinstance(self._left, float) and rate != self._left
+
+    def _is_of_one_moment(self) -> bool:
+        """Whether optimizer and schedulers hold rates in the proportion to each other that they were attached in."""
+        now = lr_schedulers.proportions(self._schedulers, self._optimizer.param_groups)
+        return all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(now, self._proportions, strict=False))
 
     def standing(self) -> tuple[float, float]:
         """What rates stand in proportion to, for `loaded`."""
@@ -161,17 +180,14 @@ class RateTarget:
         Raises:
           ValueError: One of them was, and the other was not.
         """
-        now = lr_schedulers.proportions(self._schedulers, self._optimizer.param_groups)
-        if not all(math.isclose(one, other, rel_tol=1e-6) for one, other in zip(now, self._proportions, strict=False)):
+        if not self._is_of_one_moment():
             raise ValueError(
                 "optimizer and scheduler hold the rates of different moments: one of them was loaded after attach, and "
                 "the other before it or not at all. Load the model, the optimizer and the scheduler, then attach, then "
                 "load the tuner's state."
             )
-        self.applied = self._peak()
-        if standing is not None:
-            applied, peak = standing
-            self.applied = applied * (self.applied / peak)
+        applied, peak = standing or (1.0, 1.0)
+        self.stand_at(applied * (self._peak() / peak))
 
     def places(self) -> list[Any]:
         """What it sets, each hashable."""
@@ -198,6 +214,9 @@ class RateTarget:
 
     def write(self, value: float) -> None:
         groups = self._optimizer.param_groups
+        # Where they are of two moments, something else has taken a group over, such as weight averaging.
+        if self._is_loaded() and self._is_of_one_moment():
+            self.stand_at(self._peak())
         if value == self.applied:
             return
         # A rate of zero has no proportion to anything; the least step off it keeps the shape alive.
@@ -205,7 +224,7 @@ class RateTarget:
         factor = value / self.applied
         factors = [factor if index in self.indices else 1.0 for index in range(len(groups))]
         lr_schedulers.scale(self._schedulers, groups, factors)
-        self.applied = value
+        self.stand_at(value)
 
 
 class AttributeTarget:

@@ -148,6 +148,28 @@ def test_rates_are_in_force_again_whether_loaded_before_attach_or_after(name, is
         )
 
 
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "ReduceLROnPlateau"])
+def test_what_is_loaded_after_attach_is_seen_at_the_next_value(name):
+    """As where training goes on from a checkpoint that had no tuner."""
+    optimizer = make_optimizer()
+    scheduler = MAKE[name](optimizer)
+    target = targets.RateTarget(optimizer, [0, 1], [scheduler])
+    for value in (0.1, 0.02):
+        target.write(value)
+        advance(optimizer, scheduler)
+    fresh = make_optimizer()
+    again = MAKE[name](fresh)
+    late = targets.RateTarget(fresh, [0, 1], [again])
+    late.write(0.7)
+    fresh.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(scheduler.state_dict())
+    for each in (target, late):
+        each.write(0.3)
+    assert [group["lr"] for group in fresh.param_groups] == pytest.approx(
+        [group["lr"] for group in optimizer.param_groups], rel=1e-12
+    )
+
+
 @pytest.mark.parametrize("is_optimizer", [False, True])
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "ReduceLROnPlateau"])
 def test_loading_one_of_optimizer_and_scheduler_after_attach_is_refused(name, is_optimizer):
