@@ -3,8 +3,6 @@
 python -m benchmarks.bank.curves     # the oracles that are missing
 """
 
-import json
-import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -80,20 +78,8 @@ def make(key: str) -> Task:
 @lru_cache
 def load() -> dict[str, oracle.Record]:
     """The oracles in the file, by key."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
-
-
-def fill() -> None:
-    """Sweeps what has no oracle."""
-    records = dict(load())
-    for key in KEYS:
-        if key not in records:
-            began = time.perf_counter()
-            records[key] = oracle.sweep(Lab(make(key)))
-            oracle.save(records, FILE)
-            took = time.perf_counter() - began
-            print(f"{key} {took:.1f} s  {records[key]['name']}  {records[key]['best']}", flush=True)
+    return oracle.read(FILE)
 
 
 if __name__ == "__main__":
-    fill()
+    oracle.fill_file(FILE, KEYS, lambda key: Lab(make(key)))

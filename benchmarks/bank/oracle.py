@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def ratio(value: float, record: Record, part: int = 1) -> float:
 @lru_cache
 def load() -> dict[int, Record]:
     """The oracles in the file, by task."""
-    return {int(i): record for i, record in json.loads(FILE.read_text()).items()} if FILE.exists() else {}
+    return {int(i): record for i, record in read(FILE).items()}
 
 
 def save(records: Mapping[Any, Record], file: Path) -> None:
@@ -109,6 +109,23 @@ def save(records: Mapping[Any, Record], file: Path) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     os.replace(temporary, file)
+
+
+def read(file: Path) -> dict[str, Record]:
+    """The oracles in a file, by the key that they have there."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def fill_file(file: Path, keys: Sequence[str], lab_of: Callable[[str], Lab]) -> None:
+    """Sweeps what has no oracle in the file yet."""
+    records = read(file)
+    for key in keys:
+        if key not in records:
+            began = time.perf_counter()
+            records[key] = sweep(lab_of(key))
+            save(records, file)
+            took = time.perf_counter() - began
+            print(f"{key} {took:.1f} s  {records[key]['name']}  {records[key]['best']}", flush=True)
 
 
 def fill(ids: range) -> None:

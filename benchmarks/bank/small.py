@@ -3,9 +3,7 @@
 python -m benchmarks.bank.small      # the oracles that are missing
 """
 
-import json
 import math
-import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,20 +52,13 @@ def make(name: str) -> Task:
 @lru_cache
 def load() -> dict[str, oracle.Record]:
     """The oracles in the file, by key; each seed has its own."""
-    return json.loads(FILE.read_text()) if FILE.exists() else {}
+    return oracle.read(FILE)
 
 
-def fill() -> None:
-    """Sweeps what has no oracle."""
-    records = dict(load())
-    for key in KEYS:
-        if key not in records:
-            name, seed = key.split(".")
-            began = time.perf_counter()
-            records[key] = oracle.sweep(Lab(make(name), int(seed)))
-            oracle.save(records, FILE)
-            print(f"{key} {time.perf_counter() - began:.1f} s  {records[key]['best']}", flush=True)
+def _lab(key: str) -> Lab:
+    name, seed = key.split(".")
+    return Lab(make(name), int(seed))
 
 
 if __name__ == "__main__":
-    fill()
+    oracle.fill_file(FILE, KEYS, _lab)

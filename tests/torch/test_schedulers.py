@@ -120,7 +120,6 @@ def test_restore_then_apply(name):
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2 * rate for rate in rates])
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
 @pytest.mark.parametrize("is_late", [False, True])
 @pytest.mark.parametrize("name", MAKE)
 def test_rates_are_in_force_again_whether_loaded_before_attach_or_after(name, is_late):
@@ -190,6 +189,7 @@ def test_loading_one_of_optimizer_and_scheduler_after_attach_is_refused(name, is
         late.loaded(target.standing())
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "ReduceLROnPlateau"])
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_ends_with_the_budget(name, side):
