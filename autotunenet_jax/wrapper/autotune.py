@@ -137,7 +137,7 @@ def autotune(
     options |= {"max_share": max_share, "digests": digests, "made_by": digests}
     # The protocols of optax name their arguments; a partial hides them from the type checker.
     seen = trees.as_seen if is_given else _as_is
-    init: Any = functools.partial(_init, inner, tuner, options, key, seen, aux_state.leaves_of(aux))
+    init: Any = functools.partial(_init, inner, tuner, options, key, seen, trees.copied(aux_state.leaves_of(aux)))
     make = functools.partial(made, inner, seen, axis_name)
     bound: Any = functools.partial(update, make, jax.jit(make), axis_name, digests)
     return optax.GradientTransformationExtraArgs(init, bound)

@@ -24,11 +24,17 @@ def with_room(state: AutotuneState, aux: Any) -> tuple[AutotuneState, tuple[Any,
     """The state with room for what it is given, and that as the state holds it.
 
     Raises:
-      ValueError: It is not of the shapes that the state has room for.
+      ValueError: It is missing, or not of the shapes that the state has room for.
     """
     given = leaves_of(aux)
+    if aux is None and state.aux:
+        raise ValueError(
+            "aux was given to autotune, or to an update before, and this update has none: what goes back with the "
+            "parameters would be what it was then. Give update(..., aux=...) the same tree at each step, also where "
+            "another library calls it, or leave it out everywhere."
+        )
     if aux is None:
-        return state, state.aux
+        return state, ()
     if not state.aux:
         snapshots = state.snapshots
         if isinstance(snapshots, HeldSnapshots):

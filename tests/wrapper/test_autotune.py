@@ -245,6 +245,18 @@ def test_a_loop_that_is_not_compiled_compiles_the_update_once(light_surrogate):
     assert int(state.tuner.step) == 4
 
 
+def test_what_goes_back_too_is_given_at_each_update_and_is_the_optimizers_own(light_surrogate):
+    given = jax.tree.map(jnp.copy, PARAMS)
+    optimizer = atn.autotune(injected(), SPACE, total_steps=200, aux=given)
+    donated = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)
+    donated(given)
+    state = optimizer.init(PARAMS)
+    donated(state.aux)
+    jax.tree.map(np.testing.assert_array_equal, optimizer.init(PARAMS).aux, tuple(jax.tree.leaves(PARAMS)))
+    with pytest.raises(ValueError, match="this update has none"):
+        jax.eval_shape(lambda: optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, value=1.0))
+
+
 def test_autotune_inside_autotune_is_refused():
     twice = atn.autotune(atn.autotune(injected(), SPACE, 100), SPACE, 100)
     with pytest.raises(ValueError, match="an autotune inside this autotune"):
