@@ -120,6 +120,22 @@ def test_each_event_has_its_own_words():
     assert sum(line.startswith("Step ") for line in lines) == 7 and lines[-1] == "... 6 events more ..."
 
 
+def test_words_are_in_order_of_steps_and_say_that_rates_moved_since():
+    made = history()
+    stood = "learning_rate: began at 0.1 and stood at 0.1 after the last round, before the schedule"
+    made.events = [{"step": 60, "kind": "retreat", "message": "Back."}]
+    assert f"{stood}." in made.explain()
+    made.events += [
+        {"step": 170, "kind": "retreat", "message": "Back once more."},
+        {"step": 150, "kind": "climb", "message": "Up."},
+    ]
+    lines = made.explain().splitlines()
+    assert f"{stood} and what is told below." in lines
+    assert lines[-3:] == [
+        "Step 60 (retreat): Back.", "Step 150 (climb): Up.", "Step 170 (retreat): Back once more."
+    ]  # fmt: skip
+
+
 def test_words_of_a_run(result):
     text = result.history.explain()
     assert len(text.splitlines()) < 40
